@@ -1,0 +1,3148 @@
+"""The WebSocket gateway of an AI software-development platform.
+
+    browser --ws--> server.py --SendMessageBatch--> SQS pm | dev | qa | ops --> agent (a Lambda worker)
+    browser <--ws-- server.py <--ReceiveMessage---- SQS updates <- SendMessage - agent
+                       | 1 append (conditional write)
+                       v
+                    DynamoDB event log, one ordered log a project
+                       | 2 publish
+                       v
+                    SNS topic --> one SQS queue a task --> every other server.py task
+
+The promise, kept over any number of tasks, crashes, redeliveries and reconnects: a client that
+remembers the last ``seq`` it saw gets every project event once, in order, and a
+``forward_confirmed`` means SQS has the message.
+
+Read from the top: words and rules come first, then what acts on them, ``main`` last. Every
+reference points upward, and each section says at its head what it may not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast
+from urllib.parse import parse_qsl, urlsplit
+from urllib.request import urlopen
+
+import msgspec
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from aiohttp import ClientError as HttpError
+from boto3.dynamodb.types import TypeDeserializer
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    MetadataRetrievalError,
+)
+from botocore.exceptions import ConnectionError as SdkConnectionError
+from botocore.parsers import ResponseParserError
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from websockets.exceptions import InvalidMessage
+from websockets.extensions.permessage_deflate import (
+    PerMessageDeflate,
+    ServerPerMessageDeflateFactory,
+)
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+if TYPE_CHECKING:
+    from types_aiobotocore_dynamodb import DynamoDBClient
+    from types_aiobotocore_sns import SNSClient
+    from types_aiobotocore_sqs import SQSClient
+
+T = TypeVar("T")
+logger = logging.getLogger("gateway")
+
+
+# --- Vocabulary -----------------------------------------------------------------------------
+# The words of the protocol and the limits that are not settings. Nothing mutable.
+
+EVERYONE = "*"
+"""The project whose events reach every connection."""
+
+QUEUE_OF_TYPE = {
+    **dict.fromkeys(("pm", "plan", "planning"), "pm"),
+    **dict.fromkeys(("dev", "code", "develop"), "dev"),
+    **dict.fromkeys(("qa", "test", "quality"), "qa"),
+    **dict.fromkeys(("ops", "deploy", "operations"), "ops"),
+}
+"""The agent queue that a forward's ``type``, in lower case, names."""
+
+RESERVED_TYPES = frozenset(
+    """connected subscription_confirmed unsubscription_confirmed forward_confirmed pong error
+    reconnect project_snapshot token_expiring authenticated""".split()
+)
+"""What only the server itself may say: an agent's update may not use these as its ``type``."""
+
+
+class ErrorCode(StrEnum):
+    """What went wrong, for programs; the sentence beside it is for people."""
+
+    INVALID_JSON = "invalid_json"
+    INVALID_MESSAGE = "invalid_message"
+    INVALID_FIELD = "invalid_field"
+    UNKNOWN_ACTION = "unknown_action"
+    UNKNOWN_TYPE = "unknown_type"
+    BINARY_FRAME = "binary_frame"
+    TOO_LARGE = "too_large"
+    INVALID_CHARACTER = "invalid_character"
+    TOO_MANY_SUBSCRIPTIONS = "too_many_subscriptions"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    REJECTED = "rejected"
+    TIMEOUT = "timeout"
+    DRAINING = "draining"
+
+
+class Progress(Enum):
+    """How far a connection has come."""
+
+    HANDSHAKE = 1
+    OPEN = 2
+    CLOSING = 3
+    LOST = 4
+
+
+# Protocol.
+ID_MAX_CHARS = 256
+SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
+SUBPROTOCOL_PATHS = ("/", "/ws")
+
+# Connections.
+HANDSHAKE_MAX_BYTES = 16_384  # the load balancer's own limit for headers
+HANDSHAKE_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 10.0
+LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
+SWEEP_INTERVAL_S = 1.0
+PINGS_PER_TURN = 200
+FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
+CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
+HEALTH_CHECKER = "ELB-HealthChecker/2.0"
+HEALTH_CHECKS_GONE_S = 20.0  # two missed checks of 10 s
+RECONNECT_SPREAD_MS = 1_000
+
+# Fan-out.
+DEFLATE_FROM_BYTES = 256  # below it, the saved bytes cost more than the CPU
+RECENT_EVENTS = 128  # per channel, for clients that come back at once
+RECENT_BYTES = 65_536
+CATCHUP_CHUNK_BYTES = 131_072
+CATCHUP_READS = 32  # at once; each may hold a page of the log, 1 MB
+CATCHUP_STALL_S = 30.0
+
+# AWS.
+SQS_BATCH_ENTRIES = 10
+SQS_BATCH_BYTES = 1_048_576
+SNS_MESSAGE_BYTES = 262_144
+EVENT_MAX_BYTES = SNS_MESSAGE_BYTES - 8_192  # one event and its envelope fit one SNS message
+TRANSACTION_EVENTS = 99  # and the head make 100 items
+TRANSACTION_BYTES = 3_500_000
+LONG_POLL_S = 20
+CALL_TIMEOUT_S = 5.0
+RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
+CALLS_PER_QUEUE = 16
+FORWARDS_WAITING = 5_000
+FORWARDS_WAITING_BYTES = 32 * 1024 * 1024
+UPDATES_IN_HAND = 500
+UPDATE_VISIBILITY_S = 10
+UPDATE_RECEIVES = 5
+EVENT_ID_WINDOW_S = 300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
+EVENT_IDS_REMEMBERED = 4_096  # per project
+HEADS_REMEMBERED = 2_048  # projects
+CLOCK_SKEW_S = 60.0
+FAN_OUT_RETENTION_S = 60
+STALE_AFTER_HEARTBEATS = 5
+FAILING_AFTER_S = 15.0
+
+UNSENDABLE = "[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+"""What SQS refuses in a message body (SendMessage API, "Message characters")."""
+
+PLAIN_GROUP_ID = "[!-~]{1,128}"
+"""What SQS takes as MessageGroupId and MessageDeduplicationId."""
+
+
+# --- Errors ---------------------------------------------------------------------------------
+# Sorted by who must act. Nothing here knows a socket or a queue.
+#
+# GatewayError
+# +-- SettingsError     the operator: named on stderr, exit code 2
+# +-- BadMessage        the client: answered with an `error` message
+# +-- UnreadableUpdate  the agent: its update goes to the dead-letter queue
+# +-- UpstreamLost      AWS, for good: the process ends with exit code 1 and is restarted
+
+
+class GatewayError(Exception):
+    """Everything that this program raises itself."""
+
+
+class SettingsError(GatewayError):
+    """Settings are missing or wrong; ``faults`` has a sentence for each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = tuple(faults)
+
+
+class BadMessage(GatewayError):
+    """What a client asked for cannot be done: ``code`` for its program, the text for its author."""
+
+    def __init__(self, code: ErrorCode, sentence: str, **context: Any) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.context = context
+
+
+class UnreadableUpdate(GatewayError):
+    """A message in the updates queue that no retry will make readable."""
+
+
+class UpstreamLost(GatewayError):
+    """AWS refuses in a way that waiting will not mend: a table, a queue or a right is missing."""
+
+
+AWS_ERRORS = (ClientError, BotoCoreError, HttpError, OSError, TimeoutError)
+"""What a call through the SDK raises. Anything else is a fault of this program."""
+
+PASSING_CODES = frozenset(
+    """Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException
+    TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded LimitExceededException
+    ProvisionedThroughputExceededException TransactionInProgressException SlowDown
+    PriorRequestNotComplete RequestTimeout RequestTimeoutException ExpiredToken
+    ExpiredTokenException KMS.ThrottlingException OverLimit KmsThrottled""".split()
+)
+"""Error codes that a later attempt may not meet (AWS SDKs' standard retry mode, and SQS's own)."""
+
+PASSING_ERRORS = (
+    CredentialRetrievalError,
+    HTTPClientError,
+    HttpError,
+    MetadataRetrievalError,
+    OSError,
+    ResponseParserError,
+    SdkConnectionError,  # no connection, or none in time; proxy and TLS errors too
+    TimeoutError,
+)
+
+
+def error_code(exc: BaseException) -> str:
+    """The AWS error code of ``exc``, or its class name where AWS did not answer."""
+    if isinstance(exc, ClientError):
+        return str(exc.response.get("Error", {}).get("Code", "Unknown"))
+    return type(exc).__name__
+
+
+def passes(exc: BaseException) -> bool:
+    """Whether a later attempt may succeed where ``exc`` was raised."""
+    if not isinstance(exc, ClientError):
+        return isinstance(exc, PASSING_ERRORS)
+    status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or status == 429 or error_code(exc) in PASSING_CODES
+
+
+def full_jitter_s(attempt: int, *, base_s: float = 0.1, cap_s: float = 5.0) -> float:
+    """Seconds to wait before attempt ``attempt + 1``: uniform below a doubling bound.
+
+    Source: AWS Architecture Blog, "Exponential Backoff and Jitter".
+    """
+    return random.uniform(0, min(cap_s, base_s * 2 ** min(attempt, 16)))  # noqa: S311
+
+
+class Part:
+    """One thing this task depends on, as ``/health`` sees it.
+
+    A part fails only after ``FAILING_AFTER_S`` of nothing but errors: a task that is taken out of
+    service for one throttled call would turn a hiccup of AWS into a reconnect storm.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._failing_since: float | None = None
+
+    def worked(self) -> None:
+        if self._failing_since is not None:
+            logger.info("%s works again", self.name)
+            self._failing_since = None
+
+    def failed(self, exc: BaseException, operation: str) -> None:
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+            logger.warning("%s: %s failed with %s, retrying", self.name, operation, error_code(exc))
+
+    @property
+    def failing(self) -> bool:
+        since = self._failing_since
+        return since is not None and time.monotonic() - since > FAILING_AFTER_S
+
+    async def insist(self, operation: str, call: Callable[[], Awaitable[T]]) -> T:
+        """Make ``call`` until it works, with full jitter between the attempts.
+
+        Raises:
+            UpstreamLost: AWS's answer is one that waiting does not change.
+        """
+        attempt = 0
+        while True:
+            try:
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    result = await call()
+            except AWS_ERRORS as exc:
+                if not passes(exc):
+                    raise self.lost(exc, operation) from exc
+                self.failed(exc, operation)
+                await asyncio.sleep(full_jitter_s(attempt))
+                attempt += 1
+            else:
+                self.worked()
+                return result
+
+    def lost(self, exc: BaseException, operation: str) -> UpstreamLost:
+        """The sentence with which the process ends."""
+        return UpstreamLost(f"{self.name}: {operation} failed for good with {error_code(exc)}: {exc}")
+
+
+# --- Settings -------------------------------------------------------------------------------
+# One frozen object out of a mapping, all faults at once. Knows no os.environ.
+
+
+def text(value: str) -> str:
+    return value
+
+
+def url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.netloc or len(parts.path) < 2:
+        raise ValueError("must be a URL like https://sqs.us-east-1.amazonaws.com/123456789012/name")
+    return value
+
+
+def topic_arn(value: str) -> str:
+    if not re.fullmatch(r"arn:[\w-]+:sns:[\w-]+:\d{12}:[\w-]{1,256}", value):
+        raise ValueError("must be a topic's ARN like arn:aws:sns:us-east-1:123456789012:name")
+    return value
+
+
+def switch(value: str) -> bool:
+    if value.lower() not in ("on", "off"):
+        raise ValueError("must be on or off")
+    return value.lower() == "on"
+
+
+def level(value: str) -> str:
+    if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
+    return value.upper()
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", value) or not low <= int(value) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", value) or not low <= float(value) <= high:
+            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
+        return float(value)
+
+    return parse
+
+
+def setting(
+    parse: Callable[[str], Any], doc: str, default: Any = dataclasses.MISSING
+) -> Any:  # a dataclass field, whatever the checker should take it for
+    return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the operator decides. A field is the environment variable of the same name in capitals."""
+
+    sqs_queue_url_pm: str = setting(url, "queue of the PM agent; `.fifo` queues work")
+    sqs_queue_url_dev: str = setting(url, "queue of the Dev agent")
+    sqs_queue_url_qa: str = setting(url, "queue of the QA agent")
+    sqs_queue_url_ops: str = setting(url, "queue of the Ops agent")
+    dynamodb_table_name: str = setting(text, "the platform's table, where projects have their state")
+    sqs_queue_url_updates: str | None = setting(url, "queue in which agents answer", None)
+    updates_topic_arn: str | None = setting(
+        topic_arn, "topic between the tasks; without it, run one task only", None
+    )
+    events_table_name: str | None = setting(
+        text, "table of the event log; by default `DYNAMODB_TABLE_NAME`", None
+    )
+    aws_region: str = setting(text, "region of all of these", "us-east-1")
+    websocket_host: str = setting(text, "address to listen on", "0.0.0.0")  # noqa: S104
+    websocket_port: int = setting(whole(0, 65_535), "port to listen on; 0 takes a free one", 8080)
+    event_retention_hours: int = setting(whole(1, 8_760), "how long missed events can be had", 24)
+    max_catchup_events: int = setting(
+        whole(1, 100_000), "a client that missed more must refetch its state", 1_000
+    )
+    max_message_bytes: int = setting(
+        whole(1_024, 1_048_576), "largest message from a client; over it the close code is 1009", 262_144
+    )
+    max_backlog_bytes: int = setting(
+        whole(65_536, 1_073_741_824), "unread bytes after which a client is closed with 1013", 1_048_576
+    )
+    max_connections: int = setting(whole(0, 1_000_000), "beyond it 503; 0 is no limit", 20_000)
+    max_handshakes_per_second: int = setting(
+        whole(0, 100_000), "beyond it 503 and `Retry-After`; 0 is no limit", 0
+    )
+    max_subscriptions_per_connection: int = setting(whole(0, 10_000), "0 is no limit", 100)
+    compression: bool = setting(switch, "offer `permessage-deflate`, each event deflated once", True)
+    forward_timeout_seconds: float = setting(
+        seconds(0.1, 300), "a forward that SQS has not taken by then is an error", 10.0
+    )
+    ping_interval_seconds: float = setting(
+        seconds(0.1, 3_600), "silence before a ping, and again before the connection is dropped", 25.0
+    )
+    drain_seconds: float = setting(seconds(0, 110), "over how long a shutdown spreads the closes", 30.0)
+    task_heartbeat_seconds: float = setting(
+        seconds(0.2, 3_600), "sign of life on the task's own queue; five missed and others remove it", 60.0
+    )
+    audit_interval_seconds: float = setting(
+        seconds(0.2, 3_600), "how often delivered events are compared with the log", 30.0
+    )
+    environment: str = setting(text, "dimension `Environment` of the metrics", "local")
+    log_level: str = setting(level, "DEBUG, INFO, WARNING or ERROR", "INFO")
+    ecs_container_metadata_uri_v4: str | None = setting(
+        url, "set by ECS; names the task's own queue after the task", None
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, str]) -> Settings:
+        """Read the settings out of ``values``, the environment or a test's own mapping.
+
+        An empty value counts as none: that is how templates pass parameters left blank.
+
+        Raises:
+            SettingsError: with every fault, not just the first.
+        """
+        found: dict[str, Any] = {}
+        faults: list[str] = []
+        for field in dataclasses.fields(cls):
+            name = field.name.upper()
+            value = values.get(name, "").strip()
+            if not value:
+                if field.default is dataclasses.MISSING:
+                    faults.append(f"{name} is missing: {field.metadata['doc']}")
+                continue
+            try:
+                found[field.name] = field.metadata["parse"](value)
+            except ValueError as exc:
+                faults.append(f"{name} {exc}, not {value[:80]!r}")
+        if faults:
+            raise SettingsError(faults)
+        return cls(**found)
+
+    @property
+    def queue_urls(self) -> dict[str, str]:
+        """Agent to queue URL."""
+        return {
+            "pm": self.sqs_queue_url_pm,
+            "dev": self.sqs_queue_url_dev,
+            "qa": self.sqs_queue_url_qa,
+            "ops": self.sqs_queue_url_ops,
+        }
+
+    @property
+    def log_table(self) -> str:
+        return self.events_table_name or self.dynamodb_table_name
+
+
+# --- Wire -----------------------------------------------------------------------------------
+# Messages to bytes and back. Pure: knows no asyncio, no sockets, no AWS.
+
+
+class Subscribe(Struct, tag_field="action", tag="subscribe"):
+    """Asks for a project's events; with ``since``, first for those missed after it."""
+
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+    since: Annotated[int, Meta(ge=0, le=SEQ_MAX)] | None = None
+    epoch: Annotated[str, Meta(max_length=ID_MAX_CHARS)] | None = None
+    snapshot: bool = False
+
+
+class Unsubscribe(Struct, tag_field="action", tag="unsubscribe"):
+    """Ends a subscription; of one that is not there too."""
+
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+
+
+class Forward(Struct, tag_field="action", tag="forward"):
+    """Passes ``data``, unread, to the agent that ``type`` names."""
+
+    type: str
+    message_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    data: Raw = Raw(b"null")
+
+
+class Ping(Struct, tag_field="action", tag="ping"):
+    """Asks whether anybody is there, for clients that cannot send ping frames."""
+
+
+ClientMessage = Subscribe | Unsubscribe | Forward | Ping
+
+
+class Connected(Struct, tag="connected", kw_only=True):
+    message: str = "WebSocket connection established"
+    timestamp: str
+    connection_id: str
+
+
+class SubscriptionConfirmed(Struct, tag="subscription_confirmed"):
+    project_id: str
+    seq: int
+    epoch: str
+    recovered: bool | UnsetType = UNSET
+
+
+class UnsubscriptionConfirmed(Struct, tag="unsubscription_confirmed"):
+    project_id: str
+
+
+class ProjectSnapshot(Struct, tag="project_snapshot"):
+    project_id: str
+    data: Any
+
+
+class ForwardConfirmed(Struct, tag="forward_confirmed"):
+    message_id: str
+    sqs_message_id: str
+
+
+class Pong(Struct, tag="pong"):
+    timestamp: str
+
+
+class Reconnect(Struct, tag="reconnect"):
+    after_ms: int
+
+
+class ErrorMessage(Struct, tag="error"):
+    message: str
+    code: ErrorCode
+    action: str | UnsetType = UNSET
+    message_id: str | UnsetType = UNSET
+    project_id: str | UnsetType = UNSET
+    retryable: bool | UnsetType = UNSET
+
+
+class EventMessage(Struct, omit_defaults=True):
+    """An event as clients see it; ``type`` is the agent's own word."""
+
+    type: str
+    project_id: str
+    data: Raw
+    seq: int | None = None
+    timestamp: str = ""
+
+
+class AgentMessage(Struct, tag_field="action", tag="forward"):
+    """The body of a message in an agent's queue."""
+
+    type: str
+    message_id: str
+    project_id: str | None
+    data: Raw
+    connection_id: str
+    user: str | None
+    timestamp: str
+
+
+class Update(Struct):
+    """The body of a message in the updates queue, as agents write it."""
+
+    type: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    data: Raw = Raw(b"null")
+    event_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    ephemeral: bool = False
+    connection_id: Annotated[str, Meta(max_length=ID_MAX_CHARS)] | None = None
+
+
+class Carried(Struct, array_like=True):
+    """An event on its way to the other tasks; ``payload`` is what their clients get, encoded once."""
+
+    project_id: str
+    seq: int | None
+    connection_id: str | None
+    sent_at: float
+    payload: Raw
+
+
+class Carrier(Struct):
+    """The body of a message of the topic."""
+
+    origin: str
+    events: list[Carried]
+
+
+class Decoders:
+    """Made once: building one costs more than using it."""
+
+    client_message = msgspec.json.Decoder(ClientMessage)
+    update = msgspec.json.Decoder(Update)
+    carrier = msgspec.json.Decoder(Carrier)
+
+
+class Encoders:
+    """DynamoDB's numbers and sets as JSON numbers and arrays."""
+
+    snapshot = msgspec.json.Encoder(decimal_format="number", order="deterministic")
+
+
+encode = msgspec.json.encode
+
+TEXT = 0x81
+TEXT_DEFLATED = 0xC1
+
+
+def frame(payload: bytes, first_byte: int = TEXT) -> bytes:
+    """One unmasked, final text frame (RFC 6455, section 5.2; RSV1 by RFC 7692, section 6).
+
+    Server frames carry no mask, so that all clients of an event share these bytes. Written out
+    because it is a tenth of the cost of the library's frame object.
+    """
+    size = len(payload)
+    if size < 126:
+        return bytes((first_byte, size)) + payload
+    if size < 65_536:
+        return struct.pack("!BBH", first_byte, 126, size) + payload
+    return struct.pack("!BBQ", first_byte, 127, size) + payload
+
+
+def deflate(payload: bytes) -> bytes:
+    """``payload`` as one permessage-deflate message without context (RFC 7692, section 7.2.1)."""
+    deflater = zlib.compressobj(level=6, wbits=-15)
+    return (deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+def timestamp(unix_s: float | None = None) -> str:
+    """UTC with milliseconds: ``2025-11-24T12:00:00.000Z``."""
+    moment = datetime.fromtimestamp(time.time() if unix_s is None else unix_s, UTC)
+    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+class Event:
+    """Something that happened in a project: encoded once, framed once, deflated once.
+
+    Attributes:
+        seq: place in the project's log, from 1; ``None`` if it is ephemeral.
+        payload: the JSON text that clients get.
+        sent_at: when the agent sent it, unix seconds; 0 if that is not known.
+    """
+
+    __slots__ = ("_deflated", "frame", "payload", "project_id", "sent_at", "seq")
+
+    def __init__(self, project_id: str, seq: int | None, payload: bytes, sent_at: float = 0.0) -> None:
+        self.project_id = project_id
+        self.seq = seq
+        self.payload = payload
+        self.sent_at = sent_at
+        self.frame = frame(payload)
+        self._deflated: bytes | None = None
+
+    @classmethod
+    def of(cls, message: EventMessage, sent_at: float = 0.0) -> Event:
+        return cls(message.project_id, message.seq, encode(message), sent_at)
+
+    @property
+    def deflated(self) -> bytes:
+        """The frame for clients with permessage-deflate; plain where deflating does not pay."""
+        if self._deflated is None:
+            self._deflated = self.frame
+            if len(self.payload) >= DEFLATE_FROM_BYTES:
+                smaller = deflate(self.payload)
+                if len(smaller) < len(self.payload):
+                    self._deflated = frame(smaller, TEXT_DEFLATED)
+        return self._deflated
+
+
+def decode_message(payload: bytes | bytearray) -> ClientMessage:
+    """A client's message.
+
+    Raises:
+        BadMessage: with the context (``action``, ``message_id``, ``project_id``) it had, if any.
+    """
+    try:
+        return cast("ClientMessage", Decoders.client_message.decode(payload))
+    except msgspec.ValidationError as exc:
+        raise explain(payload, str(exc)) from None
+    except (msgspec.DecodeError, RecursionError) as exc:
+        sentence = f"The message is not JSON that can be read: {exc}."
+        raise BadMessage(ErrorCode.INVALID_JSON, sentence) from None
+
+
+def explain(payload: bytes | bytearray, complaint: str) -> BadMessage:
+    """Why valid JSON is no client message; ``complaint`` is msgspec's word for it."""
+    try:
+        content = msgspec.json.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        return BadMessage(ErrorCode.INVALID_JSON, f"The message is not JSON that can be read: {exc}.")
+    if not isinstance(content, dict):
+        return BadMessage(ErrorCode.INVALID_MESSAGE, "The message must be a JSON object.")
+    context = {
+        key: content[key]
+        for key in ("action", "message_id", "project_id")
+        if isinstance(content.get(key), str) and len(content[key]) <= ID_MAX_CHARS
+    }
+    actions = "subscribe, unsubscribe, forward or ping"
+    if "action" not in content:
+        return BadMessage(
+            ErrorCode.INVALID_MESSAGE, f'The message has no "action": {actions}.', **context
+        )
+    if "`$.action`" in complaint:
+        return BadMessage(
+            ErrorCode.UNKNOWN_ACTION, f'This "action" is not known; use {actions}.', **context
+        )
+    return BadMessage(ErrorCode.INVALID_FIELD, f"{complaint.replace('`', '')}.", **context)
+
+
+def queue_of(message: Forward) -> str:
+    """The agent, ``pm``, ``dev``, ``qa`` or ``ops``, that a forward goes to.
+
+    Raises:
+        BadMessage: ``type`` names none.
+    """
+    queue = QUEUE_OF_TYPE.get(message.type.lower())
+    if queue is None:
+        known = ", ".join(QUEUE_OF_TYPE)
+        raise BadMessage(
+            ErrorCode.UNKNOWN_TYPE, f'This "type" names no agent; use one of {known}.'
+        )
+    return queue
+
+
+def decode_update(body: str) -> Update:
+    """An agent's update.
+
+    Raises:
+        UnreadableUpdate: whatever keeps clients from being able to get it.
+    """
+    try:
+        update = Decoders.update.decode(body.encode())
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as exc:
+        raise UnreadableUpdate(str(exc)) from None
+    if update.type in RESERVED_TYPES:
+        raise UnreadableUpdate(f"the type {update.type!r} is reserved for the server")
+    if len(bytes(update.data)) > EVENT_MAX_BYTES:
+        raise UnreadableUpdate(f"its data are larger than {EVENT_MAX_BYTES} bytes")
+    return update
+
+
+# --- Access ---------------------------------------------------------------------------------
+# Who may do how much. Knows no sockets, no AWS.
+
+
+class TokenBucket:
+    """``rate_per_s`` on average, twice that in a burst; a rate of 0 allows everything."""
+
+    __slots__ = ("_rate", "_tokens", "_updated_at")
+
+    def __init__(self, rate_per_s: float, now: float) -> None:
+        self._rate = rate_per_s
+        self._tokens = 2 * rate_per_s
+        self._updated_at = now
+
+    def take(self, now: float) -> bool:
+        """Whether one more is allowed at ``now``, seconds of a monotonic clock."""
+        if not self._rate:
+            return True
+        refill = (now - self._updated_at) * self._rate
+        self._tokens = min(2 * self._rate, self._tokens + refill)
+        self._updated_at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+# --- Registry -------------------------------------------------------------------------------
+# Who is connected, who listens to what, what they were told last. Never awaits, never logs.
+
+
+class Placement(Enum):
+    """What an event is to a channel."""
+
+    NEXT = 1
+    DUPLICATE = 2
+    GAP = 3
+
+
+class Channel:
+    """One project on this task: its listeners and its cursor.
+
+    Attributes:
+        cursor: ``seq`` of the last event delivered here; ``None`` until the log was asked.
+        wanted: highest ``seq`` heard of; above ``cursor`` it means a gap.
+        recent: the last events, without a hole, up to ``cursor``.
+        pending: events to be written at the end of this turn of the loop.
+        visitors: clients still catching up, for whom the channel must stay.
+    """
+
+    __slots__ = (
+        "_recent_bytes", "cursor", "deflating", "filling", "opening", "pending", "plain",
+        "project_id", "recent", "visitors", "wanted",
+    )  # fmt: skip
+
+    def __init__(self, project_id: str) -> None:
+        self.project_id = project_id
+        self.plain: set[Connection] = set()
+        self.deflating: set[Connection] = set()
+        self.pending: list[Event] = []
+        self.cursor: int | None = None
+        self.wanted = 0
+        self.recent: deque[Event] = deque()
+        self._recent_bytes = 0
+        self.opening: asyncio.Task[None] | None = None
+        self.filling: asyncio.Task[None] | None = None
+        self.visitors = 0
+
+    @property
+    def floor(self) -> int:
+        """Everything after this ``seq`` is in ``recent``."""
+        return cast("int", self.recent[0].seq) - 1 if self.recent else self.cursor or 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self.plain or self.deflating or self.visitors)
+
+    def listeners(self) -> Iterator[Connection]:
+        yield from self.plain
+        yield from self.deflating
+
+    def place(self, event: Event) -> Placement:
+        """Move the cursor over ``event`` if it is the next one; else say what it is."""
+        seq = cast("int", event.seq)
+        if self.cursor is None or seq > self.cursor + 1:
+            self.wanted = max(self.wanted, seq)
+            return Placement.GAP
+        if seq <= self.cursor:
+            return Placement.DUPLICATE
+        self.cursor = seq
+        self.recent.append(event)
+        self._recent_bytes += len(event.payload)
+        while len(self.recent) > RECENT_EVENTS or self._recent_bytes > RECENT_BYTES:
+            self._recent_bytes -= len(self.recent.popleft().payload)
+        return Placement.NEXT
+
+    def jump(self, seq: int) -> None:
+        """Go on from ``seq``, over events that nobody can have any more."""
+        self.cursor = seq
+        self.recent.clear()
+        self._recent_bytes = 0
+
+
+class Registry:
+    """The connections by id and the channels by project."""
+
+    def __init__(self) -> None:
+        self.connections: dict[str, Connection] = {}
+        self.channels: dict[str, Channel] = {}
+
+    def channel(self, project_id: str) -> Channel:
+        channel = self.channels.get(project_id)
+        if channel is None:
+            channel = self.channels[project_id] = Channel(project_id)
+        return channel
+
+    def join(self, connection: Connection, channel: Channel) -> None:
+        (channel.deflating if connection.deflates else channel.plain).add(connection)
+        connection.subscriptions.add(channel.project_id)
+
+    def leave(self, connection: Connection, project_id: str) -> None:
+        """Take ``connection`` off the live list; also if it is not on it."""
+        connection.subscriptions.discard(project_id)
+        channel = self.channels.get(project_id)
+        if channel is not None:
+            channel.plain.discard(connection)
+            channel.deflating.discard(connection)
+            self.release(channel)
+
+    def release(self, channel: Channel) -> None:
+        """Forget a channel nobody listens to; everyone's own stays."""
+        if channel.idle and channel.project_id != EVERYONE:
+            self.channels.pop(channel.project_id, None)
+
+    def drop(self, connection: Connection) -> None:
+        self.connections.pop(connection.id, None)
+        for project_id in tuple(connection.subscriptions):
+            self.leave(connection, project_id)
+
+    @property
+    def subscriptions(self) -> int:
+        return sum(
+            len(channel.plain) + len(channel.deflating)
+            for channel in self.channels.values()
+            if channel.project_id != EVERYONE
+        )
+
+
+# --- Fan-out --------------------------------------------------------------------------------
+# Events to listeners: one write a listener, channel and turn of the loop. Knows no AWS.
+
+
+class FanOut:
+    """Gathers what happens in one turn of the loop and writes it in one piece.
+
+    What makes it fast: an event is encoded, framed and deflated once, whoever listens; frames
+    that pile up within a turn are joined into one write. There is no timer, so that a lone event
+    goes out in the turn it came in.
+    """
+
+    def __init__(self, max_backlog_bytes: int, metrics: Metrics) -> None:
+        self._max_backlog_bytes = max_backlog_bytes
+        self._metrics = metrics
+        self._dirty: list[Channel] = []
+
+    def push(self, channel: Channel, event: Event) -> None:
+        """Have ``event`` written to the channel's listeners at the end of this turn."""
+        if not channel.pending:
+            if not self._dirty:
+                asyncio.get_running_loop().call_soon(self.flush)
+            self._dirty.append(channel)
+        channel.pending.append(event)
+
+    def flush(self) -> None:
+        """Write everything that is pending."""
+        channels, self._dirty = self._dirty, []
+        for channel in channels:
+            self.flush_channel(channel)
+
+    def flush_channel(self, channel: Channel) -> None:
+        """Write what is pending in ``channel``, as before a new listener joins it."""
+        events, channel.pending = channel.pending, []
+        if not events:
+            return
+        if channel.plain:
+            self._write(channel.plain, b"".join([event.frame for event in events]))
+        if channel.deflating:
+            self._write(channel.deflating, b"".join([event.deflated for event in events]))
+        self._metrics.delivered(events, len(channel.plain) + len(channel.deflating))
+
+    def _write(self, listeners: set[Connection], data: bytes) -> None:
+        choked = []
+        for connection in listeners:
+            connection.transport.write(data)
+            if connection.choked:
+                choked.append(connection)
+        for connection in choked:
+            self.check_backlog(connection)
+
+    def check_backlog(self, connection: Connection) -> None:
+        """Close a reader so slow that keeping what it missed is the log's work, not memory's."""
+        if connection.transport.get_write_buffer_size() > self._max_backlog_bytes:
+            self._metrics.slow_consumers_closed += 1
+            connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
+
+
+# --- Forwarder ------------------------------------------------------------------------------
+# Clients' messages to the agents' queues. Knows no connections.
+
+
+class Batcher(Generic[T]):
+    """Adaptive batches: an item goes at once if nothing is under way; else items gather until a
+    call returns or a batch is full. Under load that spares most calls, and without it any wait.
+    """
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        send: Callable[[list[T]], Awaitable[None]],
+        *,
+        entries: int = SQS_BATCH_ENTRIES,
+        size_bytes: int = SQS_BATCH_BYTES,
+        calls: int = CALLS_PER_QUEUE,
+    ) -> None:
+        self._tasks = tasks
+        self._send = send
+        self._entries = entries
+        self._size_bytes = size_bytes
+        self._max_calls = calls
+        self._calls = 0
+        self._waiting: deque[tuple[T, int]] = deque()
+        self._waiting_bytes = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def add(self, item: T, size_bytes: int = 0) -> None:
+        self._waiting.append((item, size_bytes))
+        self._waiting_bytes += size_bytes
+        self._idle.clear()
+        self._pump()
+
+    async def idle(self) -> None:
+        """Return once nothing waits and nothing is under way."""
+        await self._idle.wait()
+
+    def _pump(self) -> None:
+        while self._waiting and self._calls < self._max_calls:
+            full = len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
+            if self._calls and not full:
+                return
+            self._calls += 1
+            self._tasks.create_task(self._call(self._take()))
+
+    def _take(self) -> list[T]:
+        batch: list[T] = []
+        size = 0
+        while self._waiting and len(batch) < self._entries:
+            item, item_size = self._waiting[0]
+            if batch and size + item_size > self._size_bytes:
+                break
+            self._waiting.popleft()
+            batch.append(item)
+            size += item_size
+        self._waiting_bytes -= size
+        return batch
+
+    async def _call(self, batch: list[T]) -> None:
+        try:
+            await self._send(batch)
+        finally:
+            self._calls -= 1
+            self._pump()
+            if not self._calls:
+                self._idle.set()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Parcel:
+    """A message for an agent, and whom to tell: ``done(sqs_message_id, error)``, once.
+
+    Attributes:
+        deadline: seconds of the monotonic clock.
+        uncertain: whether a call that may have taken effect got no answer.
+    """
+
+    body: str
+    attributes: dict[str, str]
+    group_id: str
+    message_id: str
+    deadline: float
+    done: Callable[[str | None, BadMessage | None], None]
+    size_bytes: int
+    started_at: float
+    uncertain: bool = False
+
+
+def fifo_id(value: str) -> str:
+    """``value`` as a MessageGroupId or MessageDeduplicationId, hashed where SQS would refuse it."""
+    if re.fullmatch(PLAIN_GROUP_ID, value):
+        return value
+    return hashlib.sha256(value.encode()).hexdigest()
+
+
+class Lane:
+    """The way to one agent's queue."""
+
+    def __init__(self, tasks: asyncio.TaskGroup, sqs: SQSClient, name: str, queue_url: str) -> None:
+        self._sqs = sqs
+        self._name = name
+        self._url = queue_url
+        self._fifo = queue_url.endswith(".fifo")
+        # Two calls at once may overtake each other: not on a queue that promises order.
+        calls = 1 if self._fifo else CALLS_PER_QUEUE
+        self.batcher = Batcher(tasks, self._deliver, calls=calls)
+
+    async def _deliver(self, batch: list[Parcel]) -> None:
+        """Send until every parcel is confirmed, refused or out of time."""
+        attempt = 0
+        while batch := self._in_time(batch):
+            if attempt:
+                patience_s = min(parcel.deadline for parcel in batch) - time.monotonic()
+                await asyncio.sleep(min(full_jitter_s(attempt), patience_s))
+            attempt += 1
+            batch = await self._attempt(batch)
+
+    def _in_time(self, batch: list[Parcel]) -> list[Parcel]:
+        now = time.monotonic()
+        for parcel in batch:
+            if parcel.deadline <= now:
+                parcel.done(None, self._too_late(parcel))
+        return [parcel for parcel in batch if parcel.deadline > now]
+
+    def _too_late(self, parcel: Parcel) -> BadMessage:
+        if parcel.uncertain:
+            return BadMessage(
+                ErrorCode.TIMEOUT,
+                "The agent's queue did not answer in time. The message may have arrived: "
+                "send it again with the same message_id.",
+                retryable=True,
+            )
+        return BadMessage(
+            ErrorCode.UNAVAILABLE,
+            "The agent's queue did not take the message in time; send it again later.",
+            retryable=True,
+        )
+
+    async def _attempt(self, batch: list[Parcel]) -> list[Parcel]:
+        """One call. Settles what it decides and returns what may be tried again."""
+        patience_s = min(parcel.deadline for parcel in batch) - time.monotonic()
+        try:
+            async with asyncio.timeout(min(CALL_TIMEOUT_S, patience_s)):
+                answer = await self._sqs.send_message_batch(
+                    QueueUrl=self._url,
+                    Entries=[self._entry(i, parcel) for i, parcel in enumerate(batch)],
+                )
+            confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
+            failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
+        except AWS_ERRORS as exc:
+            return await self._after_error(batch, exc)
+        except (AttributeError, KeyError, TypeError):  # an answer, but not of SQS's making
+            return await self._after_error(batch, ResponseParserError("not an answer of SQS"))
+        again = []
+        for i, parcel in enumerate(batch):
+            if sqs_message_id := confirmed.get(str(i)):
+                parcel.done(sqs_message_id, None)
+            elif (failure := failed.get(str(i))) and failure.get("SenderFault"):
+                parcel.done(None, self._refused(str(failure.get("Code"))))
+            else:
+                parcel.uncertain = parcel.uncertain or failure is None
+                again.append(parcel)
+        return again
+
+    async def _after_error(self, batch: list[Parcel], exc: BaseException) -> list[Parcel]:
+        """A call that failed whole: wait and retry, or find the one entry that SQS refuses."""
+        if passes(exc):
+            logger.warning("queue %s: SendMessageBatch failed with %s", self._name, error_code(exc))
+            nothing_sent = isinstance(exc, SdkConnectionError) or error_code(exc) in PASSING_CODES
+            for parcel in batch:
+                parcel.uncertain = parcel.uncertain or not nothing_sent
+            return batch
+        if len(batch) == 1:
+            logger.error("queue %s: a message was refused with %s", self._name, exc)
+            batch[0].done(None, self._refused(error_code(exc)))
+        else:
+            for parcel in batch:
+                await self._deliver([parcel])
+        return []
+
+    def _refused(self, code: str) -> BadMessage:
+        return BadMessage(
+            ErrorCode.REJECTED, f"The agent's queue refused the message ({code}).", retryable=False
+        )
+
+    def _entry(self, i: int, parcel: Parcel) -> Any:
+        """A SendMessageBatchRequestEntry."""
+        entry = {
+            "Id": str(i),
+            "MessageBody": parcel.body,
+            "MessageAttributes": {
+                name: {"DataType": "String", "StringValue": value}
+                for name, value in parcel.attributes.items()
+            },
+        }
+        if self._fifo:
+            entry["MessageGroupId"] = fifo_id(parcel.group_id)
+            entry["MessageDeduplicationId"] = fifo_id(parcel.message_id)
+        return entry
+
+
+class Forwarder:
+    """Takes forwards for all agents, within bounds of count and bytes.
+
+    The promise: ``done`` is called once for every parcel taken, with SQS's message id only after
+    SQS accepted it, and with an error within ``timeout_s`` otherwise.
+    """
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        sqs: SQSClient,
+        queue_urls: Mapping[str, str],
+        timeout_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self._lanes = {name: Lane(tasks, sqs, name, queue) for name, queue in queue_urls.items()}
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._waiting = 0
+        self._waiting_bytes = 0
+
+    def submit(
+        self,
+        queue: str,
+        message: AgentMessage,
+        done: Callable[[str | None, BadMessage | None], None],
+    ) -> None:
+        """Have ``message`` sent to ``queue``.
+
+        Raises:
+            BadMessage: it cannot be sent at all, or too much is waiting. ``done`` is not called.
+        """
+        body = encode(message).decode()
+        attributes = {"MessageType": message.type, "Timestamp": message.timestamp}
+        size = len(body.encode()) + sum(len(k) + len(v) + 6 for k, v in attributes.items())
+        if size > SQS_BATCH_BYTES:
+            raise BadMessage(
+                ErrorCode.TOO_LARGE, f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes."
+            )
+        if found := re.search(UNSENDABLE, body):
+            raise BadMessage(
+                ErrorCode.INVALID_CHARACTER,
+                f"SQS takes no U+{ord(found[0]):04X} in a message; write it as a JSON escape.",
+            )
+        if self._waiting >= FORWARDS_WAITING or self._waiting_bytes + size > FORWARDS_WAITING_BYTES:
+            raise BadMessage(
+                ErrorCode.OVERLOADED, "Too many messages are waiting; send it again later.", retryable=True
+            )
+        now = time.monotonic()
+        parcel = Parcel(
+            body=body,
+            attributes=attributes,
+            group_id=message.project_id or message.connection_id,
+            message_id=message.message_id,
+            deadline=now + self._timeout_s,
+            done=done,
+            size_bytes=size,
+            started_at=now,
+        )
+        parcel.done = lambda sqs_message_id, error: self._settle(parcel, done, sqs_message_id, error)
+        self._waiting += 1
+        self._waiting_bytes += size
+        self._lanes[queue].batcher.add(parcel, size)
+
+    def _settle(
+        self,
+        parcel: Parcel,
+        done: Callable[[str | None, BadMessage | None], None],
+        sqs_message_id: str | None,
+        error: BadMessage | None,
+    ) -> None:
+        self._waiting -= 1
+        self._waiting_bytes -= parcel.size_bytes
+        if error is None:
+            self._metrics.forwarded(time.monotonic() - parcel.started_at)
+        else:
+            self._metrics.forward_errors += 1
+        done(sqs_message_id, error)
+
+    async def idle(self) -> None:
+        """Return once every parcel is settled."""
+        for lane in self._lanes.values():
+            await lane.batcher.idle()
+
+
+# --- Event log ------------------------------------------------------------------------------
+# One ordered log a project, in DynamoDB. Knows no connections and no SQS.
+#
+#   PK=EVENTLOG      SK=EPOCH             epoch: one random id a table
+#   PK=PROJECT#<id>  SK=EVENTLOG          seq: of the last event; never expires
+#   PK=PROJECT#<id>  SK=EVENT#<seq>       type, data, event_id, timestamp, expires_at
+#   PK=PROJECT#<id>  SK=METADATA          the platform's own state of the project
+
+
+def event_key(seq: int) -> str:
+    return f"EVENT#{seq:016d}"
+
+
+def unix_s(stamp: str) -> float:
+    return datetime.fromisoformat(stamp).timestamp()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Entry:
+    """An update to be appended.
+
+    Attributes:
+        event_id: what recognises it when it comes again.
+        look_back_to: unix seconds since when it may already be in the log; ``None`` if it cannot.
+        sent_at: when the agent sent it, unix seconds.
+        event: what became of it, once it is in the log.
+    """
+
+    update: Update
+    event_id: str
+    look_back_to: float | None
+    sent_at: float
+    event: Event | None = None
+
+
+class Head:
+    """What this task knows of the end of one project's log.
+
+    ``known`` has, by event id, the seq and timestamp of every event that is above ``low``, so of
+    every event since ``reaches_back_to``, unix seconds, up to ``seq``.
+    """
+
+    __slots__ = ("known", "low", "reaches_back_to", "seq")
+
+    def __init__(self, seq: int, now: float) -> None:
+        self.seq = self.low = seq
+        self.reaches_back_to = now
+        self.known: dict[str, tuple[int, str]] = {}
+
+    def learn(self, event_id: str, seq: int, stamp: str) -> None:
+        self.seq = max(self.seq, seq)
+        self.known[event_id] = (seq, stamp)
+        while len(self.known) > EVENT_IDS_REMEMBERED:
+            oldest = next(iter(self.known))
+            self.low, forgotten = self.known.pop(oldest)
+            self.reaches_back_to = unix_s(forgotten) + 0.001
+
+
+class EventLog:
+    """Append, read, head.
+
+    An append is one transaction, conditional on the head being where this task last saw it: of
+    two tasks one wins, and the other reads what it missed and tries again. A call whose outcome
+    is unknown is settled in the same way, by looking for its event ids in the log.
+    """
+
+    def __init__(self, dynamodb: DynamoDBClient, table: str, retention_s: int) -> None:
+        self._dynamodb = dynamodb
+        self._table = table
+        self._retention_s = retention_s
+        self._heads: dict[str, Head] = {}
+        self.part = Part("event log")
+        self.epoch = ""
+
+    async def open(self) -> None:
+        """Read the table's epoch, or be the first to write it.
+
+        Raises:
+            UpstreamLost: the table is missing, or closed to this task.
+        """
+        key: Any = {"PK": {"S": "EVENTLOG"}, "SK": {"S": "EPOCH"}}
+        while not self.epoch:
+            item = await self._get(key)
+            self.epoch = item["epoch"]["S"] if item else ""
+            if not item:
+                await self.part.insist("PutItem", lambda: self._put_epoch(key))
+
+    async def _put_epoch(self, key: dict[str, Any]) -> None:
+        item = {**key, "epoch": {"S": uuid.uuid4().hex}}
+        try:
+            await self._dynamodb.put_item(
+                TableName=self._table, Item=item, ConditionExpression="attribute_not_exists(PK)"
+            )
+        except ClientError as exc:
+            if error_code(exc) != "ConditionalCheckFailedException":
+                raise
+
+    async def _get(self, key: dict[str, Any]) -> dict[str, Any]:
+        answer = await self.part.insist(
+            "GetItem",
+            lambda: self._dynamodb.get_item(TableName=self._table, Key=key, ConsistentRead=True),
+        )
+        return cast("dict[str, Any]", answer.get("Item", {}))
+
+    async def head(self, project_id: str) -> int:
+        """``seq`` of the project's last event; 0 for an empty log."""
+        item = await self._get({"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "EVENTLOG"}})
+        return int(item["seq"]["N"]) if item else 0
+
+    async def heads(self, project_ids: Sequence[str]) -> dict[str, int]:
+        """``head`` of many at the price of a hundredth of the calls; may lag by a moment."""
+        found: dict[str, int] = {}
+        left: list[Any] = [
+            {"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "EVENTLOG"}} for project_id in project_ids
+        ]
+        while left:
+            request, left = {self._table: {"Keys": left[:100]}}, left[100:]
+            answer = await self.part.insist(
+                "BatchGetItem",
+                lambda request=request: self._dynamodb.batch_get_item(RequestItems=request),  # type: ignore[misc]
+            )
+            for item in answer.get("Responses", {}).get(self._table, ()):
+                found[item["PK"]["S"].removeprefix("PROJECT#")] = int(item["seq"]["N"])
+            left += answer.get("UnprocessedKeys", {}).get(self._table, {}).get("Keys", ())
+        return found
+
+    async def read(self, project_id: str, after: int) -> list[Event]:
+        """The next events after ``after`` that have not expired: up to a page, at most 1 MB.
+
+        An empty list means the end of the log; a first ``seq`` other than ``after + 1`` a hole.
+        """
+        low = event_key(after + 1)
+        while True:
+            items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
+            now = time.time()
+            events = [
+                Event.of(event_message(project_id, item))
+                for item in items
+                if int(item["expires_at"]["N"]) > now
+            ]
+            if events or not low:
+                return events
+
+    async def _query(
+        self, project_id: str, low: str, high: str, *, forward: bool
+    ) -> tuple[list[dict[str, Any]], str]:
+        """A page of the items between two sort keys, and the key with which the next one begins.
+
+        Bounded on both sides: EVENTLOG and METADATA sort after EVENT#.
+        """
+        answer = await self.part.insist(
+            "Query",
+            lambda: self._dynamodb.query(
+                TableName=self._table,
+                KeyConditionExpression="PK = :project AND SK BETWEEN :low AND :high",
+                ExpressionAttributeValues={
+                    ":project": {"S": f"PROJECT#{project_id}"},
+                    ":low": {"S": low},
+                    ":high": {"S": high},
+                },
+                ConsistentRead=True,
+                ScanIndexForward=forward,
+                Limit=100,
+            ),
+        )
+        if "LastEvaluatedKey" not in answer:
+            return cast("list[dict[str, Any]]", answer["Items"]), ""
+        last = int(answer["LastEvaluatedKey"]["SK"]["S"].removeprefix("EVENT#"))
+        return cast("list[dict[str, Any]]", answer["Items"]), event_key(last + (1 if forward else -1))
+
+    async def append(self, project_id: str, entries: Sequence[Entry]) -> list[Event]:
+        """Append what is not in the log yet.
+
+        One call at a time a project. Sets ``event`` of every entry, also of those that were in
+        the log before, and returns, in order, other tasks' events that were met on the way.
+
+        Raises:
+            UpstreamLost: the table is gone, or its log went back.
+        """
+        head = await self._head_to_append(project_id)
+        await self._look_back(project_id, head, entries)
+        met: list[Event] = []
+        attempt = 0
+        while fresh := unknown_to(head, entries):
+            chunk = numbered(project_id, head.seq, fresh)
+            attempt += 1
+            if await self._transact(project_id, head, chunk, attempt):
+                for entry, message in chunk:
+                    head.learn(entry.event_id, cast("int", message.seq), message.timestamp)
+            else:
+                met += await self._catch_up(project_id, head)
+        own = set()
+        for entry in entries:
+            seq, stamp = head.known[entry.event_id]
+            own.add(seq)
+            update = entry.update
+            message = EventMessage(update.type, project_id, update.data, seq, stamp)
+            entry.event = Event.of(message, entry.sent_at)
+        return [event for event in met if event.seq not in own]
+
+    async def _head_to_append(self, project_id: str) -> Head:
+        head = self._heads.pop(project_id, None)
+        if head is None:
+            head = Head(await self.head(project_id), time.time())
+        self._heads[project_id] = head  # the latest used comes last
+        while len(self._heads) > HEADS_REMEMBERED:
+            del self._heads[next(iter(self._heads))]
+        return head
+
+    async def _look_back(self, project_id: str, head: Head, entries: Sequence[Entry]) -> None:
+        """Get to know the event ids that entries which come again may have."""
+        bounds = [entry.look_back_to for entry in entries if entry.look_back_to is not None]
+        if not bounds or min(bounds) >= head.reaches_back_to:
+            return
+        bound, older, high = min(bounds), {}, event_key(head.low)
+        while high:
+            items, high = await self._query(project_id, event_key(0), high, forward=False)
+            for item in items:
+                head.low = int(item["SK"]["S"].removeprefix("EVENT#")) - 1
+                older[item["event_id"]["S"]] = (head.low + 1, item["timestamp"]["S"])
+            if items and unix_s(items[-1]["timestamp"]["S"]) < bound:
+                break
+        head.known = {**dict(reversed(older.items())), **head.known}
+        head.reaches_back_to = bound
+
+    async def _transact(
+        self, project_id: str, head: Head, chunk: list[tuple[Entry, EventMessage]], attempt: int
+    ) -> bool:
+        """Write head and events in one transaction. ``False``: read the log again before more."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await self._dynamodb.transact_write_items(
+                    TransactItems=self._transaction(project_id, head.seq, chunk)
+                )
+        except AWS_ERRORS as exc:
+            response = cast("dict[str, Any]", getattr(exc, "response", {}))
+            reasons = {reason.get("Code") for reason in response.get("CancellationReasons", [])}
+            if "ConditionalCheckFailed" in reasons:
+                return False
+            transient = {"TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
+            if not passes(exc) and not reasons & transient:
+                raise self.part.lost(exc, "TransactWriteItems") from exc
+            self.part.failed(exc, "TransactWriteItems")
+            await asyncio.sleep(full_jitter_s(attempt))
+            return False
+        self.part.worked()
+        return True
+
+    def _transaction(
+        self, project_id: str, seq: int, chunk: list[tuple[Entry, EventMessage]]
+    ) -> list[Any]:
+        project = {"S": f"PROJECT#{project_id}"}
+        expires_at = {"N": str(int(time.time()) + self._retention_s)}
+        head = {
+            "TableName": self._table,
+            "Key": {"PK": project, "SK": {"S": "EVENTLOG"}},
+            "UpdateExpression": "SET seq = :after",
+            "ConditionExpression": "seq = :before" if seq else "attribute_not_exists(PK)",
+            "ExpressionAttributeValues": {":after": {"N": str(seq + len(chunk))}},
+        }
+        if seq:
+            head["ExpressionAttributeValues"][":before"] = {"N": str(seq)}  # type: ignore[index]
+        puts = [
+            {
+                "TableName": self._table,
+                "Item": {
+                    "PK": project,
+                    "SK": {"S": event_key(cast("int", message.seq))},
+                    "type": {"S": message.type},
+                    "data": {"S": bytes(message.data).decode()},
+                    "event_id": {"S": entry.event_id},
+                    "timestamp": {"S": message.timestamp},
+                    "expires_at": expires_at,
+                },
+            }
+            for entry, message in chunk
+        ]
+        return [{"Update": head}, *({"Put": put} for put in puts)]
+
+    async def _catch_up(self, project_id: str, head: Head) -> list[Event]:
+        """Learn what was appended after ``head``, by other tasks or by a call of unknown outcome."""
+        events, before, low = [], head.seq, event_key(head.seq + 1)
+        while low:
+            items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
+            for item in items:
+                message = event_message(project_id, item)
+                head.learn(item["event_id"]["S"], cast("int", message.seq), message.timestamp)
+                events.append(Event.of(message))
+        if not events:
+            now_at = await self.head(project_id)
+            if now_at < before:
+                raise UpstreamLost(
+                    f"event log: {project_id!r} went back from seq {before} to {now_at}; "
+                    "the table was wiped or restored"
+                )
+            head.seq = now_at  # whatever came in between has expired
+        return events
+
+
+def event_message(project_id: str, item: Mapping[str, Any]) -> EventMessage:
+    """An item of the log as clients get it."""
+    return EventMessage(
+        type=item["type"]["S"],
+        project_id=project_id,
+        data=Raw(item["data"]["S"].encode()),
+        seq=int(item["SK"]["S"].removeprefix("EVENT#")),
+        timestamp=item["timestamp"]["S"],
+    )
+
+
+def unknown_to(head: Head, entries: Sequence[Entry]) -> list[Entry]:
+    """The entries that are not in the log yet, each event id once."""
+    fresh = {entry.event_id: entry for entry in reversed(entries) if entry.event_id not in head.known}
+    return [entry for entry in entries if fresh.get(entry.event_id) is entry]
+
+
+def numbered(
+    project_id: str, seq: int, entries: Sequence[Entry]
+) -> list[tuple[Entry, EventMessage]]:
+    """As many of ``entries`` as one transaction takes, with the next numbers after ``seq``."""
+    stamp = timestamp()
+    chunk: list[tuple[Entry, EventMessage]] = []
+    size = 0
+    for entry in entries[:TRANSACTION_EVENTS]:
+        size += len(bytes(entry.update.data)) + 1_024
+        if chunk and size > TRANSACTION_BYTES:
+            break
+        seq += 1
+        chunk.append((entry, EventMessage(entry.update.type, project_id, entry.update.data, seq, stamp)))
+    return chunk
+
+
+# --- Backplane ------------------------------------------------------------------------------
+# Agents' updates in, events out to this task's channels and to the other tasks. Knows no sockets.
+
+
+def milliseconds(attributes: Mapping[str, str], name: str) -> float:
+    """A time attribute of an SQS message as unix seconds; 0 where it is missing."""
+    return int(attributes.get(name, "0")) / 1000
+
+
+class Feed:
+    """Keeps every channel of this task equal to its log, and brings newcomers up to it.
+
+    A channel's cursor moves only by one: lower is a duplicate, higher is a gap, and what is in a
+    gap is read from the log before anything else is delivered.
+    """
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        log: EventLog,
+        registry: Registry,
+        fan_out: FanOut,
+        metrics: Metrics,
+        max_catchup_events: int,
+        read_state: Callable[[str], Awaitable[Any]],
+    ) -> None:
+        self._tasks = tasks
+        self._log = log
+        self._registry = registry
+        self._fan_out = fan_out
+        self._metrics = metrics
+        self._max_catchup_events = max_catchup_events
+        self._read_state = read_state
+        self._reads = asyncio.Semaphore(CATCHUP_READS)
+
+    def accept(self, event: Event) -> None:
+        """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled."""
+        channel = self._registry.channels.get(event.project_id)
+        if channel is None:
+            return
+        if event.seq is None:
+            self._fan_out.push(channel, event)
+            return
+        placement = channel.place(event)
+        if placement is Placement.NEXT:
+            self._fan_out.push(channel, event)
+        elif placement is Placement.GAP and channel.cursor is not None:
+            self._fill_soon(channel)
+
+    def subscribe(self, connection: Connection, request: Subscribe) -> None:
+        """Confirm, send what was missed, go live; at once where the channel remembers enough."""
+        self.unsubscribe(connection, request.project_id)
+        channel = self._registry.channel(request.project_id)
+        ahead = request.since is not None and request.since > (channel.cursor or 0)
+        if channel.cursor is not None and not request.snapshot and not ahead:
+            position, recovered = self._resume_at(channel, request)
+            if position >= channel.floor:
+                self._confirm(connection, channel, recovered)
+                self._go_live(connection, channel, position)
+                return
+        channel.visitors += 1
+        task = self._tasks.create_task(self._catch_up(connection, channel, request))
+        connection.catching_up[request.project_id] = task
+
+    def unsubscribe(self, connection: Connection, project_id: str) -> None:
+        """Stop a subscription wherever it stands."""
+        if task := connection.catching_up.pop(project_id, None):
+            task.cancel()
+        self._registry.leave(connection, project_id)
+
+    def _resume_at(self, channel: Channel, request: Subscribe) -> tuple[int, bool | UnsetType]:
+        """The last ``seq`` the client has, and whether what follows can be had."""
+        cursor = channel.cursor or 0
+        if request.since is None:
+            return cursor, UNSET
+        other_log = request.epoch is not None and request.epoch != self._log.epoch
+        if other_log or not 0 <= cursor - request.since <= self._max_catchup_events:
+            return cursor, False
+        return request.since, True
+
+    def _confirm(
+        self, connection: Connection, channel: Channel, recovered: bool | UnsetType
+    ) -> None:
+        message = SubscriptionConfirmed(
+            channel.project_id, channel.cursor or 0, self._log.epoch, recovered
+        )
+        connection.send(encode(message))
+
+    def _go_live(self, connection: Connection, channel: Channel, position: int) -> None:
+        """Put the connection on the live list, with no event between ``position`` and live lost.
+
+        All in one step of the loop: what is pending for others is written first, so that nothing
+        reaches the newcomer twice.
+        """
+        self._fan_out.flush_channel(channel)
+        missed = [event for event in channel.recent if cast("int", event.seq) > position]
+        connection.send_events(missed)
+        self._registry.join(connection, channel)
+
+    async def _catch_up(
+        self, connection: Connection, channel: Channel, request: Subscribe
+    ) -> None:
+        """Bring one client to the end of the log, as fast as it reads, and go live."""
+        try:
+            await self.open(channel)
+            if request.since is not None and request.since > (channel.cursor or 0):
+                await self._fill(channel)  # the client comes from a task that is ahead of this one
+            position, recovered = self._resume_at(channel, request)
+            events = await self._read_on(channel, position)
+            if events is None:
+                position, recovered, events = channel.cursor or 0, False, []
+            self._confirm(connection, channel, recovered)
+            if request.snapshot:
+                await self._send_snapshot(connection, request.project_id)
+            while position < channel.floor:
+                for chunk in chunks(events):
+                    connection.send_events(chunk)
+                    await connection.drained()
+                position = cast("int", events[-1].seq) if events else position
+                events = await self._read_on(channel, position)
+                if events is None:
+                    position, events = channel.cursor or 0, []
+                    self._confirm(connection, channel, False)
+            self._go_live(connection, channel, position)
+        except TimeoutError:
+            self._metrics.slow_consumers_closed += 1
+            connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
+        finally:
+            if connection.catching_up.get(request.project_id) is asyncio.current_task():
+                del connection.catching_up[request.project_id]
+            channel.visitors -= 1
+            self._registry.release(channel)
+
+    async def _read_on(self, channel: Channel, position: int) -> list[Event] | None:
+        """What follows ``position`` and is older than what the channel remembers; a page of it.
+
+        ``None`` if the log no longer reaches back so far.
+        """
+        if position >= channel.floor:
+            return []
+        self._metrics.catch_ups += 1
+        events = await self._read(channel, position)
+        if not events or events[0].seq != position + 1:
+            return None
+        return events
+
+    async def _read(self, channel: Channel, after: int) -> list[Event]:
+        """A page of the log; what in it is news to the channel is delivered on the way."""
+        async with self._reads:
+            events = await self._log.read(channel.project_id, after)
+        for event in events:
+            if channel.place(event) is Placement.NEXT:
+                self._fan_out.push(channel, event)
+        return events
+
+    async def _send_snapshot(self, connection: Connection, project_id: str) -> None:
+        state = await self._read_state(project_id)
+        connection.send(Encoders.snapshot.encode(ProjectSnapshot(project_id, state)))
+
+    async def open(self, channel: Channel) -> None:
+        """Have the channel's cursor where its log ends; asked for by many, read once."""
+        if channel.cursor is None:
+            if channel.opening is None:
+                channel.opening = self._tasks.create_task(self._open(channel))
+            await asyncio.shield(channel.opening)
+
+    async def _open(self, channel: Channel) -> None:
+        channel.cursor = await self._log.head(channel.project_id)
+        channel.opening = None
+        if channel.wanted > channel.cursor:
+            self._fill_soon(channel)
+
+    def _fill_soon(self, channel: Channel) -> None:
+        if channel.filling is None:
+            self._metrics.gaps_filled += 1
+            channel.filling = self._tasks.create_task(self._fill_gap(channel))
+
+    async def _fill_gap(self, channel: Channel) -> None:
+        try:
+            await self._fill(channel)
+        finally:
+            channel.filling = None
+
+    async def _fill(self, channel: Channel) -> None:
+        """Deliver everything the log has beyond the cursor."""
+        while True:
+            after = channel.cursor or 0
+            events = await self._read(channel, after)
+            if events and cast("int", events[0].seq) > max(after, channel.cursor or 0) + 1:
+                self._skip(channel, cast("int", events[0].seq) - 1)
+            elif not events:
+                break
+        if channel.wanted > (channel.cursor or 0):
+            self._skip(channel, channel.wanted)
+
+    def _skip(self, channel: Channel, seq: int) -> None:
+        """Go on after events that have expired; the listeners are told to refetch their state."""
+        logger.warning("the log of %r has a hole up to %d", channel.project_id, seq)
+        self._fan_out.flush_channel(channel)
+        channel.jump(seq)
+        for connection in tuple(channel.listeners()):
+            self._confirm(connection, channel, False)
+
+    async def audit(self, interval_s: float) -> NoReturn:
+        """Compare every cursor with its log now and then: a lost message has no successor to
+        give it away while its project is quiet.
+        """
+        while True:
+            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))  # noqa: S311
+            open_channels = [
+                name for name, channel in self._registry.channels.items() if channel.cursor is not None
+            ]
+            heads = await self._log.heads(open_channels)
+            await asyncio.sleep(min(1.0, interval_s))  # what is on its way may arrive
+            for project_id, head in heads.items():
+                channel = self._registry.channels.get(project_id)
+                if channel is not None and channel.cursor is not None and channel.cursor < head:
+                    channel.wanted = max(channel.wanted, head)
+                    self._fill_soon(channel)
+
+
+def chunks(events: Sequence[Event]) -> Iterator[list[Event]]:
+    """Runs of events of at most ``CATCHUP_CHUNK_BYTES``, and at least one event each."""
+    chunk: list[Event] = []
+    size = 0
+    for event in events:
+        if chunk and size + len(event.frame) > CATCHUP_CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(event)
+        size += len(event.frame)
+    if chunk:
+        yield chunk
+
+
+async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, Any]]:
+    """The next messages of a queue: waits for the first, then takes what else is there.
+
+    A full batch means that there is more: taken at once, it becomes one append and one write.
+
+    Raises:
+        UpstreamLost: the queue is gone, or closed to this task.
+    """
+    messages: list[dict[str, Any]] = []
+    attempt = 0
+    while True:
+        try:
+            async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+                answer = await sqs.receive_message(
+                    QueueUrl=queue_url,
+                    MaxNumberOfMessages=SQS_BATCH_ENTRIES,
+                    WaitTimeSeconds=0 if messages else LONG_POLL_S,
+                    MessageSystemAttributeNames=[
+                        "ApproximateReceiveCount", "ApproximateFirstReceiveTimestamp", "SentTimestamp",
+                    ],
+                )  # fmt: skip
+        except AWS_ERRORS as exc:
+            if not passes(exc):
+                raise part.lost(exc, "ReceiveMessage") from exc
+            part.failed(exc, "ReceiveMessage")
+            if messages:
+                return messages
+            await asyncio.sleep(full_jitter_s(attempt))
+            attempt += 1
+            continue
+        part.worked()
+        batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
+        messages += batch
+        if len(batch) < SQS_BATCH_ENTRIES or len(messages) >= TRANSACTION_EVENTS - SQS_BATCH_ENTRIES:
+            if messages:
+                return messages
+            attempt = 0
+
+
+class Relay:
+    """The way to the other tasks: the topic, and this task's own queue subscribed to it."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        sqs: SQSClient,
+        sns: SNSClient,
+        topic_arn: str,
+        task_id: str,
+        heartbeat_s: float,
+    ) -> None:
+        self._sqs = sqs
+        self._sns = sns
+        self._topic_arn = topic_arn
+        self._heartbeat_s = heartbeat_s
+        *_, self._region, self._account, topic = topic_arn.split(":")
+        self._prefix = f"{topic[:40]}-task-"
+        self._name = self._prefix + re.sub(r"[^\w-]", "-", task_id)[: 80 - len(self._prefix)]
+        self._queue_url = ""
+        self._subscription_arn = ""
+        self._unpublished = Batcher(
+            tasks, self._publish, entries=1_000, size_bytes=SNS_MESSAGE_BYTES - 1_024, calls=1
+        )
+        self._read = Batcher(tasks, self._delete)
+        self.part = Part("fan-out")
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._subscription_arn)
+
+    async def start(self) -> None:
+        """Create this task's queue and subscribe it.
+
+        The policy goes into CreateQueue: a later attribute change takes up to 60 s, in which
+        every event would be lost.
+        """
+        arn_start = self._topic_arn.split(":sns:")[0]
+        queue_arn = f"{arn_start}:sqs:{self._region}:{self._account}:{self._name}"
+        policy = {
+            "Version": "2012-10-17",
+            "Statement": [
+                {
+                    "Sid": "TopicMaySend",
+                    "Effect": "Allow",
+                    "Principal": {"Service": "sns.amazonaws.com"},
+                    "Action": "sqs:SendMessage",
+                    "Resource": queue_arn,
+                    "Condition": {"ArnEquals": {"aws:SourceArn": self._topic_arn}},
+                }
+            ],
+        }
+        queue = await self.part.insist(
+            "CreateQueue",
+            lambda: self._sqs.create_queue(
+                QueueName=self._name,
+                Attributes={
+                    "MessageRetentionPeriod": str(FAN_OUT_RETENTION_S),
+                    "Policy": json.dumps(policy),
+                },
+                tags={"heartbeat": str(int(time.time()))},
+            ),
+        )
+        self._queue_url = queue["QueueUrl"]
+        subscription = await self.part.insist(
+            "Subscribe",
+            lambda: self._sns.subscribe(
+                TopicArn=self._topic_arn,
+                Protocol="sqs",
+                Endpoint=queue_arn,
+                Attributes={"RawMessageDelivery": "true"},
+                ReturnSubscriptionArn=True,
+            ),
+        )
+        self._subscription_arn = subscription["SubscriptionArn"]
+        logger.info("fan-out queue ready", extra={"queue": self._name})
+
+    def publish(self, carried: Carried, done: Callable[[], None]) -> None:
+        """Have an event brought to the other tasks; ``done`` is called when the topic has it."""
+        size = len(bytes(carried.payload)) + len(carried.project_id.encode()) + 128
+        self._unpublished.add((carried, done), size)
+
+    async def _publish(self, batch: list[tuple[Carried, Callable[[], None]]]) -> None:
+        body = encode(Carrier(self._name, [carried for carried, _ in batch])).decode()
+        await self.part.insist(
+            "Publish", lambda: self._sns.publish(TopicArn=self._topic_arn, Message=body)
+        )
+        for _, done in batch:
+            done()
+
+    async def run(self, accept: Callable[[Carried], None]) -> NoReturn:
+        """Hand what the other tasks publish to ``accept``."""
+        while True:
+            for message in await receive(self._sqs, self._queue_url, self.part):
+                try:
+                    carrier = Decoders.carrier.decode(message["Body"])
+                except (msgspec.DecodeError, RecursionError) as exc:
+                    logger.error("fan-out: a message cannot be read: %s", exc)
+                else:
+                    if carrier.origin != self._name:
+                        for carried in carrier.events:
+                            accept(carried)
+                self._read.add(message["ReceiptHandle"])
+
+    async def _delete(self, receipts: list[str]) -> None:
+        """Delete what was accepted. A failure is harmless: a repeat is recognised by its seq."""
+        try:
+            await delete(self._sqs, self._queue_url, receipts)
+        except AWS_ERRORS as exc:
+            self.part.failed(exc, "DeleteMessageBatch")
+
+    async def flushed(self) -> None:
+        """Return once everything was published."""
+        await self._unpublished.idle()
+
+    async def heartbeat(self) -> NoReturn:
+        """Show signs of life, and clear away what killed tasks have left."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
+            tags = {"heartbeat": str(int(time.time()))}
+            await self.part.insist(
+                "TagQueue", lambda: self._sqs.tag_queue(QueueUrl=self._queue_url, Tags=tags)  # noqa: B023
+            )
+            await self.part.insist(
+                "GetSubscriptionAttributes",
+                lambda: self._sns.get_subscription_attributes(SubscriptionArn=self._subscription_arn),
+            )
+            try:
+                await self._reap()
+            except AWS_ERRORS as exc:  # the next heartbeat tries again
+                logger.warning("fan-out: reaping stopped with %s", error_code(exc))
+
+    async def _reap(self) -> None:
+        """Remove queues whose heartbeat has stopped, and subscriptions whose queue is gone.
+
+        Subscriptions are listed before queues: a task creates its queue first, so one whose queue
+        is not in the later list, and cannot be found by name either, has none.
+        """
+        subscriptions = await self._subscriptions()
+        stale_before = time.time() - STALE_AFTER_HEARTBEATS * self._heartbeat_s
+        for name, arn in subscriptions.items():
+            if name != self._name and not await self._alive(name, stale_before):
+                with gone_is_fine():
+                    await self._sns.unsubscribe(SubscriptionArn=arn)
+        async for page in self._sqs.get_paginator("list_queues").paginate(QueueNamePrefix=self._prefix):
+            for queue_url in page.get("QueueUrls", ()):
+                name = queue_url.rsplit("/", 1)[-1]
+                if name != self._name and not await self._alive(name, stale_before):
+                    logger.warning("removing the fan-out queue of a dead task", extra={"queue": name})
+                    with gone_is_fine():
+                        await self._sqs.delete_queue(QueueUrl=queue_url)
+
+    async def _subscriptions(self) -> dict[str, str]:
+        """Queue name to subscription ARN, of the topic's subscriptions that tasks have made."""
+        found = {}
+        pages = self._sns.get_paginator("list_subscriptions_by_topic")
+        async for page in pages.paginate(TopicArn=self._topic_arn):
+            for subscription in page["Subscriptions"]:
+                name = subscription["Endpoint"].rsplit(":", 1)[-1]
+                if name.startswith(self._prefix):
+                    found[name] = subscription["SubscriptionArn"]
+        return found
+
+    async def _alive(self, name: str, stale_before: float) -> bool:
+        heartbeat = 0.0
+        with gone_is_fine():
+            queue = await self._sqs.get_queue_url(QueueName=name)
+            tags = await self._sqs.list_queue_tags(QueueUrl=queue["QueueUrl"])
+            heartbeat = float(tags.get("Tags", {}).get("heartbeat", "0"))
+        return heartbeat >= stale_before
+
+    async def close(self) -> None:
+        """Unsubscribe, then delete the queue; what fails is left for others to reap."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                if self._subscription_arn:
+                    await self._sns.unsubscribe(SubscriptionArn=self._subscription_arn)
+                if self._queue_url:
+                    await self._sqs.delete_queue(QueueUrl=self._queue_url)
+        except AWS_ERRORS as exc:
+            logger.warning("fan-out: the queue stays behind: %s", error_code(exc))
+
+
+@contextlib.contextmanager
+def gone_is_fine() -> Iterator[None]:
+    """What is to be removed may have been removed by another task."""
+    try:
+        yield
+    except ClientError as exc:
+        if error_code(exc) not in {
+            "AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist", "NotFound", "NotFoundException",
+        }:  # fmt: skip
+            raise
+
+
+async def delete(sqs: SQSClient, queue_url: str, receipts: Sequence[str]) -> list[str]:
+    """Delete up to ten messages; returns the receipts of those that are still there."""
+    entries: Any = [{"Id": str(i), "ReceiptHandle": r} for i, r in enumerate(receipts)]
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        answer = await sqs.delete_message_batch(QueueUrl=queue_url, Entries=entries)
+    return [
+        receipts[int(failure["Id"])]
+        for failure in answer.get("Failed", ())
+        if not failure.get("SenderFault")
+    ]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Received:
+    """A message of the updates queue that can be read, with its place in the log to come."""
+
+    update: Update
+    entry: Entry
+    receipt: str
+
+    @property
+    def logged(self) -> bool:
+        return not self.update.ephemeral and self.update.connection_id is None
+
+
+class Intake:
+    """Takes agents' updates from their queue to the log, to this task's clients and to the topic.
+
+    The order of work for an update: append, deliver here, publish, delete. A crash in between
+    repeats it, and a repeat is recognised, so that no step needs to be undone. Per project one
+    batch at a time is under way, in the order of receipt; projects do not wait for each other.
+    """
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        sqs: SQSClient,
+        queue_url: str,
+        log: EventLog,
+        relay: Relay | None,
+        accept: Callable[[Event, str | None], bool],
+        metrics: Metrics,
+    ) -> None:
+        self._tasks = tasks
+        self._sqs = sqs
+        self._url = queue_url
+        self._log = log
+        self._relay = relay
+        self._accept = accept
+        self._metrics = metrics
+        self._lanes: dict[str, deque[Received]] = {}
+        self._held: dict[str, float] = {}
+        self._room = asyncio.Event()
+        self._done = Batcher(tasks, self._delete)
+        self._has_dead_letter_queue = False
+        self._stopping = False
+        self.part = Part("updates queue")
+
+    def stop(self) -> None:
+        """Receive no more, once the call under way has returned."""
+        self._stopping = True
+
+    async def run(self) -> None:
+        """Receive until ``stop``, whenever there is room for more."""
+        attributes = await self.part.insist(
+            "GetQueueAttributes",
+            lambda: self._sqs.get_queue_attributes(QueueUrl=self._url, AttributeNames=["RedrivePolicy"]),
+        )
+        self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
+        while not self._stopping:
+            while len(self._held) >= UPDATES_IN_HAND:
+                self._room.clear()
+                await self._room.wait()
+            for message in await receive(self._sqs, self._url, self.part):
+                self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        receipt = message["ReceiptHandle"]
+        attributes = message.get("Attributes", {})
+        receives = int(attributes.get("ApproximateReceiveCount", "1"))
+        try:
+            update = decode_update(message["Body"])
+        except UnreadableUpdate as exc:
+            self._tasks.create_task(self._give_back(message, receives, exc))
+            return
+        now = time.time()
+        look_back_to = None
+        if receives > 1:
+            first = milliseconds(attributes, "ApproximateFirstReceiveTimestamp")
+            look_back_to = first - CLOCK_SKEW_S
+        if update.event_id is not None:  # the agent itself may have sent it twice
+            look_back_to = min(look_back_to or now, now - EVENT_ID_WINDOW_S)
+        event_id = update.event_id or message["MessageId"]
+        entry = Entry(update, event_id, look_back_to, milliseconds(attributes, "SentTimestamp"))
+        project_id = update.project_id or EVERYONE
+        self._held[receipt] = time.monotonic()
+        lane = self._lanes.get(project_id)
+        if lane is None:
+            lane = self._lanes[project_id] = deque()
+            self._tasks.create_task(self._work(project_id, lane))
+        lane.append(Received(update, entry, receipt))
+
+    async def _work(self, project_id: str, lane: deque[Received]) -> None:
+        """Bring one project's updates through, in order, until none is left."""
+        while lane:
+            batch = [lane.popleft() for _ in range(min(len(lane), TRANSACTION_EVENTS))]
+            logged = [received.entry for received in batch if received.logged]
+            if logged:
+                for event in await self._log.append(project_id, logged):
+                    self._accept(event, None)  # another task's, met on the way
+            for received in batch:
+                self._bring_on(project_id, received)
+        del self._lanes[project_id]
+
+    def _bring_on(self, project_id: str, received: Received) -> None:
+        """Deliver here, then publish, then delete."""
+        update, event = received.update, received.entry.event
+        if event is None:
+            message = EventMessage(update.type, project_id, update.data, None, timestamp())
+            event = Event.of(message, received.entry.sent_at)
+        found = self._accept(event, update.connection_id)
+        if self._relay is None or found:
+            self._done.add(received.receipt)
+            return
+        carried = Carried(
+            project_id, event.seq, update.connection_id, event.sent_at, Raw(event.payload)
+        )
+        self._relay.publish(carried, lambda: self._done.add(received.receipt))
+
+    async def _delete(self, receipts: list[str]) -> None:
+        """Delete what is done. What stays comes again, and is recognised."""
+        left = receipts
+        for attempt in range(3):
+            try:
+                left = await delete(self._sqs, self._url, left)
+            except AWS_ERRORS as exc:
+                if not passes(exc):
+                    raise self.part.lost(exc, "DeleteMessageBatch") from exc
+                self.part.failed(exc, "DeleteMessageBatch")
+            else:
+                self.part.worked()
+                if not left:
+                    break
+            await asyncio.sleep(full_jitter_s(attempt))
+        for receipt in receipts:
+            self._held.pop(receipt, None)
+        self._room.set()
+
+    async def _give_back(self, message: dict[str, Any], receives: int, why: UnreadableUpdate) -> None:
+        """Make an unreadable update visible again at once: its dead-letter queue gets it within
+        milliseconds, and nothing of its FIFO group has to wait for a visibility timeout.
+        """
+        last = receives >= UPDATE_RECEIVES and not self._has_dead_letter_queue
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                if last:
+                    logger.error("update deleted, unreadable: %s: %s", why, message["Body"])
+                    await delete(self._sqs, self._url, [message["ReceiptHandle"]])
+                else:
+                    logger.warning("update %s cannot be read: %s", message["MessageId"], why)
+                    await self._sqs.change_message_visibility(
+                        QueueUrl=self._url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=0
+                    )
+        except AWS_ERRORS as exc:  # its visibility timeout does the same, later
+            self.part.failed(exc, "ChangeMessageVisibility")
+
+    async def keep(self) -> NoReturn:
+        """Hold on to updates that take long, as while DynamoDB throttles: given back, they would
+        be received until the dead-letter queue takes them.
+        """
+        while True:
+            await asyncio.sleep(UPDATE_VISIBILITY_S / 4)
+            long_ago = time.monotonic() - UPDATE_VISIBILITY_S / 4
+            held = [receipt for receipt, since in self._held.items() if since < long_ago]
+            for start in range(0, len(held), SQS_BATCH_ENTRIES):
+                entries: Any = [
+                    {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": UPDATE_VISIBILITY_S}
+                    for i, receipt in enumerate(held[start : start + SQS_BATCH_ENTRIES])
+                ]
+                try:
+                    async with asyncio.timeout(CALL_TIMEOUT_S):
+                        await self._sqs.change_message_visibility_batch(
+                            QueueUrl=self._url, Entries=entries
+                        )
+                except AWS_ERRORS as exc:
+                    self.part.failed(exc, "ChangeMessageVisibilityBatch")
+
+    async def idle(self) -> None:
+        """Return once nothing is in hand; meant for after ``run`` was stopped."""
+        while self._held:
+            self._room.clear()
+            await self._room.wait()
+
+
+# --- Metrics --------------------------------------------------------------------------------
+# What is counted, one line a minute for CloudWatch and JSON for GET /stats. Knows no connections.
+
+
+class Unit(StrEnum):
+    COUNT = "Count"
+    SECONDS = "Seconds"
+    MILLISECONDS = "Milliseconds"
+
+
+METRICS = {
+    "ActiveConnections": (Unit.COUNT, "connections open now"),
+    "ConnectionsOpened": (Unit.COUNT, "handshakes completed"),
+    "ConnectionDuration": (Unit.SECONDS, "how long closed connections had lasted"),
+    "Subscriptions": (Unit.COUNT, "live subscriptions now"),
+    "MessagesReceived": (Unit.COUNT, "messages from clients, of every kind"),
+    "MessagesForwarded": (Unit.COUNT, "forwards that SQS has accepted"),
+    "ForwardErrors": (Unit.COUNT, "forwards taken and then answered with an error"),
+    "ForwardLatency": (Unit.MILLISECONDS, "from a forward to SQS's confirmation"),
+    "EventsDelivered": (Unit.COUNT, "events written, counted once a listener"),
+    "EventLatency": (Unit.MILLISECONDS, "from the agent's send to the write to the sockets"),
+    "SlowConsumersClosed": (Unit.COUNT, "clients closed with 1013"),
+    "CatchUps": (Unit.COUNT, "reads of the log for clients that came back"),
+    "GapsFilled": (Unit.COUNT, "times that events had to be read from the log after all"),
+    "ProtocolErrors": (Unit.COUNT, "messages answered with an error, and protocol violations"),
+}
+"""Every metric with its unit and meaning; ``docs/METRICS.md`` is made from it."""
+
+SAMPLES = 100  # values an array may have in the Embedded Metric Format
+
+
+class Sample:
+    """At most ``SAMPLES`` values, each of those seen with the same chance (reservoir sampling)."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self._seen = 0
+
+    def add(self, value: float) -> None:
+        self._seen += 1
+        if len(self.values) < SAMPLES:
+            self.values.append(value)
+        elif (place := random.randrange(self._seen)) < SAMPLES:  # noqa: S311
+            self.values[place] = value
+
+    def take(self) -> list[float]:
+        """The values since the last call."""
+        values, self.values, self._seen = self.values, [], 0
+        return [round(value, 3) for value in values]
+
+
+class Metrics:
+    """Counters since the start, and samples since the last line."""
+
+    def __init__(self, environment: str, registry: Registry) -> None:
+        self._environment = environment
+        self._registry = registry
+        self._reported: dict[str, int] = {}
+        self.connections_opened = 0
+        self.messages_received = 0
+        self.messages_forwarded = 0
+        self.forward_errors = 0
+        self.events_delivered = 0
+        self.slow_consumers_closed = 0
+        self.catch_ups = 0
+        self.gaps_filled = 0
+        self.protocol_errors = 0
+        self.connection_duration = Sample()
+        self.forward_latency = Sample()
+        self.event_latency = Sample()
+
+    def forwarded(self, took_s: float) -> None:
+        self.messages_forwarded += 1
+        self.forward_latency.add(took_s * 1000)
+
+    def delivered(self, events: Iterable[Event], listeners: int) -> None:
+        now = time.time()
+        for event in events:
+            self.events_delivered += listeners
+            if event.sent_at and listeners:
+                self.event_latency.add((now - event.sent_at) * 1000)
+
+    def counters(self) -> dict[str, int]:
+        return {
+            "ConnectionsOpened": self.connections_opened,
+            "MessagesReceived": self.messages_received,
+            "MessagesForwarded": self.messages_forwarded,
+            "ForwardErrors": self.forward_errors,
+            "EventsDelivered": self.events_delivered,
+            "SlowConsumersClosed": self.slow_consumers_closed,
+            "CatchUps": self.catch_ups,
+            "GapsFilled": self.gaps_filled,
+            "ProtocolErrors": self.protocol_errors,
+        }
+
+    def gauges(self) -> dict[str, int]:
+        return {
+            "ActiveConnections": len(self._registry.connections),
+            "Subscriptions": self._registry.subscriptions,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """For ``GET /stats``: counters since the start, latencies of the running minute."""
+        samples = {
+            "ConnectionDuration": self.connection_duration,
+            "ForwardLatency": self.forward_latency,
+            "EventLatency": self.event_latency,
+        }
+        latencies = {
+            name: {"p50": values[len(values) // 2], "max": values[-1]}
+            for name, sample in samples.items()
+            if (values := sorted(sample.values))
+        }
+        return {**self.gauges(), **self.counters(), **latencies}
+
+    def line(self) -> dict[str, Any]:
+        """One object in CloudWatch's Embedded Metric Format, of what happened since the last."""
+        counters = self.counters()
+        values: dict[str, Any] = dict(self.gauges())
+        values |= {name: count - self._reported.get(name, 0) for name, count in counters.items()}
+        self._reported = counters
+        values |= {
+            "ConnectionDuration": self.connection_duration.take(),
+            "ForwardLatency": self.forward_latency.take(),
+            "EventLatency": self.event_latency.take(),
+        }
+        values = {name: value for name, value in values.items() if value != []}
+        definition = {
+            "Namespace": "AgenticAI/WebSocket",
+            "Dimensions": [["Environment", "Service"]],
+            "Metrics": [{"Name": name, "Unit": METRICS[name][0]} for name in values],
+        }
+        return {
+            "_aws": {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [definition]},
+            "Environment": self._environment,
+            "Service": "websocket-gateway",
+            **values,
+        }
+
+
+# --- Connection -----------------------------------------------------------------------------
+# One socket, from its first byte to its last. Knows no AWS.
+
+
+class Connection(asyncio.Protocol):
+    """A client: an ``asyncio.Protocol`` around websockets' Sans-I/O ``ServerProtocol``.
+
+    It owns no task, timer or lock, and after the handshake no trace of the request: an idle one
+    costs about 5 KB. What needs time (pings, deadlines) is done by the gateway's one sweep.
+
+    Attributes:
+        choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
+        in_flight: forwards not settled yet.
+        deadline: when a handshake or a close must be over, seconds of the loop's clock.
+    """
+
+    __slots__ = (
+        "_drained", "_fragments", "_gateway", "_handshake_bytes", "_text", "catching_up", "choked",
+        "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "opened_at", "pinged_at",
+        "progress", "protocol", "subscriptions", "transport",
+    )  # fmt: skip
+
+    transport: asyncio.Transport
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self.protocol = gateway.new_protocol()
+        self.id = ""
+        self.progress = Progress.HANDSHAKE
+        self.subscriptions: set[str] = set()
+        self.catching_up: dict[str, asyncio.Task[None]] = {}
+        self.deflates = False
+        self.choked = False
+        self.close_code: int | None = None
+        self.in_flight = 0
+        self.opened_at = self.heard_at = self.pinged_at = 0.0
+        self.deadline = 0.0
+        self._drained: asyncio.Future[None] | None = None
+        self._fragments: bytearray | None = None
+        self._text = True
+        self._handshake_bytes = 0
+
+    # asyncio calls these.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(high=CHOKED_AT_BYTES)
+        self.heard_at = self._gateway.now()
+        self.deadline = self.heard_at + HANDSHAKE_TIMEOUT_S
+        self._gateway.pending.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_at = self._gateway.now()
+        try:
+            if self.progress is Progress.HANDSHAKE:
+                self._handshake(data)
+            else:
+                self.protocol.receive_data(data)
+                for event in self.protocol.events_received():
+                    self._frame(cast("Frame", event))
+                self._write_out()
+        except Exception:  # a fault of ours must cost one connection, not the process
+            logger.exception("connection failed", extra={"connection_id": self.id})
+            self.close(CloseCode.INTERNAL_ERROR, "internal error")
+
+    def eof_received(self) -> bool:
+        self.protocol.receive_eof()
+        self._write_out()
+        return False  # asyncio closes the transport, after what is still to be written
+
+    def pause_writing(self) -> None:
+        self.choked = True
+
+    def resume_writing(self) -> None:
+        self.choked = False
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        opened = self.progress is not Progress.HANDSHAKE
+        self.progress = Progress.LOST
+        self._wake()
+        for task in tuple(self.catching_up.values()):
+            task.cancel()
+        self._gateway.forget(self, opened)
+
+    # The gateway calls these.
+
+    def send(self, payload: bytes) -> None:
+        """Write one text message; nothing if the connection is no longer open."""
+        if self.progress is Progress.OPEN:
+            self.transport.write(frame(payload))
+            if self.choked:
+                self._gateway.fan_out.check_backlog(self)
+
+    def send_events(self, events: Sequence[Event]) -> None:
+        """Write events in one piece, to a client that catches up at its own pace."""
+        if events and self.progress is Progress.OPEN:
+            frames = [event.deflated if self.deflates else event.frame for event in events]
+            self.transport.write(b"".join(frames))
+
+    async def drained(self) -> None:
+        """Return once the client has read most of what was written, or is gone.
+
+        Raises:
+            TimeoutError: it read too little for ``CATCHUP_STALL_S``.
+        """
+        if self.choked and self.progress is Progress.OPEN:
+            if self._drained is None:
+                self._drained = asyncio.get_running_loop().create_future()
+            async with asyncio.timeout(CATCHUP_STALL_S):
+                await asyncio.shield(self._drained)
+        if self.progress is not Progress.OPEN:
+            raise asyncio.CancelledError
+
+    def ping(self) -> None:
+        self.pinged_at = self._gateway.now()
+        self.protocol.send_ping(b"")
+        self._write_out()
+
+    def forwarding(self, change: int) -> None:
+        """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
+        self.in_flight += change
+        if self.in_flight == FORWARDS_IN_FLIGHT and change > 0:
+            self.transport.pause_reading()
+        elif self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
+            self.heard_at = self._gateway.now()  # its silence was ours
+            self.transport.resume_reading()
+
+    def close(self, code: CloseCode, reason: str = "") -> None:
+        """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
+        if self.progress is Progress.OPEN and self.protocol.state is State.OPEN:
+            self.protocol.send_close(code, reason)
+            self._write_out()
+        elif self.progress is Progress.HANDSHAKE:
+            self.transport.abort()
+
+    # Inside.
+
+    def _wake(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
+
+    def _handshake(self, data: bytes) -> None:
+        """Read the request, however slowly it comes, and answer it."""
+        self._handshake_bytes += len(data)
+        self.protocol.receive_data(data)
+        events = self.protocol.events_received()
+        if events:
+            response = self._gateway.answer(self, cast("Request", events[0]))
+            # The opening handshake ends with the response: frames before it are none of ours.
+            if response.status_code == 101 and (len(events) > 1 or not data.endswith(b"\r\n\r\n")):
+                response = self.protocol.reject(400, "Data before the end of the handshake.\n")
+            self.protocol.send_response(response)
+            if response.status_code == 101:
+                self._open(cast("Request", events[0]))
+                return
+        elif self._handshake_bytes > HANDSHAKE_MAX_BYTES and not self.protocol.close_expected():
+            self.protocol.send_response(self.protocol.reject(431, "The request is too large.\n"))
+        elif isinstance(self.protocol.handshake_exc, InvalidMessage):
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        self._write_out()
+
+    def _open(self, request: Request) -> None:
+        """Swap the handshake's protocol, which keeps the request alive, for a lean one."""
+        handshake = self.protocol
+        self.transport.write(b"".join(handshake.data_to_send()))
+        self.id = str(handshake.id)
+        self.protocol = self._gateway.new_protocol(State.OPEN)
+        self.protocol.extensions = handshake.extensions
+        # A smaller window than the shared frames are made with cannot read them: such a client
+        # negotiated compression and gets plain frames all the same (RFC 7692, section 6).
+        self.deflates = any(
+            isinstance(extension, PerMessageDeflate) and extension.local_max_window_bits == 15
+            for extension in handshake.extensions
+        )
+        self.progress = Progress.OPEN
+        self.opened_at = self.heard_at
+        self._gateway.welcome(self, request)
+
+    def _frame(self, received: Frame) -> None:
+        """Put messages together; control frames were answered by the protocol."""
+        opcode = received.opcode
+        if opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._text = opcode is Opcode.TEXT
+            if received.fin:
+                self._message(received.data)
+            else:
+                self._fragments = bytearray(received.data)
+        elif opcode is Opcode.CONT and self._fragments is not None:
+            self._fragments += received.data
+            if received.fin:
+                message, self._fragments = self._fragments, None
+                self._message(message)
+
+    def _message(self, data: bytes | bytearray | memoryview) -> None:
+        if self.protocol.state is not State.OPEN:
+            return
+        if not self._text:
+            self._gateway.refuse(
+                self, BadMessage(ErrorCode.BINARY_FRAME, "Send text frames; binary ones are not read.")
+            )
+            return
+        payload = bytes(data)
+        if not payload.isascii():
+            try:
+                payload.decode()
+            except UnicodeDecodeError:
+                self.protocol.fail(CloseCode.INVALID_DATA, "text must be UTF-8")
+                return
+        self._gateway.message(self, payload)
+
+    def _write_out(self) -> None:
+        """Write what the protocol has to say, and follow it into the closing handshake."""
+        parts = self.protocol.data_to_send()
+        if data := b"".join(parts):
+            self.transport.write(data)
+        if parts and not parts[-1] and self.transport.can_write_eof():
+            self.transport.resume_reading()  # only by reading on is the peer's EOF seen
+            self.transport.write_eof()
+        if self.progress is Progress.OPEN and self.protocol.state is not State.OPEN:
+            self.progress = Progress.CLOSING
+            sent = self.protocol.close_sent
+            self.close_code = sent.code if sent else CloseCode.ABNORMAL_CLOSURE
+            self.deadline = self._gateway.now() + CLOSE_TIMEOUT_S
+            self._gateway.closing(self)
+        elif self.choked:
+            self._gateway.fan_out.check_backlog(self)
+
+
+# --- Gateway --------------------------------------------------------------------------------
+# All of it together: HTTP answers, messages, the sweep, the drain. Knows no os.environ, no signals.
+
+
+@dataclasses.dataclass(frozen=True)
+class Aws:
+    """One client a service for the whole process."""
+
+    sqs: SQSClient
+    sns: SNSClient
+    dynamodb: DynamoDBClient
+
+
+@contextlib.asynccontextmanager
+async def connect(region: str) -> AsyncIterator[Aws]:
+    """The clients. Retries are ours: the SDK's own know neither deadlines nor what is idempotent."""
+    config = AioConfig(
+        connect_timeout=3,
+        read_timeout=RECEIVE_TIMEOUT_S,
+        max_pool_connections=100,
+        retries={"total_max_attempts": 1},
+        tcp_keepalive=True,
+    )
+    session = AioSession()
+    async with contextlib.AsyncExitStack() as stack:
+        sqs, sns, dynamodb = [
+            await stack.enter_async_context(
+                session.create_client(service, region_name=region, config=config)
+            )
+            for service in ("sqs", "sns", "dynamodb")
+        ]
+        yield Aws(sqs, sns, dynamodb)
+
+
+class Gateway:
+    """One task: its parts, and what they do for one another."""
+
+    def __init__(
+        self, settings: Settings, tasks: asyncio.TaskGroup, aws: Aws, task_id: str
+    ) -> None:
+        self._settings = settings
+        self._tasks = tasks
+        self._aws = aws
+        self.now = asyncio.get_running_loop().time
+        self.registry = Registry()
+        self.metrics = Metrics(settings.environment, self.registry)
+        self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics)
+        self.forwarder = Forwarder(
+            tasks, aws.sqs, settings.queue_urls, settings.forward_timeout_seconds, self.metrics
+        )
+        self.log = EventLog(aws.dynamodb, settings.log_table, settings.event_retention_hours * 3600)
+        self.feed = Feed(
+            tasks, self.log, self.registry, self.fan_out, self.metrics,
+            settings.max_catchup_events, self._read_state,
+        )  # fmt: skip
+        self.relay: Relay | None = None
+        if settings.updates_topic_arn:
+            self.relay = Relay(
+                tasks, aws.sqs, aws.sns, settings.updates_topic_arn, task_id,
+                settings.task_heartbeat_seconds,
+            )  # fmt: skip
+        self.intake: Intake | None = None
+        if settings.sqs_queue_url_updates:
+            self.intake = Intake(
+                tasks, aws.sqs, settings.sqs_queue_url_updates, self.log, self.relay, self.deliver,
+                self.metrics,
+            )  # fmt: skip
+        self.pending: set[Connection] = set()
+        self.address: tuple[str, int] = ("", 0)
+        self.ready = asyncio.Event()
+        self.drain_wanted = asyncio.Event()
+        self.hurry_wanted = asyncio.Event()
+        self._handshakes = TokenBucket(settings.max_handshakes_per_second, self.now())
+        self._checked_at: float | None = None
+        self._extensions = [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
+
+    async def run(self) -> None:
+        """Serve until a drain is wanted, and drain.
+
+        Raises:
+            UpstreamLost: AWS took away what this task cannot do without.
+        """
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self),
+            self._settings.websocket_host,
+            self._settings.websocket_port,
+            backlog=LISTEN_BACKLOG,
+        )
+        host, port, *_ = server.sockets[0].getsockname()
+        self.address = (host, port)
+        logger.info("listening", extra={"host": host, "port": port})
+        loops = [self._tasks.create_task(self._sweep())]
+        starting = self._tasks.create_task(self._start(loops))
+        await self.drain_wanted.wait()
+        starting.cancel()
+        await self._drain(loops)
+        server.close()
+
+    async def _start(self, loops: list[asyncio.Task[Any]]) -> None:
+        """Open the log, then the fan-out, and only then the doors."""
+        await self.log.open()
+        await self.feed.open(self.registry.channel(EVERYONE))
+        loops.append(self._tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds)))
+        if self.relay:
+            await self.relay.start()
+            loops.append(self._tasks.create_task(self.relay.run(self._carried)))
+            loops.append(self._tasks.create_task(self.relay.heartbeat()))
+        if self.intake:
+            loops.append(self._tasks.create_task(self.intake.run()))
+            loops.append(self._tasks.create_task(self.intake.keep()))
+        self.ready.set()
+        logger.info("ready", extra={"epoch": self.log.epoch})
+
+    # Events.
+
+    def deliver(self, event: Event, connection_id: str | None) -> bool:
+        """Bring an event to its listeners here; whether it was for one client, who is here."""
+        if connection_id is None:
+            self.feed.accept(event)
+            return False
+        connection = self.registry.connections.get(connection_id)
+        if connection is not None:
+            connection.send(event.payload)
+        return connection is not None
+
+    def _carried(self, carried: Carried) -> None:
+        """An event from another task; most are for projects that nobody here listens to."""
+        if carried.connection_id is not None or carried.project_id in self.registry.channels:
+            payload = bytes(carried.payload)
+            event = Event(carried.project_id, carried.seq, payload, carried.sent_at)
+            self.deliver(event, carried.connection_id)
+
+    async def _read_state(self, project_id: str) -> Any:
+        """The platform's own item of a project as JSON has it; ``None`` if there is none."""
+        answer = await self.log.part.insist(
+            "GetItem",
+            lambda: self._aws.dynamodb.get_item(
+                TableName=self._settings.dynamodb_table_name,
+                Key={"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "METADATA"}},
+                ConsistentRead=True,
+            ),
+        )
+        plain = TypeDeserializer().deserialize
+        item = answer.get("Item")
+        return item and {name: plain(value) for name, value in item.items() if name not in ("PK", "SK")}
+
+    # HTTP.
+
+    def new_protocol(self, state: State = State.CONNECTING) -> ServerProtocol:
+        return ServerProtocol(
+            state=state, extensions=self._extensions, max_size=self._settings.max_message_bytes
+        )
+
+    def answer(self, connection: Connection, request: Request) -> Response:
+        """The response to a request: 101 to an upgrade that may go on."""
+        protocol = connection.protocol
+        path = request.path.partition("?")[0]
+        if path in SUBPROTOCOL_PATHS:
+            return self._admit(protocol, request)
+        if path == "/health":
+            if request.headers.get("User-Agent") == HEALTH_CHECKER:
+                self._checked_at = self.now()
+            status = self.health()
+            return json_response(protocol, 200 if status == "ok" else 503, {"status": status})
+        if path == "/live":
+            return json_response(protocol, 200, {"status": "ok"})
+        if path == "/stats" and self._is_local(connection, request):
+            return json_response(protocol, 200, self.metrics.stats())
+        return protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
+
+    def _admit(self, protocol: ServerProtocol, request: Request) -> Response:
+        limit = self._settings.max_connections
+        full = limit and len(self.registry.connections) >= limit
+        if self.drain_wanted.is_set() or not self.ready.is_set():
+            why = f"This server is {self.health()}."
+        elif full or not self._handshakes.take(self.now()):
+            why = "This server is busy."
+        else:
+            return protocol.accept(request)
+        response = protocol.reject(503, f"{why} Try again.\n")
+        response.headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
+        return response
+
+    def _is_local(self, connection: Connection, request: Request) -> bool:
+        host = str(connection.transport.get_extra_info("peername")[0])
+        return host in ("127.0.0.1", "::1") and "X-Forwarded-For" not in request.headers
+
+    def health(self) -> str:
+        """``ok``, or why the load balancer should send nobody here."""
+        if self.drain_wanted.is_set():
+            return "draining"
+        if not self.ready.is_set():
+            return "starting"
+        parts = [self.log.part, *(x.part for x in (self.relay, self.intake) if x)]
+        return next((part.name for part in parts if part.failing), "ok")
+
+    # Connections.
+
+    def welcome(self, connection: Connection, request: Request) -> None:
+        """A handshake is complete: register, greet, and subscribe to what the URL asks for."""
+        self.pending.discard(connection)
+        self.registry.connections[connection.id] = connection
+        self.registry.join(connection, self.registry.channel(EVERYONE))
+        self.metrics.connections_opened += 1
+        logger.info("connection opened", extra={"connection_id": connection.id})
+        connection.send(encode(Connected(timestamp=timestamp(), connection_id=connection.id)))
+        query = parse_qsl(request.path.partition("?")[2], keep_blank_values=True)
+        project_ids = [value for name, value in query if name == "project_id"]
+        resume = {name: value for name, value in query if name in ("since", "epoch")}
+        if resume and len(project_ids) != 1:
+            sentence = "since and epoch go with exactly one project_id in the URL."
+            self.refuse(connection, BadMessage(ErrorCode.INVALID_FIELD, sentence))
+            return
+        for project_id in project_ids:
+            fields: dict[str, Any] = {"action": "subscribe", "project_id": project_id, **resume}
+            if re.fullmatch(r"\d{1,16}", fields.get("since", "")):
+                fields["since"] = int(fields["since"])
+            self.message(connection, encode(fields))
+
+    def message(self, connection: Connection, payload: bytes) -> None:
+        """One message of a client, answered at once or, a forward, when SQS has answered."""
+        self.metrics.messages_received += 1
+        try:
+            message = decode_message(payload)
+        except BadMessage as exc:
+            self.refuse(connection, exc)
+            return
+        try:
+            self._act(connection, message)
+        except BadMessage as exc:
+            self.refuse(connection, exc, message)
+
+    def _act(self, connection: Connection, message: ClientMessage) -> None:
+        match message:
+            case Forward():
+                self._forward(connection, message)
+            case Subscribe():
+                self._subscribe(connection, message)
+            case Unsubscribe(project_id=project_id):
+                if project_id != EVERYONE:  # whose events reach everyone, asked for or not
+                    self.feed.unsubscribe(connection, project_id)
+                connection.send(encode(UnsubscriptionConfirmed(project_id)))
+            case Ping():
+                connection.send(encode(Pong(timestamp())))
+
+    def _subscribe(self, connection: Connection, message: Subscribe) -> None:
+        limit = self._settings.max_subscriptions_per_connection
+        current = (connection.subscriptions | connection.catching_up.keys()) - {EVERYONE}
+        if limit and len(current - {message.project_id}) >= limit:
+            sentence = f"A connection may have {limit} subscriptions; end another one first."
+            raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
+        self.feed.subscribe(connection, message)
+
+    def _forward(self, connection: Connection, message: Forward) -> None:
+        queue = queue_of(message)
+        message.message_id = message_id = message.message_id or str(uuid.uuid4())
+
+        def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
+            connection.forwarding(-1)
+            if error is not None:
+                self.refuse(connection, error, message)
+            elif sqs_message_id is not None:
+                connection.send(encode(ForwardConfirmed(message_id, sqs_message_id)))
+
+        body = AgentMessage(
+            type=message.type,
+            message_id=message_id,
+            project_id=message.project_id,
+            data=message.data,
+            connection_id=connection.id,
+            user=None,
+            timestamp=timestamp(),
+        )
+        self.forwarder.submit(queue, body, done)
+        connection.forwarding(+1)
+
+    def refuse(
+        self, connection: Connection, exc: BadMessage, message: ClientMessage | None = None
+    ) -> None:
+        """Tell a client what is wrong, and with which of its messages."""
+        self.metrics.protocol_errors += 1
+        context = dict(exc.context)
+        if message is not None:
+            context["action"] = message.__struct_config__.tag
+            for name in ("message_id", "project_id"):
+                if value := getattr(message, name, None):
+                    context[name] = value
+        connection.send(encode(ErrorMessage(str(exc), exc.code, **context)))
+
+    def closing(self, connection: Connection) -> None:
+        """The closing handshake has begun: no more events, and a deadline."""
+        self._leave(connection)
+        self.pending.add(connection)
+
+    def forget(self, connection: Connection, opened: bool) -> None:
+        """The socket is gone."""
+        self._leave(connection)
+        self.pending.discard(connection)
+        if opened:
+            duration_s = self.now() - connection.opened_at
+            self.metrics.connection_duration.add(duration_s)
+            logger.info(
+                "connection closed",
+                extra={
+                    "connection_id": connection.id,
+                    "code": connection.close_code or CloseCode.ABNORMAL_CLOSURE,
+                    "seconds": round(duration_s, 1),
+                },
+            )
+
+    def _leave(self, connection: Connection) -> None:
+        for task in tuple(connection.catching_up.values()):
+            task.cancel()
+        self.registry.drop(connection)
+
+    # Time.
+
+    async def _sweep(self) -> NoReturn:
+        """Do for all connections what each would need a timer for."""
+        interval_s = min(SWEEP_INTERVAL_S, self._settings.ping_interval_seconds / 4)
+        next_line = time.monotonic() + 60
+        while True:
+            await asyncio.sleep(interval_s)
+            for connection in [c for c in self.pending if c.deadline <= self.now()]:
+                connection.transport.abort()
+            await self._ping_the_quiet(self._settings.ping_interval_seconds)
+            if self._checked_at and self.now() - self._checked_at > HEALTH_CHECKS_GONE_S:
+                if not self.drain_wanted.is_set():
+                    logger.warning("health checks stay away: draining")
+                self.drain_wanted.set()
+            if time.monotonic() >= next_line:
+                next_line += 60
+                print(json.dumps(self.metrics.line()), flush=True)
+
+    async def _ping_the_quiet(self, interval_s: float) -> None:
+        """Ping who said nothing for ``interval_s``; drop who has not answered the last ping."""
+        now = self.now()
+        quiet = [c for c in self.registry.connections.values() if now - c.heard_at >= interval_s]
+        for i, connection in enumerate(quiet):
+            if connection.pinged_at <= connection.heard_at:
+                connection.ping()
+            elif now - connection.pinged_at >= interval_s and connection.transport.is_reading():
+                connection.transport.abort()
+            if i % PINGS_PER_TURN == PINGS_PER_TURN - 1:
+                await asyncio.sleep(0)
+
+    async def _drain(self, loops: list[asyncio.Task[Any]]) -> None:
+        """Leave in order; every step is bounded, and all of them by the platform's stop timeout."""
+        logger.info("draining", extra={"connections": len(self.registry.connections)})
+        # 1. No more sockets (``_admit`` sees to that) and no more updates; who is in the middle
+        #    of a long poll finishes it, or what it receives would be lost for ten seconds.
+        if self.intake:
+            self.intake.stop()
+        # 2. Send the clients away, spread out so that the others can take them in.
+        await self._close_all()
+        # 3. See their closing handshakes through.
+        await self._within(CLOSE_TIMEOUT_S, self._gone())
+        # 4. Finish the forwards and updates in hand.
+        await self._within(self._settings.forward_timeout_seconds, self.forwarder.idle())
+        if self.intake:
+            await self._within(CALL_TIMEOUT_S, self.intake.idle())
+        # 5. End the loops, and take the own queue away.
+        for task in loops:
+            task.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+        if self.relay:
+            await self.relay.close()
+        # 6. Cut who is still there.
+        for connection in tuple(self.pending):
+            connection.transport.abort()
+        logger.info("drained")
+
+    async def _close_all(self) -> None:
+        started_at, spread_s = self.now(), self._settings.drain_seconds
+        connections = list(self.registry.connections.values())
+        random.shuffle(connections)
+        for i, connection in enumerate(connections):
+            due = started_at + spread_s * i / len(connections)
+            if due > self.now() and not self.hurry_wanted.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(due):
+                        await self.hurry_wanted.wait()
+            after_ms = random.randint(0, RECONNECT_SPREAD_MS)  # noqa: S311
+            connection.send(encode(Reconnect(after_ms)))
+            connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
+
+    async def _gone(self) -> None:
+        while self.pending or self.registry.connections:
+            await asyncio.sleep(0.05)
+
+    async def _within(self, limit_s: float, waiting: Awaitable[None]) -> None:
+        """Wait for something, but no longer than ``limit_s``, or 1 s if we have to hurry."""
+        waiter = asyncio.ensure_future(waiting)
+        hurry = asyncio.ensure_future(self.hurry_wanted.wait())
+        await asyncio.wait({waiter, hurry}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiter}, timeout=1.0 if hurry.done() else 0.0)
+        waiter.cancel()
+        hurry.cancel()
+
+
+def json_response(protocol: ServerProtocol, status: int, content: Any) -> Response:
+    response = protocol.reject(status, json.dumps(content) + "\n")
+    del response.headers["Content-Type"]
+    response.headers["Content-Type"] = "application/json"
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+# --- Main -----------------------------------------------------------------------------------
+# Environment, logging, signals and exit codes. Knows no rules.
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; what was passed as ``extra`` becomes its fields."""
+
+    ordinary = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        return {name: value for name, value in record.__dict__.items() if name not in self.ordinary}
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": timestamp(record.created),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **self.fields(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class PrettyLines(JsonLines):
+    """The same for a person at a terminal."""
+
+    colours = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {name}={value!r}" for name, value in self.fields(record).items())
+        message = record.getMessage().translate(dict.fromkeys((*range(32), *range(127, 160)), "?"))
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        colour = self.colours.get(record.levelname, "\x1b[2m")
+        line = f"{colour}{clock} {record.levelname:7}\x1b[0m {message}{fields}"
+        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+
+
+def set_up_logging(log_level: str) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(PrettyLines() if sys.stdout.isatty() else JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logger.setLevel(log_level)
+    # A peer that vanishes in the middle of a write is no news; asyncio warns of each.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+
+def on_signals(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
+    """Have SIGTERM and SIGINT call ``act`` in the loop; on Windows too, whose loop has no handlers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, act)
+        except NotImplementedError:
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(act))
+
+
+def own_id(metadata_uri: str | None) -> str:
+    """The ECS task's id, or host and a random part.
+
+    Source: Amazon ECS task metadata endpoint version 4, ``${ECS_CONTAINER_METADATA_URI_V4}/task``.
+    """
+    if metadata_uri:
+        with urlopen(f"{metadata_uri}/task", timeout=5) as answer:  # noqa: S310
+            return str(json.load(answer)["TaskARN"]).rsplit("/", 1)[-1]
+    return f"{socket.gethostname()[:20]}-{uuid.uuid4().hex[:8]}"
+
+
+async def serve(settings: Settings) -> None:
+    """Run one task until it is told to end."""
+    task_id = await asyncio.to_thread(own_id, settings.ecs_container_metadata_uri_v4)
+    async with connect(settings.aws_region) as aws, asyncio.TaskGroup() as tasks:
+        gateway = Gateway(settings, tasks, aws, task_id)
+
+        def told_to_end() -> None:
+            (gateway.hurry_wanted if gateway.drain_wanted.is_set() else gateway.drain_wanted).set()
+
+        on_signals(asyncio.get_running_loop(), told_to_end)
+        await gateway.run()
+
+
+def usage() -> str:
+    lines = ["Settings, from the environment:", ""]
+    for field in dataclasses.fields(Settings):
+        default = "required" if field.default is dataclasses.MISSING else field.default
+        lines.append(f"  {field.name.upper():34} {field.metadata['doc']} [{default}]")
+    return "\n".join(lines)
+
+
+def first_of(exc: BaseException) -> BaseException:
+    """What went wrong first, out of the task groups' nested exceptions."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc
+
+
+def main() -> int:
+    """Exit codes: 0 drained, 1 something it cannot do without is lost, 2 wrong settings."""
+    parser = argparse.ArgumentParser(
+        description="The WebSocket gateway of an AI software-development platform.",
+        epilog=usage(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args()
+    try:
+        settings = Settings.from_mapping(os.environ)
+    except SettingsError as exc:
+        print("The gateway cannot start:", *exc.faults, sep="\n  ", file=sys.stderr)
+        print("All settings: python server.py --help", file=sys.stderr)
+        return 2
+    set_up_logging(settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except BaseExceptionGroup as group:
+        known, unknown = group.split((UpstreamLost, OSError))
+        if unknown is not None:
+            raise
+        logger.critical("%s", first_of(cast("BaseExceptionGroup[BaseException]", known)))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
