@@ -1,6 +1,6 @@
 """The WebSocket gateway of an AI software-development platform.
 
-    browser --ws--> server.py --SendMessageBatch--> SQS pm | dev | qa | ops --> agent (a Lambda worker)
+    browser --ws--> server.py --SendMessageBatch--> SQS pm | dev | qa | ops --> agent (Lambda)
     browser <--ws-- server.py <--ReceiveMessage---- SQS updates <- SendMessage - agent
                        | 1 append (conditional write)
                        v
@@ -37,9 +37,18 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
@@ -85,17 +94,17 @@ EVERYONE = "*"
 """The project whose events reach every connection."""
 
 QUEUE_OF_TYPE = {
-    **dict.fromkeys(("pm", "plan", "planning"), "pm"),
-    **dict.fromkeys(("dev", "code", "develop"), "dev"),
-    **dict.fromkeys(("qa", "test", "quality"), "qa"),
-    **dict.fromkeys(("ops", "deploy", "operations"), "ops"),
-}
+    "pm": "pm", "plan": "pm", "planning": "pm",
+    "dev": "dev", "code": "dev", "develop": "dev",
+    "qa": "qa", "test": "qa", "quality": "qa",
+    "ops": "ops", "deploy": "ops", "operations": "ops",
+}  # fmt: skip
 """The agent queue that a forward's ``type``, in lower case, names."""
 
-RESERVED_TYPES = frozenset(
-    """connected subscription_confirmed unsubscription_confirmed forward_confirmed pong error
-    reconnect project_snapshot token_expiring authenticated""".split()
-)
+RESERVED_TYPES = frozenset({
+    "connected", "subscription_confirmed", "unsubscription_confirmed", "forward_confirmed",
+    "pong", "error", "reconnect", "project_snapshot", "token_expiring", "authenticated",
+})  # fmt: skip
 """What only the server itself may say: an agent's update may not use these as its ``type``."""
 
 
@@ -169,7 +178,9 @@ FORWARDS_WAITING_BYTES = 32 * 1024 * 1024
 UPDATES_IN_HAND = 500
 UPDATE_VISIBILITY_S = 10
 UPDATE_RECEIVES = 5
-EVENT_ID_WINDOW_S = 300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
+EVENT_ID_WINDOW_S = (
+    300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
+)
 EVENT_IDS_REMEMBERED = 4_096  # per project
 HEADS_REMEMBERED = 2_048  # projects
 CLOCK_SKEW_S = 60.0
@@ -226,14 +237,19 @@ class UpstreamLost(GatewayError):
 AWS_ERRORS = (ClientError, BotoCoreError, HttpError, OSError, TimeoutError)
 """What a call through the SDK raises. Anything else is a fault of this program."""
 
-PASSING_CODES = frozenset(
-    """Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException
-    TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded LimitExceededException
-    ProvisionedThroughputExceededException TransactionInProgressException SlowDown
-    PriorRequestNotComplete RequestTimeout RequestTimeoutException ExpiredToken
-    ExpiredTokenException KMS.ThrottlingException OverLimit KmsThrottled""".split()
-)
+PASSING_CODES = frozenset({
+    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled",
+    "RequestThrottledException", "TooManyRequestsException", "RequestLimitExceeded",
+    "BandwidthLimitExceeded", "LimitExceededException", "ProvisionedThroughputExceededException",
+    "TransactionInProgressException", "SlowDown", "PriorRequestNotComplete", "RequestTimeout",
+    "RequestTimeoutException", "ExpiredToken", "ExpiredTokenException", "KMS.ThrottlingException",
+    "OverLimit", "KmsThrottled",
+})  # fmt: skip
 """Error codes that a later attempt may not meet (AWS SDKs' standard retry mode, and SQS's own)."""
+
+GONE_CODES = frozenset({
+    "AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist", "NotFound", "NotFoundException",
+})  # fmt: skip
 
 PASSING_ERRORS = (
     CredentialRetrievalError,
@@ -319,7 +335,9 @@ class Part:
 
     def lost(self, exc: BaseException, operation: str) -> UpstreamLost:
         """The sentence with which the process ends."""
-        return UpstreamLost(f"{self.name}: {operation} failed for good with {error_code(exc)}: {exc}")
+        return UpstreamLost(
+            f"{self.name}: {operation} failed for good with {error_code(exc)}: {exc}"
+        )
 
 
 # --- Settings -------------------------------------------------------------------------------
@@ -381,13 +399,15 @@ def setting(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the operator decides. A field is the environment variable of the same name in capitals."""
+    """What the operator decides; each field is the environment variable of its name in capitals."""
 
     sqs_queue_url_pm: str = setting(url, "queue of the PM agent; `.fifo` queues work")
     sqs_queue_url_dev: str = setting(url, "queue of the Dev agent")
     sqs_queue_url_qa: str = setting(url, "queue of the QA agent")
     sqs_queue_url_ops: str = setting(url, "queue of the Ops agent")
-    dynamodb_table_name: str = setting(text, "the platform's table, where projects have their state")
+    dynamodb_table_name: str = setting(
+        text, "the platform's table, where projects have their state"
+    )
     sqs_queue_url_updates: str | None = setting(url, "queue in which agents answer", None)
     updates_topic_arn: str | None = setting(
         topic_arn, "topic between the tasks; without it, run one task only", None
@@ -403,26 +423,38 @@ class Settings:
         whole(1, 100_000), "a client that missed more must refetch its state", 1_000
     )
     max_message_bytes: int = setting(
-        whole(1_024, 1_048_576), "largest message from a client; over it the close code is 1009", 262_144
+        whole(1_024, 1_048_576),
+        "largest message from a client; over it the close code is 1009",
+        262_144,
     )
     max_backlog_bytes: int = setting(
-        whole(65_536, 1_073_741_824), "unread bytes after which a client is closed with 1013", 1_048_576
+        whole(65_536, 1_073_741_824),
+        "unread bytes after which a client is closed with 1013",
+        1_048_576,
     )
     max_connections: int = setting(whole(0, 1_000_000), "beyond it 503; 0 is no limit", 20_000)
     max_handshakes_per_second: int = setting(
         whole(0, 100_000), "beyond it 503 and `Retry-After`; 0 is no limit", 0
     )
     max_subscriptions_per_connection: int = setting(whole(0, 10_000), "0 is no limit", 100)
-    compression: bool = setting(switch, "offer `permessage-deflate`, each event deflated once", True)
+    compression: bool = setting(
+        switch, "offer `permessage-deflate`, each event deflated once", True
+    )
     forward_timeout_seconds: float = setting(
         seconds(0.1, 300), "a forward that SQS has not taken by then is an error", 10.0
     )
     ping_interval_seconds: float = setting(
-        seconds(0.1, 3_600), "silence before a ping, and again before the connection is dropped", 25.0
+        seconds(0.1, 3_600),
+        "silence before a ping, and again before the connection is dropped",
+        25.0,
     )
-    drain_seconds: float = setting(seconds(0, 110), "over how long a shutdown spreads the closes", 30.0)
+    drain_seconds: float = setting(
+        seconds(0, 110), "over how long a shutdown spreads the closes", 30.0
+    )
     task_heartbeat_seconds: float = setting(
-        seconds(0.2, 3_600), "sign of life on the task's own queue; five missed and others remove it", 60.0
+        seconds(0.2, 3_600),
+        "sign of life on the task's own queue; five missed and others remove it",
+        60.0,
     )
     audit_interval_seconds: float = setting(
         seconds(0.2, 3_600), "how often delivered events are compared with the log", 30.0
@@ -587,7 +619,7 @@ class Update(Struct):
 
 
 class Carried(Struct, array_like=True):
-    """An event on its way to the other tasks; ``payload`` is what their clients get, encoded once."""
+    """An event on its way to the other tasks; ``payload`` is the text that their clients get."""
 
     project_id: str
     seq: int | None
@@ -643,9 +675,9 @@ def deflate(payload: bytes) -> bytes:
     return (deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
-def timestamp(unix_s: float | None = None) -> str:
+def timestamp(moment_s: float | None = None) -> str:
     """UTC with milliseconds: ``2025-11-24T12:00:00.000Z``."""
-    moment = datetime.fromtimestamp(time.time() if unix_s is None else unix_s, UTC)
+    moment = datetime.fromtimestamp(time.time() if moment_s is None else moment_s, UTC)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
@@ -660,7 +692,9 @@ class Event:
 
     __slots__ = ("_deflated", "frame", "payload", "project_id", "sent_at", "seq")
 
-    def __init__(self, project_id: str, seq: int | None, payload: bytes, sent_at: float = 0.0) -> None:
+    def __init__(
+        self, project_id: str, seq: int | None, payload: bytes, sent_at: float = 0.0
+    ) -> None:
         self.project_id = project_id
         self.seq = seq
         self.payload = payload
@@ -684,27 +718,14 @@ class Event:
         return self._deflated
 
 
-def decode_message(payload: bytes | bytearray) -> ClientMessage:
-    """A client's message.
-
-    Raises:
-        BadMessage: with the context (``action``, ``message_id``, ``project_id``) it had, if any.
-    """
-    try:
-        return cast("ClientMessage", Decoders.client_message.decode(payload))
-    except msgspec.ValidationError as exc:
-        raise explain(payload, str(exc)) from None
-    except (msgspec.DecodeError, RecursionError) as exc:
-        sentence = f"The message is not JSON that can be read: {exc}."
-        raise BadMessage(ErrorCode.INVALID_JSON, sentence) from None
-
-
 def explain(payload: bytes | bytearray, complaint: str) -> BadMessage:
     """Why valid JSON is no client message; ``complaint`` is msgspec's word for it."""
     try:
         content = msgspec.json.decode(payload)
     except (msgspec.DecodeError, RecursionError) as exc:
-        return BadMessage(ErrorCode.INVALID_JSON, f"The message is not JSON that can be read: {exc}.")
+        return BadMessage(
+            ErrorCode.INVALID_JSON, f"The message is not JSON that can be read: {exc}."
+        )
     if not isinstance(content, dict):
         return BadMessage(ErrorCode.INVALID_MESSAGE, "The message must be a JSON object.")
     context = {
@@ -724,6 +745,21 @@ def explain(payload: bytes | bytearray, complaint: str) -> BadMessage:
     return BadMessage(ErrorCode.INVALID_FIELD, f"{complaint.replace('`', '')}.", **context)
 
 
+def decode_message(payload: bytes | bytearray) -> ClientMessage:
+    """A client's message.
+
+    Raises:
+        BadMessage: with the context (``action``, ``message_id``, ``project_id``) it had, if any.
+    """
+    try:
+        return cast("ClientMessage", Decoders.client_message.decode(payload))
+    except msgspec.ValidationError as exc:
+        raise explain(payload, str(exc)) from None
+    except (msgspec.DecodeError, RecursionError) as exc:
+        sentence = f"The message is not JSON that can be read: {exc}."
+        raise BadMessage(ErrorCode.INVALID_JSON, sentence) from None
+
+
 def queue_of(message: Forward) -> str:
     """The agent, ``pm``, ``dev``, ``qa`` or ``ops``, that a forward goes to.
 
@@ -733,9 +769,7 @@ def queue_of(message: Forward) -> str:
     queue = QUEUE_OF_TYPE.get(message.type.lower())
     if queue is None:
         known = ", ".join(QUEUE_OF_TYPE)
-        raise BadMessage(
-            ErrorCode.UNKNOWN_TYPE, f'This "type" names no agent; use one of {known}.'
-        )
+        raise BadMessage(ErrorCode.UNKNOWN_TYPE, f'This "type" names no agent; use one of {known}.')
     return queue
 
 
@@ -967,8 +1001,10 @@ class FanOut:
 
 
 class Batcher(Generic[T]):
-    """Adaptive batches: an item goes at once if nothing is under way; else items gather until a
-    call returns or a batch is full. Under load that spares most calls, and without it any wait.
+    """Adaptive batches.
+
+    An item goes at once if nothing is under way; else items gather until a call returns or a
+    batch is full. Under load that spares most calls, and without load any wait.
     """
 
     def __init__(
@@ -1202,7 +1238,8 @@ class Forwarder:
         size = len(body.encode()) + sum(len(k) + len(v) + 6 for k, v in attributes.items())
         if size > SQS_BATCH_BYTES:
             raise BadMessage(
-                ErrorCode.TOO_LARGE, f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes."
+                ErrorCode.TOO_LARGE,
+                f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes.",
             )
         if found := re.search(UNSENDABLE, body):
             raise BadMessage(
@@ -1211,7 +1248,9 @@ class Forwarder:
             )
         if self._waiting >= FORWARDS_WAITING or self._waiting_bytes + size > FORWARDS_WAITING_BYTES:
             raise BadMessage(
-                ErrorCode.OVERLOADED, "Too many messages are waiting; send it again later.", retryable=True
+                ErrorCode.OVERLOADED,
+                "Too many messages are waiting; send it again later.",
+                retryable=True,
             )
         now = time.monotonic()
         parcel = Parcel(
@@ -1224,7 +1263,9 @@ class Forwarder:
             size_bytes=size,
             started_at=now,
         )
-        parcel.done = lambda sqs_message_id, error: self._settle(parcel, done, sqs_message_id, error)
+        parcel.done = lambda sqs_message_id, error: self._settle(
+            parcel, done, sqs_message_id, error
+        )
         self._waiting += 1
         self._waiting_bytes += size
         self._lanes[queue].batcher.add(parcel, size)
@@ -1308,6 +1349,43 @@ class Head:
             self.reaches_back_to = unix_s(forgotten) + 0.001
 
 
+def event_message(project_id: str, item: Mapping[str, Any]) -> EventMessage:
+    """An item of the log as clients get it."""
+    return EventMessage(
+        type=item["type"]["S"],
+        project_id=project_id,
+        data=Raw(item["data"]["S"].encode()),
+        seq=int(item["SK"]["S"].removeprefix("EVENT#")),
+        timestamp=item["timestamp"]["S"],
+    )
+
+
+def unknown_to(head: Head, entries: Sequence[Entry]) -> list[Entry]:
+    """The entries that are not in the log yet, each event id once."""
+    fresh = {
+        entry.event_id: entry for entry in reversed(entries) if entry.event_id not in head.known
+    }
+    return [entry for entry in entries if fresh.get(entry.event_id) is entry]
+
+
+def numbered(
+    project_id: str, seq: int, entries: Sequence[Entry]
+) -> list[tuple[Entry, EventMessage]]:
+    """As many of ``entries`` as one transaction takes, with the next numbers after ``seq``."""
+    stamp = timestamp()
+    chunk: list[tuple[Entry, EventMessage]] = []
+    size = 0
+    for entry in entries[:TRANSACTION_EVENTS]:
+        size += len(bytes(entry.update.data)) + 1_024
+        if chunk and size > TRANSACTION_BYTES:
+            break
+        seq += 1
+        chunk.append(
+            (entry, EventMessage(entry.update.type, project_id, entry.update.data, seq, stamp))
+        )
+    return chunk
+
+
 class EventLog:
     """Append, read, head.
 
@@ -1363,17 +1441,19 @@ class EventLog:
         """``head`` of many at the price of a hundredth of the calls; may lag by a moment."""
         found: dict[str, int] = {}
         left: list[Any] = [
-            {"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "EVENTLOG"}} for project_id in project_ids
+            {"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "EVENTLOG"}}
+            for project_id in project_ids
         ]
         while left:
-            request, left = {self._table: {"Keys": left[:100]}}, left[100:]
+            request = {self._table: {"Keys": left[:100]}}
+            left = left[100:]
             answer = await self.part.insist(
-                "BatchGetItem",
-                lambda request=request: self._dynamodb.batch_get_item(RequestItems=request),  # type: ignore[misc]
+                "BatchGetItem", partial(self._dynamodb.batch_get_item, RequestItems=request)
             )
-            for item in answer.get("Responses", {}).get(self._table, ()):
+            for item in answer["Responses"].get(self._table, []):
                 found[item["PK"]["S"].removeprefix("PROJECT#")] = int(item["seq"]["N"])
-            left += answer.get("UnprocessedKeys", {}).get(self._table, {}).get("Keys", ())
+            if unprocessed := answer["UnprocessedKeys"].get(self._table):
+                left += unprocessed["Keys"]
         return found
 
     async def read(self, project_id: str, after: int) -> list[Event]:
@@ -1418,7 +1498,9 @@ class EventLog:
         if "LastEvaluatedKey" not in answer:
             return cast("list[dict[str, Any]]", answer["Items"]), ""
         last = int(answer["LastEvaluatedKey"]["SK"]["S"].removeprefix("EVENT#"))
-        return cast("list[dict[str, Any]]", answer["Items"]), event_key(last + (1 if forward else -1))
+        return cast("list[dict[str, Any]]", answer["Items"]), event_key(
+            last + (1 if forward else -1)
+        )
 
     async def append(self, project_id: str, entries: Sequence[Entry]) -> list[Event]:
         """Append what is not in the log yet.
@@ -1530,7 +1612,7 @@ class EventLog:
         return [{"Update": head}, *({"Put": put} for put in puts)]
 
     async def _catch_up(self, project_id: str, head: Head) -> list[Event]:
-        """Learn what was appended after ``head``, by other tasks or by a call of unknown outcome."""
+        """Learn what came after ``head``, from other tasks or by a call of unknown outcome."""
         events, before, low = [], head.seq, event_key(head.seq + 1)
         while low:
             items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
@@ -1549,39 +1631,6 @@ class EventLog:
         return events
 
 
-def event_message(project_id: str, item: Mapping[str, Any]) -> EventMessage:
-    """An item of the log as clients get it."""
-    return EventMessage(
-        type=item["type"]["S"],
-        project_id=project_id,
-        data=Raw(item["data"]["S"].encode()),
-        seq=int(item["SK"]["S"].removeprefix("EVENT#")),
-        timestamp=item["timestamp"]["S"],
-    )
-
-
-def unknown_to(head: Head, entries: Sequence[Entry]) -> list[Entry]:
-    """The entries that are not in the log yet, each event id once."""
-    fresh = {entry.event_id: entry for entry in reversed(entries) if entry.event_id not in head.known}
-    return [entry for entry in entries if fresh.get(entry.event_id) is entry]
-
-
-def numbered(
-    project_id: str, seq: int, entries: Sequence[Entry]
-) -> list[tuple[Entry, EventMessage]]:
-    """As many of ``entries`` as one transaction takes, with the next numbers after ``seq``."""
-    stamp = timestamp()
-    chunk: list[tuple[Entry, EventMessage]] = []
-    size = 0
-    for entry in entries[:TRANSACTION_EVENTS]:
-        size += len(bytes(entry.update.data)) + 1_024
-        if chunk and size > TRANSACTION_BYTES:
-            break
-        seq += 1
-        chunk.append((entry, EventMessage(entry.update.type, project_id, entry.update.data, seq, stamp)))
-    return chunk
-
-
 # --- Backplane ------------------------------------------------------------------------------
 # Agents' updates in, events out to this task's channels and to the other tasks. Knows no sockets.
 
@@ -1589,6 +1638,20 @@ def numbered(
 def milliseconds(attributes: Mapping[str, str], name: str) -> float:
     """A time attribute of an SQS message as unix seconds; 0 where it is missing."""
     return int(attributes.get(name, "0")) / 1000
+
+
+def chunks(events: Sequence[Event]) -> Iterator[list[Event]]:
+    """Runs of events of at most ``CATCHUP_CHUNK_BYTES``, and at least one event each."""
+    chunk: list[Event] = []
+    size = 0
+    for event in events:
+        if chunk and size + len(event.frame) > CATCHUP_CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(event)
+        size += len(event.frame)
+    if chunk:
+        yield chunk
 
 
 class Feed:
@@ -1633,8 +1696,10 @@ class Feed:
 
     def subscribe(self, connection: Connection, request: Subscribe) -> None:
         """Confirm, send what was missed, go live; at once where the channel remembers enough."""
-        self.unsubscribe(connection, request.project_id)
         channel = self._registry.channel(request.project_id)
+        channel.visitors += 1
+        self.unsubscribe(connection, request.project_id)
+        channel.visitors -= 1
         ahead = request.since is not None and request.since > (channel.cursor or 0)
         if channel.cursor is not None and not request.snapshot and not ahead:
             position, recovered = self._resume_at(channel, request)
@@ -1681,9 +1746,7 @@ class Feed:
         connection.send_events(missed)
         self._registry.join(connection, channel)
 
-    async def _catch_up(
-        self, connection: Connection, channel: Channel, request: Subscribe
-    ) -> None:
+    async def _catch_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
         """Bring one client to the end of the log, as fast as it reads, and go live."""
         try:
             await self.open(channel)
@@ -1786,13 +1849,16 @@ class Feed:
             self._confirm(connection, channel, False)
 
     async def audit(self, interval_s: float) -> NoReturn:
-        """Compare every cursor with its log now and then: a lost message has no successor to
-        give it away while its project is quiet.
+        """Compare every cursor with its log now and then.
+
+        A lost message has no successor to give it away while its project is quiet.
         """
         while True:
             await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))  # noqa: S311
             open_channels = [
-                name for name, channel in self._registry.channels.items() if channel.cursor is not None
+                name
+                for name, channel in self._registry.channels.items()
+                if channel.cursor is not None
             ]
             heads = await self._log.heads(open_channels)
             await asyncio.sleep(min(1.0, interval_s))  # what is on its way may arrive
@@ -1801,20 +1867,6 @@ class Feed:
                 if channel is not None and channel.cursor is not None and channel.cursor < head:
                     channel.wanted = max(channel.wanted, head)
                     self._fill_soon(channel)
-
-
-def chunks(events: Sequence[Event]) -> Iterator[list[Event]]:
-    """Runs of events of at most ``CATCHUP_CHUNK_BYTES``, and at least one event each."""
-    chunk: list[Event] = []
-    size = 0
-    for event in events:
-        if chunk and size + len(event.frame) > CATCHUP_CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(event)
-        size += len(event.frame)
-    if chunk:
-        yield chunk
 
 
 async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, Any]]:
@@ -1835,9 +1887,11 @@ async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, 
                     MaxNumberOfMessages=SQS_BATCH_ENTRIES,
                     WaitTimeSeconds=0 if messages else LONG_POLL_S,
                     MessageSystemAttributeNames=[
-                        "ApproximateReceiveCount", "ApproximateFirstReceiveTimestamp", "SentTimestamp",
+                        "ApproximateReceiveCount",
+                        "ApproximateFirstReceiveTimestamp",
+                        "SentTimestamp",
                     ],
-                )  # fmt: skip
+                )
         except AWS_ERRORS as exc:
             if not passes(exc):
                 raise part.lost(exc, "ReceiveMessage") from exc
@@ -1850,10 +1904,35 @@ async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, 
         part.worked()
         batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
         messages += batch
-        if len(batch) < SQS_BATCH_ENTRIES or len(messages) >= TRANSACTION_EVENTS - SQS_BATCH_ENTRIES:
+        if (
+            len(batch) < SQS_BATCH_ENTRIES
+            or len(messages) >= TRANSACTION_EVENTS - SQS_BATCH_ENTRIES
+        ):
             if messages:
                 return messages
             attempt = 0
+
+
+@contextlib.contextmanager
+def gone_is_fine() -> Iterator[None]:
+    """What is to be removed may have been removed by another task."""
+    try:
+        yield
+    except ClientError as exc:
+        if error_code(exc) not in GONE_CODES:
+            raise
+
+
+async def delete(sqs: SQSClient, queue_url: str, receipts: Sequence[str]) -> list[str]:
+    """Delete up to ten messages; returns the receipts of those that are still there."""
+    entries: Any = [{"Id": str(i), "ReceiptHandle": r} for i, r in enumerate(receipts)]
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        answer = await sqs.delete_message_batch(QueueUrl=queue_url, Entries=entries)
+    return [
+        receipts[int(failure["Id"])]
+        for failure in answer.get("Failed", ())
+        if not failure.get("SenderFault")
+    ]
 
 
 class Relay:
@@ -1977,11 +2056,14 @@ class Relay:
             await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
             tags = {"heartbeat": str(int(time.time()))}
             await self.part.insist(
-                "TagQueue", lambda: self._sqs.tag_queue(QueueUrl=self._queue_url, Tags=tags)  # noqa: B023
+                "TagQueue",
+                lambda: self._sqs.tag_queue(QueueUrl=self._queue_url, Tags=tags),  # noqa: B023
             )
             await self.part.insist(
                 "GetSubscriptionAttributes",
-                lambda: self._sns.get_subscription_attributes(SubscriptionArn=self._subscription_arn),
+                lambda: self._sns.get_subscription_attributes(
+                    SubscriptionArn=self._subscription_arn
+                ),
             )
             try:
                 await self._reap()
@@ -2000,11 +2082,15 @@ class Relay:
             if name != self._name and not await self._alive(name, stale_before):
                 with gone_is_fine():
                     await self._sns.unsubscribe(SubscriptionArn=arn)
-        async for page in self._sqs.get_paginator("list_queues").paginate(QueueNamePrefix=self._prefix):
+        async for page in self._sqs.get_paginator("list_queues").paginate(
+            QueueNamePrefix=self._prefix
+        ):
             for queue_url in page.get("QueueUrls", ()):
                 name = queue_url.rsplit("/", 1)[-1]
                 if name != self._name and not await self._alive(name, stale_before):
-                    logger.warning("removing the fan-out queue of a dead task", extra={"queue": name})
+                    logger.warning(
+                        "removing the fan-out queue of a dead task", extra={"queue": name}
+                    )
                     with gone_is_fine():
                         await self._sqs.delete_queue(QueueUrl=queue_url)
 
@@ -2037,30 +2123,6 @@ class Relay:
                     await self._sqs.delete_queue(QueueUrl=self._queue_url)
         except AWS_ERRORS as exc:
             logger.warning("fan-out: the queue stays behind: %s", error_code(exc))
-
-
-@contextlib.contextmanager
-def gone_is_fine() -> Iterator[None]:
-    """What is to be removed may have been removed by another task."""
-    try:
-        yield
-    except ClientError as exc:
-        if error_code(exc) not in {
-            "AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist", "NotFound", "NotFoundException",
-        }:  # fmt: skip
-            raise
-
-
-async def delete(sqs: SQSClient, queue_url: str, receipts: Sequence[str]) -> list[str]:
-    """Delete up to ten messages; returns the receipts of those that are still there."""
-    entries: Any = [{"Id": str(i), "ReceiptHandle": r} for i, r in enumerate(receipts)]
-    async with asyncio.timeout(CALL_TIMEOUT_S):
-        answer = await sqs.delete_message_batch(QueueUrl=queue_url, Entries=entries)
-    return [
-        receipts[int(failure["Id"])]
-        for failure in answer.get("Failed", ())
-        if not failure.get("SenderFault")
-    ]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2117,7 +2179,9 @@ class Intake:
         """Receive until ``stop``, whenever there is room for more."""
         attributes = await self.part.insist(
             "GetQueueAttributes",
-            lambda: self._sqs.get_queue_attributes(QueueUrl=self._url, AttributeNames=["RedrivePolicy"]),
+            lambda: self._sqs.get_queue_attributes(
+                QueueUrl=self._url, AttributeNames=["RedrivePolicy"]
+            ),
         )
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
         while not self._stopping:
@@ -2199,9 +2263,13 @@ class Intake:
             self._held.pop(receipt, None)
         self._room.set()
 
-    async def _give_back(self, message: dict[str, Any], receives: int, why: UnreadableUpdate) -> None:
-        """Make an unreadable update visible again at once: its dead-letter queue gets it within
-        milliseconds, and nothing of its FIFO group has to wait for a visibility timeout.
+    async def _give_back(
+        self, message: dict[str, Any], receives: int, why: UnreadableUpdate
+    ) -> None:
+        """Make an unreadable update visible again at once.
+
+        So its dead-letter queue gets it within milliseconds, and nothing of its FIFO group has
+        to wait for a visibility timeout.
         """
         last = receives >= UPDATE_RECEIVES and not self._has_dead_letter_queue
         try:
@@ -2212,14 +2280,17 @@ class Intake:
                 else:
                     logger.warning("update %s cannot be read: %s", message["MessageId"], why)
                     await self._sqs.change_message_visibility(
-                        QueueUrl=self._url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=0
+                        QueueUrl=self._url,
+                        ReceiptHandle=message["ReceiptHandle"],
+                        VisibilityTimeout=0,
                     )
         except AWS_ERRORS as exc:  # its visibility timeout does the same, later
             self.part.failed(exc, "ChangeMessageVisibility")
 
     async def keep(self) -> NoReturn:
-        """Hold on to updates that take long, as while DynamoDB throttles: given back, they would
-        be received until the dead-letter queue takes them.
+        """Hold on to updates that take long, as while DynamoDB throttles.
+
+        Given back, they would be received until the dead-letter queue takes them.
         """
         while True:
             await asyncio.sleep(UPDATE_VISIBILITY_S / 4)
@@ -2227,7 +2298,11 @@ class Intake:
             held = [receipt for receipt, since in self._held.items() if since < long_ago]
             for start in range(0, len(held), SQS_BATCH_ENTRIES):
                 entries: Any = [
-                    {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": UPDATE_VISIBILITY_S}
+                    {
+                        "Id": str(i),
+                        "ReceiptHandle": receipt,
+                        "VisibilityTimeout": UPDATE_VISIBILITY_S,
+                    }
                     for i, receipt in enumerate(held[start : start + SQS_BATCH_ENTRIES])
                 ]
                 try:
@@ -2402,9 +2477,9 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_drained", "_fragments", "_gateway", "_handshake_bytes", "_text", "catching_up", "choked",
-        "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "opened_at", "pinged_at",
-        "progress", "protocol", "subscriptions", "transport",
+        "_drained", "_fragments", "_gateway", "_handshake_bytes", "_text",
+        "catching_up", "choked", "close_code", "deadline", "deflates", "heard_at", "id",
+        "in_flight", "opened_at", "pinged_at", "progress", "protocol", "subscriptions", "transport",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -2462,7 +2537,7 @@ class Connection(asyncio.Protocol):
         self.choked = False
         self._wake()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         opened = self.progress is not Progress.HANDSHAKE
         self.progress = Progress.LOST
         self._wake()
@@ -2585,7 +2660,8 @@ class Connection(asyncio.Protocol):
             return
         if not self._text:
             self._gateway.refuse(
-                self, BadMessage(ErrorCode.BINARY_FRAME, "Send text frames; binary ones are not read.")
+                self,
+                BadMessage(ErrorCode.BINARY_FRAME, "Send text frames; binary ones are not read."),
             )
             return
         payload = bytes(data)
@@ -2630,7 +2706,7 @@ class Aws:
 
 @contextlib.asynccontextmanager
 async def connect(region: str) -> AsyncIterator[Aws]:
-    """The clients. Retries are ours: the SDK's own know neither deadlines nor what is idempotent."""
+    """The clients. Retries are ours: the SDK's know neither deadlines nor what is idempotent."""
     config = AioConfig(
         connect_timeout=3,
         read_timeout=RECEIVE_TIMEOUT_S,
@@ -2647,6 +2723,14 @@ async def connect(region: str) -> AsyncIterator[Aws]:
             for service in ("sqs", "sns", "dynamodb")
         ]
         yield Aws(sqs, sns, dynamodb)
+
+
+def json_response(protocol: ServerProtocol, status: int, content: Any) -> Response:
+    response = protocol.reject(status, json.dumps(content) + "\n")
+    del response.headers["Content-Type"]
+    response.headers["Content-Type"] = "application/json"
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 class Gateway:
@@ -2689,7 +2773,10 @@ class Gateway:
         self.hurry_wanted = asyncio.Event()
         self._handshakes = TokenBucket(settings.max_handshakes_per_second, self.now())
         self._checked_at: float | None = None
-        self._extensions = [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
+        self._somebody_left = asyncio.Event()
+        self._extensions = (
+            [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
+        )
 
     async def run(self) -> None:
         """Serve until a drain is wanted, and drain.
@@ -2717,7 +2804,9 @@ class Gateway:
         """Open the log, then the fan-out, and only then the doors."""
         await self.log.open()
         await self.feed.open(self.registry.channel(EVERYONE))
-        loops.append(self._tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds)))
+        loops.append(
+            self._tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds))
+        )
         if self.relay:
             await self.relay.start()
             loops.append(self._tasks.create_task(self.relay.run(self._carried)))
@@ -2759,7 +2848,9 @@ class Gateway:
         )
         plain = TypeDeserializer().deserialize
         item = answer.get("Item")
-        return item and {name: plain(value) for name, value in item.items() if name not in ("PK", "SK")}
+        return item and {
+            name: plain(value) for name, value in item.items() if name not in ("PK", "SK")
+        }
 
     # HTTP.
 
@@ -2913,6 +3004,7 @@ class Gateway:
         """The socket is gone."""
         self._leave(connection)
         self.pending.discard(connection)
+        self._somebody_left.set()
         if opened:
             duration_s = self.now() - connection.opened_at
             self.metrics.connection_duration.add(duration_s)
@@ -3003,7 +3095,8 @@ class Gateway:
 
     async def _gone(self) -> None:
         while self.pending or self.registry.connections:
-            await asyncio.sleep(0.05)
+            self._somebody_left.clear()
+            await self._somebody_left.wait()
 
     async def _within(self, limit_s: float, waiting: Awaitable[None]) -> None:
         """Wait for something, but no longer than ``limit_s``, or 1 s if we have to hurry."""
@@ -3013,14 +3106,6 @@ class Gateway:
         await asyncio.wait({waiter}, timeout=1.0 if hurry.done() else 0.0)
         waiter.cancel()
         hurry.cancel()
-
-
-def json_response(protocol: ServerProtocol, status: int, content: Any) -> Response:
-    response = protocol.reject(status, json.dumps(content) + "\n")
-    del response.headers["Content-Type"]
-    response.headers["Content-Type"] = "application/json"
-    response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 # --- Main -----------------------------------------------------------------------------------
@@ -3050,13 +3135,11 @@ class JsonLines(logging.Formatter):
 class PrettyLines(JsonLines):
     """The same for a person at a terminal."""
 
-    colours = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
-
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={value!r}" for name, value in self.fields(record).items())
         message = record.getMessage().translate(dict.fromkeys((*range(32), *range(127, 160)), "?"))
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        colour = self.colours.get(record.levelname, "\x1b[2m")
+        colour = "\x1b[2m" if record.levelno < logging.WARNING else "\x1b[31m"
         line = f"{colour}{clock} {record.levelname:7}\x1b[0m {message}{fields}"
         return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
 
@@ -3071,7 +3154,7 @@ def set_up_logging(log_level: str) -> None:
 
 
 def on_signals(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
-    """Have SIGTERM and SIGINT call ``act`` in the loop; on Windows too, whose loop has no handlers."""
+    """Have SIGTERM and SIGINT call ``act`` in the loop, also where it takes no handlers: Windows."""
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
             loop.add_signal_handler(number, act)
@@ -3082,7 +3165,7 @@ def on_signals(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None
 def own_id(metadata_uri: str | None) -> str:
     """The ECS task's id, or host and a random part.
 
-    Source: Amazon ECS task metadata endpoint version 4, ``${ECS_CONTAINER_METADATA_URI_V4}/task``.
+    Source: Amazon ECS task metadata endpoint version 4, path ``/task``.
     """
     if metadata_uri:
         with urlopen(f"{metadata_uri}/task", timeout=5) as answer:  # noqa: S310
@@ -3101,6 +3184,15 @@ async def serve(settings: Settings) -> None:
 
         on_signals(asyncio.get_running_loop(), told_to_end)
         await gateway.run()
+
+
+def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Take uvloop where there is one: it fans out faster in less memory. Windows has none."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def usage() -> str:
@@ -3134,7 +3226,8 @@ def main() -> int:
         return 2
     set_up_logging(settings.log_level)
     try:
-        asyncio.run(serve(settings))
+        with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+            runner.run(serve(settings))
     except BaseExceptionGroup as group:
         known, unknown = group.split((UpstreamLost, OSError))
         if unknown is not None:
