@@ -85,6 +85,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = logging.getLogger("gateway")
+metrics_logger = logging.getLogger("gateway.metrics")
 
 
 # --- Vocabulary -----------------------------------------------------------------------------
@@ -202,6 +203,7 @@ PLAIN_GROUP_ID = "[!-~]{1,128}"
 # +-- SettingsError     the operator: named on stderr, exit code 2
 # +-- BadMessage        the client: answered with an `error` message
 # +-- UnreadableUpdate  the agent: its update goes to the dead-letter queue
+# +-- Drained           nobody: the orderly end
 # +-- UpstreamLost      AWS, for good: the process ends with exit code 1 and is restarted
 
 
@@ -228,6 +230,10 @@ class BadMessage(GatewayError):
 
 class UnreadableUpdate(GatewayError):
     """A message in the updates queue that no retry will make readable."""
+
+
+class Drained(GatewayError):
+    """Nobody's fault: the way in which a drained gateway ends what still runs."""
 
 
 class UpstreamLost(GatewayError):
@@ -651,6 +657,8 @@ class Encoders:
 
 encode = msgspec.json.encode
 
+UNREADABLE_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
 TEXT = 0x81
 TEXT_DEFLATED = 0xC1
 
@@ -722,7 +730,7 @@ def explain(payload: bytes | bytearray, complaint: str) -> BadMessage:
     """Why valid JSON is no client message; ``complaint`` is msgspec's word for it."""
     try:
         content = msgspec.json.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except UNREADABLE_JSON as exc:
         return BadMessage(
             ErrorCode.INVALID_JSON, f"The message is not JSON that can be read: {exc}."
         )
@@ -755,7 +763,7 @@ def decode_message(payload: bytes | bytearray) -> ClientMessage:
         return cast("ClientMessage", Decoders.client_message.decode(payload))
     except msgspec.ValidationError as exc:
         raise explain(payload, str(exc)) from None
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except UNREADABLE_JSON as exc:
         sentence = f"The message is not JSON that can be read: {exc}."
         raise BadMessage(ErrorCode.INVALID_JSON, sentence) from None
 
@@ -885,6 +893,18 @@ class Channel:
         while len(self.recent) > RECENT_EVENTS or self._recent_bytes > RECENT_BYTES:
             self._recent_bytes -= len(self.recent.popleft().payload)
         return Placement.NEXT
+
+    def remember(self, events: Sequence[Event]) -> None:
+        """Put events that end where ``recent`` begins before it, as far as the bounds allow.
+
+        When a task is replaced, thousands come back for the same few: one reads them for all.
+        """
+        for event in reversed(events):
+            size = self._recent_bytes + len(event.payload)
+            if event.seq != self.floor or len(self.recent) == RECENT_EVENTS or size > RECENT_BYTES:
+                break
+            self.recent.appendleft(event)
+            self._recent_bytes = size
 
     def jump(self, seq: int) -> None:
         """Go on from ``seq``, over events that nobody can have any more."""
@@ -1098,10 +1118,18 @@ def fifo_id(value: str) -> str:
 class Lane:
     """The way to one agent's queue."""
 
-    def __init__(self, tasks: asyncio.TaskGroup, sqs: SQSClient, name: str, queue_url: str) -> None:
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        sqs: SQSClient,
+        name: str,
+        queue_url: str,
+        settle: Callable[[Parcel, str | None, BadMessage | None], None],
+    ) -> None:
         self._sqs = sqs
         self._name = name
         self._url = queue_url
+        self._settle = settle
         self._fifo = queue_url.endswith(".fifo")
         # Two calls at once may overtake each other: not on a queue that promises order.
         calls = 1 if self._fifo else CALLS_PER_QUEUE
@@ -1121,7 +1149,7 @@ class Lane:
         now = time.monotonic()
         for parcel in batch:
             if parcel.deadline <= now:
-                parcel.done(None, self._too_late(parcel))
+                self._settle(parcel, None, self._too_late(parcel))
         return [parcel for parcel in batch if parcel.deadline > now]
 
     def _too_late(self, parcel: Parcel) -> BadMessage:
@@ -1156,9 +1184,9 @@ class Lane:
         again = []
         for i, parcel in enumerate(batch):
             if sqs_message_id := confirmed.get(str(i)):
-                parcel.done(sqs_message_id, None)
+                self._settle(parcel, sqs_message_id, None)
             elif (failure := failed.get(str(i))) and failure.get("SenderFault"):
-                parcel.done(None, self._refused(str(failure.get("Code"))))
+                self._settle(parcel, None, self._refused(str(failure.get("Code"))))
             else:
                 parcel.uncertain = parcel.uncertain or failure is None
                 again.append(parcel)
@@ -1174,7 +1202,7 @@ class Lane:
             return batch
         if len(batch) == 1:
             logger.error("queue %s: a message was refused with %s", self._name, exc)
-            batch[0].done(None, self._refused(error_code(exc)))
+            self._settle(batch[0], None, self._refused(error_code(exc)))
         else:
             for parcel in batch:
                 await self._deliver([parcel])
@@ -1216,7 +1244,10 @@ class Forwarder:
         timeout_s: float,
         metrics: Metrics,
     ) -> None:
-        self._lanes = {name: Lane(tasks, sqs, name, queue) for name, queue in queue_urls.items()}
+        self._lanes = {
+            name: Lane(tasks, sqs, name, queue_url, self._settle)
+            for name, queue_url in queue_urls.items()
+        }
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._waiting = 0
@@ -1236,22 +1267,7 @@ class Forwarder:
         body = encode(message).decode()
         attributes = {"MessageType": message.type, "Timestamp": message.timestamp}
         size = len(body.encode()) + sum(len(k) + len(v) + 6 for k, v in attributes.items())
-        if size > SQS_BATCH_BYTES:
-            raise BadMessage(
-                ErrorCode.TOO_LARGE,
-                f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes.",
-            )
-        if found := re.search(UNSENDABLE, body):
-            raise BadMessage(
-                ErrorCode.INVALID_CHARACTER,
-                f"SQS takes no U+{ord(found[0]):04X} in a message; write it as a JSON escape.",
-            )
-        if self._waiting >= FORWARDS_WAITING or self._waiting_bytes + size > FORWARDS_WAITING_BYTES:
-            raise BadMessage(
-                ErrorCode.OVERLOADED,
-                "Too many messages are waiting; send it again later.",
-                retryable=True,
-            )
+        self._check(body, size)
         now = time.monotonic()
         parcel = Parcel(
             body=body,
@@ -1263,27 +1279,30 @@ class Forwarder:
             size_bytes=size,
             started_at=now,
         )
-        parcel.done = lambda sqs_message_id, error: self._settle(
-            parcel, done, sqs_message_id, error
-        )
         self._waiting += 1
         self._waiting_bytes += size
         self._lanes[queue].batcher.add(parcel, size)
 
-    def _settle(
-        self,
-        parcel: Parcel,
-        done: Callable[[str | None, BadMessage | None], None],
-        sqs_message_id: str | None,
-        error: BadMessage | None,
-    ) -> None:
+    def _check(self, body: str, size: int) -> None:
+        """Whether SQS would take ``body``, and there is room for it here."""
+        if size > SQS_BATCH_BYTES:
+            sentence = f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes."
+            raise BadMessage(ErrorCode.TOO_LARGE, sentence)
+        if found := re.search(UNSENDABLE, body):
+            sentence = f"SQS takes no U+{ord(found[0]):04X}; write it as a JSON escape."
+            raise BadMessage(ErrorCode.INVALID_CHARACTER, sentence)
+        if self._waiting >= FORWARDS_WAITING or self._waiting_bytes + size > FORWARDS_WAITING_BYTES:
+            sentence = "Too many messages are waiting; send it again later."
+            raise BadMessage(ErrorCode.OVERLOADED, sentence, retryable=True)
+
+    def _settle(self, parcel: Parcel, sqs_message_id: str | None, error: BadMessage | None) -> None:
         self._waiting -= 1
         self._waiting_bytes -= parcel.size_bytes
         if error is None:
             self._metrics.forwarded(time.monotonic() - parcel.started_at)
         else:
             self._metrics.forward_errors += 1
-        done(sqs_message_id, error)
+        parcel.done(sqs_message_id, error)
 
     async def idle(self) -> None:
         """Return once every parcel is settled."""
@@ -1445,7 +1464,7 @@ class EventLog:
             for project_id in project_ids
         ]
         while left:
-            request = {self._table: {"Keys": left[:100]}}
+            request: Any = {self._table: {"Keys": left[:100]}}
             left = left[100:]
             answer = await self.part.insist(
                 "BatchGetItem", partial(self._dynamodb.batch_get_item, RequestItems=request)
@@ -1710,6 +1729,16 @@ class Feed:
         channel.visitors += 1
         task = self._tasks.create_task(self._catch_up(connection, channel, request))
         connection.catching_up[request.project_id] = task
+        task.add_done_callback(partial(self._caught_up, connection, channel))
+
+    def _caught_up(
+        self, connection: Connection, channel: Channel, task: asyncio.Task[None]
+    ) -> None:
+        """Clean up; a callback, because a task cancelled early never reaches its ``finally``."""
+        if connection.catching_up.get(channel.project_id) is task:
+            del connection.catching_up[channel.project_id]
+        channel.visitors -= 1
+        self._registry.release(channel)
 
     def unsubscribe(self, connection: Connection, project_id: str) -> None:
         """Stop a subscription wherever it stands."""
@@ -1772,29 +1801,25 @@ class Feed:
         except TimeoutError:
             self._metrics.slow_consumers_closed += 1
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
-        finally:
-            if connection.catching_up.get(request.project_id) is asyncio.current_task():
-                del connection.catching_up[request.project_id]
-            channel.visitors -= 1
-            self._registry.release(channel)
 
     async def _read_on(self, channel: Channel, position: int) -> list[Event] | None:
         """What follows ``position`` and is older than what the channel remembers; a page of it.
 
         ``None`` if the log no longer reaches back so far.
         """
-        if position >= channel.floor:
-            return []
-        self._metrics.catch_ups += 1
-        events = await self._read(channel, position)
+        async with self._reads:
+            if position >= channel.floor:
+                return []  # or somebody else's read has brought it back by now
+            self._metrics.catch_ups += 1
+            events = await self._read(channel, position)
         if not events or events[0].seq != position + 1:
             return None
+        channel.remember(events)
         return events
 
     async def _read(self, channel: Channel, after: int) -> list[Event]:
         """A page of the log; what in it is news to the channel is delivered on the way."""
-        async with self._reads:
-            events = await self._log.read(channel.project_id, after)
+        events = await self._log.read(channel.project_id, after)
         for event in events:
             if channel.place(event) is Placement.NEXT:
                 self._fan_out.push(channel, event)
@@ -2582,6 +2607,8 @@ class Connection(asyncio.Protocol):
     def forwarding(self, change: int) -> None:
         """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
         self.in_flight += change
+        if self.transport.is_closing():
+            return  # uvloop raises where asyncio shrugs
         if self.in_flight == FORWARDS_IN_FLIGHT and change > 0:
             self.transport.pause_reading()
         elif self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
@@ -2605,22 +2632,26 @@ class Connection(asyncio.Protocol):
 
     def _handshake(self, data: bytes) -> None:
         """Read the request, however slowly it comes, and answer it."""
+        if self.protocol.close_expected():
+            self.protocol.receive_data(data)  # answered already: what comes is discarded
+            return
         self._handshake_bytes += len(data)
         self.protocol.receive_data(data)
         events = self.protocol.events_received()
         if events:
-            response = self._gateway.answer(self, cast("Request", events[0]))
+            request = cast("Request", events[0])
+            response = self._gateway.answer(self, request)
             # The opening handshake ends with the response: frames before it are none of ours.
             if response.status_code == 101 and (len(events) > 1 or not data.endswith(b"\r\n\r\n")):
                 response = self.protocol.reject(400, "Data before the end of the handshake.\n")
             self.protocol.send_response(response)
             if response.status_code == 101:
-                self._open(cast("Request", events[0]))
+                self._open(request)
                 return
-        elif self._handshake_bytes > HANDSHAKE_MAX_BYTES and not self.protocol.close_expected():
-            self.protocol.send_response(self.protocol.reject(431, "The request is too large.\n"))
         elif isinstance(self.protocol.handshake_exc, InvalidMessage):
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        elif self._handshake_bytes > HANDSHAKE_MAX_BYTES and not self.protocol.close_expected():
+            self.protocol.send_response(self.protocol.reject(431, "The request is too large.\n"))
         self._write_out()
 
     def _open(self, request: Request) -> None:
@@ -3039,7 +3070,7 @@ class Gateway:
                 self.drain_wanted.set()
             if time.monotonic() >= next_line:
                 next_line += 60
-                print(json.dumps(self.metrics.line()), flush=True)
+                metrics_logger.info("%s", json.dumps(self.metrics.line()))
 
     async def _ping_the_quiet(self, interval_s: float) -> None:
         """Ping who said nothing for ``interval_s``; drop who has not answered the last ping."""
@@ -3149,12 +3180,17 @@ def set_up_logging(log_level: str) -> None:
     handler.setFormatter(PrettyLines() if sys.stdout.isatty() else JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logger.setLevel(log_level)
+    # CloudWatch takes metrics only from lines that are nothing else; people need none of them.
+    bare = logging.StreamHandler(sys.stdout)
+    metrics_logger.handlers = [bare]
+    metrics_logger.propagate = False
+    metrics_logger.setLevel(logging.CRITICAL if sys.stdout.isatty() else logging.INFO)
     # A peer that vanishes in the middle of a write is no news; asyncio warns of each.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 def on_signals(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
-    """Have SIGTERM and SIGINT call ``act`` in the loop, also where it takes no handlers: Windows."""
+    """Have SIGTERM and SIGINT call ``act`` in the loop, on Windows too."""
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
             loop.add_signal_handler(number, act)
@@ -3176,14 +3212,19 @@ def own_id(metadata_uri: str | None) -> str:
 async def serve(settings: Settings) -> None:
     """Run one task until it is told to end."""
     task_id = await asyncio.to_thread(own_id, settings.ecs_container_metadata_uri_v4)
-    async with connect(settings.aws_region) as aws, asyncio.TaskGroup() as tasks:
-        gateway = Gateway(settings, tasks, aws, task_id)
+    try:
+        async with connect(settings.aws_region) as aws, asyncio.TaskGroup() as tasks:
+            gateway = Gateway(settings, tasks, aws, task_id)
 
-        def told_to_end() -> None:
-            (gateway.hurry_wanted if gateway.drain_wanted.is_set() else gateway.drain_wanted).set()
+            def told_to_end() -> None:
+                again = gateway.drain_wanted.is_set()
+                (gateway.hurry_wanted if again else gateway.drain_wanted).set()
 
-        on_signals(asyncio.get_running_loop(), told_to_end)
-        await gateway.run()
+            on_signals(asyncio.get_running_loop(), told_to_end)
+            await gateway.run()
+            raise Drained  # and with it ends whatever still waits for AWS
+    except* Drained:
+        pass
 
 
 def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -3229,10 +3270,10 @@ def main() -> int:
         with asyncio.Runner(loop_factory=fastest_loop()) as runner:
             runner.run(serve(settings))
     except BaseExceptionGroup as group:
-        known, unknown = group.split((UpstreamLost, OSError))
-        if unknown is not None:
+        lost, other = group.split((UpstreamLost, OSError))
+        if lost is None or other is not None:
             raise
-        logger.critical("%s", first_of(cast("BaseExceptionGroup[BaseException]", known)))
+        logger.critical("%s", first_of(lost))
         return 1
     return 0
 
