@@ -173,6 +173,9 @@ TRANSACTION_BYTES = 3_500_000
 LONG_POLL_S = 20
 CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
+RECEIVED_AT_ONCE = 90
+SUSPICIOUSLY_SHORT_POLL_S = 1.0
+SHORTEST_ATTEMPT_S = 0.05
 CALLS_PER_QUEUE = 16
 FORWARDS_WAITING = 5_000
 FORWARDS_WAITING_BYTES = 32 * 1024 * 1024
@@ -240,7 +243,7 @@ class UpstreamLost(GatewayError):
     """AWS refuses in a way that waiting will not mend: a table, a queue or a right is missing."""
 
 
-AWS_ERRORS = (ClientError, BotoCoreError, HttpError, OSError, TimeoutError)
+AWS_ERRORS = (ClientError, BotoCoreError, HttpError, OSError, TimeoutError, UnicodeDecodeError)
 """What a call through the SDK raises. Anything else is a fault of this program."""
 
 PASSING_CODES = frozenset({
@@ -266,6 +269,7 @@ PASSING_ERRORS = (
     ResponseParserError,
     SdkConnectionError,  # no connection, or none in time; proxy and TLS errors too
     TimeoutError,
+    UnicodeDecodeError,  # an answer that is no text at all
 )
 
 
@@ -1139,18 +1143,19 @@ class Lane:
         """Send until every parcel is confirmed, refused or out of time."""
         attempt = 0
         while batch := self._in_time(batch):
-            if attempt:
-                patience_s = min(parcel.deadline for parcel in batch) - time.monotonic()
-                await asyncio.sleep(min(full_jitter_s(attempt), patience_s))
-            attempt += 1
             batch = await self._attempt(batch)
+            if batch:
+                patience_s = min(parcel.deadline for parcel in batch) - time.monotonic()
+                await asyncio.sleep(max(0.0, min(full_jitter_s(attempt), patience_s)))
+            attempt += 1
 
     def _in_time(self, batch: list[Parcel]) -> list[Parcel]:
-        now = time.monotonic()
+        """Those for whom another attempt can still succeed; the others are told."""
+        last_start = time.monotonic() + SHORTEST_ATTEMPT_S
         for parcel in batch:
-            if parcel.deadline <= now:
+            if parcel.deadline <= last_start:
                 self._settle(parcel, None, self._too_late(parcel))
-        return [parcel for parcel in batch if parcel.deadline > now]
+        return [parcel for parcel in batch if parcel.deadline > last_start]
 
     def _too_late(self, parcel: Parcel) -> BadMessage:
         if parcel.uncertain:
@@ -1904,9 +1909,10 @@ async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, 
     """
     messages: list[dict[str, Any]] = []
     attempt = 0
-    while True:
+    while len(messages) % SQS_BATCH_ENTRIES == 0 and len(messages) < RECEIVED_AT_ONCE:
+        began_at = time.monotonic()
         try:
-            async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+            async with asyncio.timeout(CALL_TIMEOUT_S if messages else RECEIVE_TIMEOUT_S):
                 answer = await sqs.receive_message(
                     QueueUrl=queue_url,
                     MaxNumberOfMessages=SQS_BATCH_ENTRIES,
@@ -1921,21 +1927,18 @@ async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, 
             if not passes(exc):
                 raise part.lost(exc, "ReceiveMessage") from exc
             part.failed(exc, "ReceiveMessage")
-            if messages:
-                return messages
+            batch = []
+        else:
+            part.worked()
+            batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
+        messages += batch
+        if messages and not batch:
+            break
+        # An error, or nothing although nobody waited for it: either would spin.
+        if not batch and time.monotonic() - began_at < SUSPICIOUSLY_SHORT_POLL_S:
             await asyncio.sleep(full_jitter_s(attempt))
             attempt += 1
-            continue
-        part.worked()
-        batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
-        messages += batch
-        if (
-            len(batch) < SQS_BATCH_ENTRIES
-            or len(messages) >= TRANSACTION_EVENTS - SQS_BATCH_ENTRIES
-        ):
-            if messages:
-                return messages
-            attempt = 0
+    return messages
 
 
 @contextlib.contextmanager
