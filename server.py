@@ -21,11 +21,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import hashlib
+import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -53,10 +56,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, ca
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
 
+import jwt
 import msgspec
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from aiohttp import ClientError as HttpError
+from aiohttp import ClientSession, ClientTimeout
 from boto3.dynamodb.types import TypeDeserializer
 from botocore.exceptions import (
     BotoCoreError,
@@ -67,7 +72,9 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as SdkConnectionError
 from botocore.parsers import ResponseParserError
+from jwt import PyJWK, PyJWKSet, PyJWKSetError, PyJWTError
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from websockets.datastructures import Headers
 from websockets.exceptions import InvalidMessage
 from websockets.extensions.permessage_deflate import (
     PerMessageDeflate,
@@ -77,6 +84,7 @@ from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
 
 if TYPE_CHECKING:
     from types_aiobotocore_dynamodb import DynamoDBClient
@@ -125,7 +133,9 @@ class ErrorCode(StrEnum):
     UNAVAILABLE = "unavailable"
     REJECTED = "rejected"
     TIMEOUT = "timeout"
-    DRAINING = "draining"
+    UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
+    RATE_LIMITED = "rate_limited"
 
 
 class Progress(Enum):
@@ -138,11 +148,25 @@ class Progress(Enum):
 
 
 # Protocol.
+SUBPROTOCOL = "agenticai.v1"
+BEARER_PREFIX = "bearer."  # of a subprotocol that carries a token, for browsers have no headers
+CLOSE_UNAUTHENTICATED = 4401  # from the range for applications (RFC 6455, section 7.4.2)
 ID_MAX_CHARS = 256
 SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
-SUBPROTOCOL_PATHS = ("/", "/ws")
+WEBSOCKET_PATHS = ("/", "/ws")
+
+# Access.
+TOKEN_LEEWAY_S = 30.0
+SESSION_WITHOUT_END_S = 2**31 - 1
+TOKEN_WARNING_S = 60.0
+TOKEN_MAX_CHARS = 16_384
+KEYS_MAX_BYTES = 1_048_576
+KEYS_REFRESH_S = 60.0  # at most so often for a key that is not known
+KEYS_LIFETIME_S = 3_600.0  # a key withdrawn by the issuer is honoured no longer
+ADDRESSES_REMEMBERED = 65_536
 
 # Connections.
+PENDING_MAX = 16_384  # handshakes and closes under way; beyond it the oldest goes
 HANDSHAKE_MAX_BYTES = 16_384  # the load balancer's own limit for headers
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
@@ -205,6 +229,8 @@ PLAIN_GROUP_ID = "[!-~]{1,128}"
 # GatewayError
 # +-- SettingsError     the operator: named on stderr, exit code 2
 # +-- BadMessage        the client: answered with an `error` message
+# +-- NotAuthenticated  the client: answered with 401 or close code 4401
+# |   +-- UnknownKey    nobody yet: the issuer may have a new key
 # +-- UnreadableUpdate  the agent: its update goes to the dead-letter queue
 # +-- Drained           nobody: the orderly end
 # +-- UpstreamLost      AWS, for good: the process ends with exit code 1 and is restarted
@@ -229,6 +255,14 @@ class BadMessage(GatewayError):
         super().__init__(sentence)
         self.code = code
         self.context = context
+
+
+class NotAuthenticated(GatewayError):
+    """A token is missing, forged, expired or somebody else's; the text never has any of it."""
+
+
+class UnknownKey(NotAuthenticated):
+    """A token is signed with a key that was not known when the keys were last read."""
 
 
 class UnreadableUpdate(GatewayError):
@@ -371,6 +405,31 @@ def topic_arn(value: str) -> str:
     return value
 
 
+def keys_url(value: str) -> str:
+    parts = urlsplit(value)
+    local = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
+    if not parts.netloc or not (parts.scheme == "https" or local):
+        raise ValueError("must be an https:// URL")
+    return value
+
+
+def names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def origins(value: str) -> tuple[str, ...]:
+    for name in names(value):
+        if not re.fullmatch(r"https?://[\w.\-\[\]:]+", name):
+            raise ValueError("must be a comma-separated list of origins like https://app.example")
+    return names(value)
+
+
+def algorithms(value: str) -> tuple[str, ...]:
+    if not set(names(value)) <= {"RS256", "ES256", "EdDSA"}:  # never one with a shared secret
+        raise ValueError("must be a comma-separated list out of RS256, ES256 and EdDSA")
+    return names(value)
+
+
 def switch(value: str) -> bool:
     if value.lower() not in ("on", "off"):
         raise ValueError("must be on or off")
@@ -447,6 +506,44 @@ class Settings:
         whole(0, 100_000), "beyond it 503 and `Retry-After`; 0 is no limit", 0
     )
     max_subscriptions_per_connection: int = setting(whole(0, 10_000), "0 is no limit", 100)
+    max_messages_per_second: int = setting(
+        whole(0, 100_000), "of one connection, twice that in a burst; 0 is no limit", 200
+    )
+    max_connections_per_ip: int = setting(
+        whole(0, 1_000_000), "beyond it 429; 0 is no limit", 1_000
+    )
+    max_handshakes_per_second_per_ip: int = setting(
+        whole(0, 100_000), "twice that in a burst, beyond it 429; 0 is no limit", 100
+    )
+    max_failed_authentications_per_ip: int = setting(
+        whole(0, 100_000), "a minute, beyond it 429; 0 is no limit", 30
+    )
+    trusted_proxy_hops: int = setting(
+        whole(0, 10), "proxies whose `X-Forwarded-For` entries are believed", 1
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        origins, "comma-separated; browsers from elsewhere get 403. None: any may connect", ()
+    )
+    auth_jwks_url: str | None = setting(
+        keys_url, "keys of the tokens' issuer. None: everybody may do everything", None
+    )
+    auth_issuer: str | None = setting(text, "`iss` of the tokens; needed with keys", None)
+    auth_audience: str | None = setting(text, "whom the tokens are for; needed with keys", None)
+    auth_audience_claim: str = setting(
+        text, "claim with the audience; `client_id` for Cognito's access tokens", "aud"
+    )
+    auth_algorithms: tuple[str, ...] = setting(
+        algorithms, "comma-separated, of RS256, ES256 and EdDSA", ("RS256",)
+    )
+    auth_projects_claim: str = setting(
+        text, "claim with the projects a client may use, `*` for all; `a.b` is nested", "projects"
+    )
+    auth_first_message: bool = setting(
+        switch, "let clients connect without a token and send it as the first message", False
+    )
+    auth_deadline_seconds: float = setting(
+        seconds(0.1, 300), "how long such a client may take", 5.0
+    )
     compression: bool = setting(
         switch, "offer `permessage-deflate`, each event deflated once", True
     )
@@ -497,6 +594,9 @@ class Settings:
                 found[field.name] = field.metadata["parse"](value)
             except ValueError as exc:
                 faults.append(f"{name} {exc}, not {value[:80]!r}")
+        needed = ("AUTH_ISSUER", "AUTH_AUDIENCE") if "auth_jwks_url" in found else ()
+        missing = [name for name in needed if name.lower() not in found]
+        faults += [f"{name} is missing: it is needed with AUTH_JWKS_URL" for name in missing]
         if faults:
             raise SettingsError(faults)
         return cls(**found)
@@ -548,7 +648,13 @@ class Ping(Struct, tag_field="action", tag="ping"):
     """Asks whether anybody is there, for clients that cannot send ping frames."""
 
 
-ClientMessage = Subscribe | Unsubscribe | Forward | Ping
+class Authenticate(Struct, tag_field="action", tag="authenticate"):
+    """Brings a token: the first where the handshake had none, or a fresh one in time."""
+
+    token: Annotated[str, Meta(min_length=1, max_length=TOKEN_MAX_CHARS)]
+
+
+ClientMessage = Subscribe | Unsubscribe | Forward | Ping | Authenticate
 
 
 class Connected(Struct, tag="connected", kw_only=True):
@@ -582,6 +688,14 @@ class Pong(Struct, tag="pong"):
     timestamp: str
 
 
+class Authenticated(Struct, tag="authenticated"):
+    expires_in_seconds: int
+
+
+class TokenExpiring(Struct, tag="token_expiring"):
+    in_seconds: int
+
+
 class Reconnect(Struct, tag="reconnect"):
     after_ms: int
 
@@ -593,6 +707,7 @@ class ErrorMessage(Struct, tag="error"):
     message_id: str | UnsetType = UNSET
     project_id: str | UnsetType = UNSET
     retryable: bool | UnsetType = UNSET
+    retry_after_ms: int | UnsetType = UNSET
 
 
 class EventMessage(Struct, omit_defaults=True):
@@ -745,7 +860,7 @@ def explain(payload: bytes | bytearray, complaint: str) -> BadMessage:
         for key in ("action", "message_id", "project_id")
         if isinstance(content.get(key), str) and len(content[key]) <= ID_MAX_CHARS
     }
-    actions = "subscribe, unsubscribe, forward or ping"
+    actions = "subscribe, unsubscribe, forward, ping or authenticate"
     if "action" not in content:
         return BadMessage(
             ErrorCode.INVALID_MESSAGE, f'The message has no "action": {actions}.', **context
@@ -803,30 +918,290 @@ def decode_update(body: str) -> Update:
 
 
 # --- Access ---------------------------------------------------------------------------------
-# Who may do how much. Knows no sockets, no AWS.
+# Who may do what, and how much of it. Knows no sockets, no AWS.
 
 
 class TokenBucket:
-    """``rate_per_s`` on average, twice that in a burst; a rate of 0 allows everything."""
+    """``rate_per_s`` on average, ``burst`` at once; a rate of 0 allows everything."""
 
-    __slots__ = ("_rate", "_tokens", "_updated_at")
+    __slots__ = ("_burst", "_rate", "_tokens", "_updated_at")
 
-    def __init__(self, rate_per_s: float, now: float) -> None:
+    def __init__(self, rate_per_s: float, burst: float, now: float) -> None:
         self._rate = rate_per_s
-        self._tokens = 2 * rate_per_s
+        self._burst = burst
+        self._tokens = self._burst
         self._updated_at = now
 
     def take(self, now: float) -> bool:
         """Whether one more is allowed at ``now``, seconds of a monotonic clock."""
         if not self._rate:
             return True
-        refill = (now - self._updated_at) * self._rate
-        self._tokens = min(2 * self._rate, self._tokens + refill)
-        self._updated_at = now
+        self._refill(now)
         if self._tokens < 1:
             return False
         self._tokens -= 1
         return True
+
+    def empty(self, now: float) -> bool:
+        """Whether ``take`` would fail."""
+        self._refill(now)
+        return self._rate > 0 and self._tokens < 1
+
+    def wait_s(self) -> float:
+        """Seconds until the next is allowed."""
+        return max(0.0, 1 - self._tokens) / self._rate if self._rate else 0.0
+
+    def full(self, now: float) -> bool:
+        """Whether nothing would be lost by forgetting this bucket."""
+        self._refill(now)
+        return self._tokens >= self._burst
+
+    def _refill(self, now: float) -> None:
+        self._tokens = min(self._burst, self._tokens + (now - self._updated_at) * self._rate)
+        self._updated_at = now
+
+
+class Buckets:
+    """A bucket for each address; those that are full again are forgotten."""
+
+    def __init__(self, rate_per_s: float, burst: float) -> None:
+        self._rate = rate_per_s
+        self._burst = burst
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def of(self, address: str, now: float) -> TokenBucket:
+        bucket = self._buckets.get(address)
+        if bucket is None:
+            while len(self._buckets) >= ADDRESSES_REMEMBERED:
+                del self._buckets[next(iter(self._buckets))]
+            bucket = self._buckets[address] = TokenBucket(self._rate, self._burst, now)
+        return bucket
+
+    def forget(self, now: float) -> None:
+        for address in [a for a, bucket in self._buckets.items() if bucket.full(now)]:
+            del self._buckets[address]
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+
+def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
+    """Whose limits apply: an IPv4 address, or the /64 that one IPv6 customer has.
+
+    Every trusted proxy appends the address it was called from, so that with ``hops`` of them the
+    entry at that place from the right is the last that no client can have written.
+    """
+    entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
+    claimed = entries[-min(hops, len(entries))] if hops and entries else peer
+    for candidate in (claimed, claimed.rpartition(":")[0].strip("[]"), peer):
+        with contextlib.suppress(ValueError):
+            address = ipaddress.ip_address(candidate)
+            if isinstance(address, ipaddress.IPv6Address):
+                return str(ipaddress.ip_network((address, 64), strict=False))
+            return str(address)
+    return peer
+
+
+class Admission:
+    """Who may come in now, by address and in all."""
+
+    def __init__(self, settings: Settings, now: float) -> None:
+        in_all, each = settings.max_handshakes_per_second, settings.max_handshakes_per_second_per_ip
+        failures = settings.max_failed_authentications_per_ip
+        self._max_connections = settings.max_connections
+        self._max_per_address = settings.max_connections_per_ip
+        self._handshakes = TokenBucket(in_all, 2 * in_all, now)
+        self._handshakes_by_address = Buckets(each, 2 * each)
+        self._failures = Buckets(failures / 60, failures)
+        self._inside = 0
+        self._inside_by_address: dict[str, int] = {}
+
+    def refusal(self, address: str, now: float) -> tuple[int, str] | None:
+        """HTTP status and sentence for who may not come in."""
+        inside = self._inside_by_address.get(address, 0)
+        if self._failures.of(address, now).empty(now):
+            return 429, "Too many failed authentications."
+        if self._max_per_address and inside >= self._max_per_address:
+            return 429, "Too many connections from this address."
+        if not self._handshakes_by_address.of(address, now).take(now):
+            return 429, "Too many connections from this address at once."
+        if self._max_connections and self._inside >= self._max_connections:
+            return 503, "This server is full."
+        if not self._handshakes.take(now):
+            return 503, "This server is busy."
+        return None
+
+    def entered(self, address: str) -> None:
+        self._inside += 1
+        self._inside_by_address[address] = self._inside_by_address.get(address, 0) + 1
+
+    def left(self, address: str) -> None:
+        self._inside -= 1
+        self._inside_by_address[address] -= 1
+        if not self._inside_by_address[address]:
+            del self._inside_by_address[address]
+
+    def failed(self, address: str, now: float) -> None:
+        """Count a failed authentication."""
+        self._failures.of(address, now).take(now)
+
+    def forget(self, now: float) -> None:
+        """Let go of addresses that have been quiet."""
+        self._handshakes_by_address.forget(now)
+        self._failures.forget(now)
+
+
+class Pace:
+    """How fast one connection sends: over its rate it is told, over twice the rate closed."""
+
+    __slots__ = ("allowed", "patience")
+
+    def __init__(self, rate_per_s: float, now: float) -> None:
+        self.allowed = TokenBucket(rate_per_s, 2 * rate_per_s, now)
+        self.patience = TokenBucket(rate_per_s, 2 * rate_per_s, now)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a connection belongs to.
+
+    Attributes:
+        projects: those it may use; ``None`` for all.
+        expires_at: unix seconds, leeway included.
+    """
+
+    subject: str | None
+    projects: frozenset[str] | None
+    expires_at: float
+
+    def may_use(self, project_id: str) -> bool:
+        return self.projects is None or project_id == EVERYONE or project_id in self.projects
+
+
+def usable(key: PyJWK, algorithms: Sequence[str]) -> bool:
+    """Whether a key is for one of the algorithms, and for signatures."""
+    return key.algorithm_name in algorithms and key.public_key_use in (None, "sig")
+
+
+class Keys:
+    """The issuer's public keys, by key id; the last good ones while its endpoint is down."""
+
+    def __init__(self, fetch: Callable[[], Awaitable[bytes]], algorithms: Sequence[str]) -> None:
+        self._fetch = fetch
+        self._algorithms = algorithms
+        self._by_id: dict[str | None, PyJWK] = {}
+        self._read_at = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._by_id)
+
+    def find(self, key_id: str | None) -> PyJWK:
+        """The key of that id; the only key there is for a token that names none.
+
+        Raises:
+            UnknownKey: there is none.
+        """
+        if key_id is None and len(self._by_id) == 1:
+            return next(iter(self._by_id.values()))
+        if key_id not in self._by_id:
+            raise UnknownKey("it is signed with an unknown key")
+        return self._by_id[key_id]
+
+    def may_read_again(self, now: float) -> bool:
+        return now - self._read_at >= KEYS_REFRESH_S or self._reading is not None
+
+    async def read(self, now: float) -> None:
+        """Read the keys anew; those who ask meanwhile wait for the same answer."""
+        if self._reading is None:
+            self._read_at = now
+            self._reading = asyncio.ensure_future(self._read())
+        await asyncio.shield(self._reading)
+
+    async def _read(self) -> None:
+        try:
+            document = msgspec.json.decode(await self._fetch(), type=dict[str, Any])
+            keys = [key for key in PyJWKSet.from_dict(document) if usable(key, self._algorithms)]
+            if not keys:
+                raise PyJWKSetError("no key is for an algorithm in AUTH_ALGORITHMS")
+        except (HttpError, OSError, TimeoutError, ValueError, PyJWTError) as exc:
+            logger.warning("the issuer's keys could not be read: %s", type(exc).__name__)
+        else:
+            self._by_id = {key.key_id: key for key in keys}
+        finally:
+            self._reading = None
+
+
+def projects_in(claims: Mapping[str, Any], name: str) -> frozenset[str] | None:
+    """The projects that a claim grants: a list, or a string with spaces; ``None`` for all."""
+    value: Any = claims.get(name)
+    if value is None:
+        value = claims
+        for step in name.split("."):
+            value = value.get(step) if isinstance(value, dict) else None
+    granted = value.split() if isinstance(value, str) else value
+    found = frozenset(p for p in granted if isinstance(p, str)) if isinstance(granted, list) else ()
+    return None if "*" in found else frozenset(found)
+
+
+class Verifier:
+    """Tokens to principals (RFC 7519). The algorithm is the settings' choice, never the token's."""
+
+    def __init__(self, settings: Settings, keys: Keys) -> None:
+        self.keys = keys
+        self._settings = settings
+
+    def verify(self, token: str) -> Principal:
+        """Whose token it is.
+
+        Raises:
+            UnknownKey: the issuer's keys have to be read again to tell.
+            NotAuthenticated: nobody's.
+        """
+        settings = self._settings
+        by_aud = settings.auth_audience_claim == "aud"
+        try:
+            header = jwt.get_unverified_header(token)
+            claims = jwt.decode(
+                token,
+                self.keys.find(header.get("kid")),
+                algorithms=list(settings.auth_algorithms),
+                issuer=settings.auth_issuer,
+                audience=settings.auth_audience if by_aud else None,
+                leeway=TOKEN_LEEWAY_S,
+                options={"require": ["exp", "iss", "sub"], "verify_aud": by_aud},
+            )
+        except (PyJWTError, ValueError, TypeError, RecursionError) as exc:
+            raise NotAuthenticated(type(exc).__name__) from None
+        if not by_aud and claims.get(settings.auth_audience_claim) != settings.auth_audience:
+            raise NotAuthenticated("it is for another audience")
+        projects = projects_in(claims, settings.auth_projects_claim)
+        return Principal(claims["sub"], projects, float(claims["exp"]) + TOKEN_LEEWAY_S)
+
+
+def bearer_token(headers: Headers) -> str | None:
+    """The token of a handshake, out of a header or, for browsers, out of the subprotocols.
+
+    Never out of the query string: URLs end up in logs, histories and Referer headers.
+    """
+    for value in headers.get_all("Authorization"):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer":
+            return token.strip()
+    for value in headers.get_all("Sec-WebSocket-Protocol"):
+        for offer in value.split(","):
+            if offer.strip().startswith(BEARER_PREFIX):
+                encoded = offer.strip().removeprefix(BEARER_PREFIX)
+                try:
+                    return base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+                except ValueError:
+                    return ""
+    return None
+
+
+def choose_subprotocol(_: ServerProtocol, offers: Sequence[Subprotocol]) -> Subprotocol | None:
+    """Ours if it was offered: browsers give up when none of theirs is confirmed."""
+    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offers else None
 
 
 # --- Registry -------------------------------------------------------------------------------
@@ -2501,13 +2876,16 @@ class Connection(asyncio.Protocol):
     Attributes:
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
         in_flight: forwards not settled yet.
-        deadline: when a handshake or a close must be over, seconds of the loop's clock.
+        deadline: when a handshake, an authentication or a close must be over, on the loop's clock.
+        principal: who it belongs to; ``None`` until that is known.
+        warned: whether the client was told that its token is about to expire.
     """
 
     __slots__ = (
-        "_drained", "_fragments", "_gateway", "_handshake_bytes", "_text",
+        "_asked", "_drained", "_fragments", "_gateway", "_handshake_bytes", "_text", "address",
         "catching_up", "choked", "close_code", "deadline", "deflates", "heard_at", "id",
-        "in_flight", "opened_at", "pinged_at", "progress", "protocol", "subscriptions", "transport",
+        "in_flight", "opened_at", "pace", "pinged_at", "principal", "progress", "protocol",
+        "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -2525,6 +2903,11 @@ class Connection(asyncio.Protocol):
         self.in_flight = 0
         self.opened_at = self.heard_at = self.pinged_at = 0.0
         self.deadline = 0.0
+        self.address = ""
+        self.principal: Principal | None = None
+        self.pace: Pace | None = None
+        self.warned = False
+        self._asked = False
         self._drained: asyncio.Future[None] | None = None
         self._fragments: bytearray | None = None
         self._text = True
@@ -2537,7 +2920,7 @@ class Connection(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=CHOKED_AT_BYTES)
         self.heard_at = self._gateway.now()
         self.deadline = self.heard_at + HANDSHAKE_TIMEOUT_S
-        self._gateway.pending.add(self)
+        self._gateway.arrived(self)
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._gateway.now()
@@ -2618,7 +3001,7 @@ class Connection(asyncio.Protocol):
             self.heard_at = self._gateway.now()  # its silence was ours
             self.transport.resume_reading()
 
-    def close(self, code: CloseCode, reason: str = "") -> None:
+    def close(self, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
         if self.progress is Progress.OPEN and self.protocol.state is State.OPEN:
             self.protocol.send_close(code, reason)
@@ -2638,24 +3021,36 @@ class Connection(asyncio.Protocol):
         if self.protocol.close_expected():
             self.protocol.receive_data(data)  # answered already: what comes is discarded
             return
+        if self._asked:
+            self.transport.abort()  # it goes on before it has an answer
+            return
         self._handshake_bytes += len(data)
         self.protocol.receive_data(data)
         events = self.protocol.events_received()
         if events:
-            request = cast("Request", events[0])
-            response = self._gateway.answer(self, request)
+            self._asked = True
             # The opening handshake ends with the response: frames before it are none of ours.
-            if response.status_code == 101 and (len(events) > 1 or not data.endswith(b"\r\n\r\n")):
+            if len(events) > 1 or not data.endswith(b"\r\n\r\n"):
                 response = self.protocol.reject(400, "Data before the end of the handshake.\n")
-            self.protocol.send_response(response)
-            if response.status_code == 101:
-                self._open(request)
+                self.protocol.send_response(response)
+            else:
+                self._gateway.answer(self, cast("Request", events[0]))
                 return
         elif isinstance(self.protocol.handshake_exc, InvalidMessage):
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
         elif self._handshake_bytes > HANDSHAKE_MAX_BYTES and not self.protocol.close_expected():
             self.protocol.send_response(self.protocol.reject(431, "The request is too large.\n"))
         self._write_out()
+
+    def respond(self, request: Request, response: Response) -> None:
+        """Answer the handshake, at once or when it is known who the client is."""
+        if self.progress is not Progress.HANDSHAKE or self.transport.is_closing():
+            return
+        self.protocol.send_response(response)
+        if response.status_code == 101:
+            self._open(request)
+        else:
+            self._write_out()
 
     def _open(self, request: Request) -> None:
         """Swap the handshake's protocol, which keeps the request alive, for a lean one."""
@@ -2767,6 +3162,31 @@ def json_response(protocol: ServerProtocol, status: int, content: Any) -> Respon
     return response
 
 
+def unwelcome(protocol: ServerProtocol, status: int, why: str) -> Response:
+    """A refusal before the upgrade; the client learns what to do, and nothing of our insides."""
+    response = protocol.reject(status, f"{why}\n")
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    elif status in (429, 503):
+        response.headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
+    return response
+
+
+async def fetch_keys(address: str) -> bytes:
+    """The JSON Web Key Set at an address (RFC 7517); whatever does not end is cut off."""
+    timeout = ClientTimeout(total=CALL_TIMEOUT_S)
+    async with (
+        ClientSession(timeout=timeout, raise_for_status=True) as session,
+        session.get(address, allow_redirects=False) as answer,
+    ):
+        document = b""
+        async for chunk in answer.content.iter_any():
+            document += chunk
+            if len(document) > KEYS_MAX_BYTES:
+                raise ValueError("a key set of more than a megabyte")
+        return document
+
+
 class Gateway:
     """One task: its parts, and what they do for one another."""
 
@@ -2788,28 +3208,42 @@ class Gateway:
             tasks, self.log, self.registry, self.fan_out, self.metrics,
             settings.max_catchup_events, self._read_state,
         )  # fmt: skip
-        self.relay: Relay | None = None
-        if settings.updates_topic_arn:
-            self.relay = Relay(
-                tasks, aws.sqs, aws.sns, settings.updates_topic_arn, task_id,
-                settings.task_heartbeat_seconds,
-            )  # fmt: skip
-        self.intake: Intake | None = None
-        if settings.sqs_queue_url_updates:
-            self.intake = Intake(
-                tasks, aws.sqs, settings.sqs_queue_url_updates, self.log, self.relay, self.deliver,
-                self.metrics,
-            )  # fmt: skip
-        self.pending: set[Connection] = set()
+        self.relay = self._make_relay(task_id)
+        self.intake = self._make_intake()
+        # Both in the order of arrival, so of deadline.
+        self.pending: dict[Connection, None] = {}
+        self._nameless: dict[Connection, None] = {}
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
         self.drain_wanted = asyncio.Event()
         self.hurry_wanted = asyncio.Event()
-        self._handshakes = TokenBucket(settings.max_handshakes_per_second, self.now())
+        self._admission = Admission(settings, self.now())
+        self._anybody = Principal(None, None, math.inf)
+        self._verifier: Verifier | None = None
+        if settings.auth_jwks_url:
+            fetch = partial(fetch_keys, settings.auth_jwks_url)
+            self._verifier = Verifier(settings, Keys(fetch, settings.auth_algorithms))
         self._checked_at: float | None = None
         self._somebody_left = asyncio.Event()
         self._extensions = (
             [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
+        )
+
+    def _make_relay(self, task_id: str) -> Relay | None:
+        settings, aws = self._settings, self._aws
+        if not settings.updates_topic_arn:
+            return None
+        heartbeat_s = settings.task_heartbeat_seconds
+        return Relay(
+            self._tasks, aws.sqs, aws.sns, settings.updates_topic_arn, task_id, heartbeat_s
+        )
+
+    def _make_intake(self) -> Intake | None:
+        queue_url = self._settings.sqs_queue_url_updates
+        if not queue_url:
+            return None
+        return Intake(
+            self._tasks, self._aws.sqs, queue_url, self.log, self.relay, self.deliver, self.metrics
         )
 
     async def run(self) -> None:
@@ -2827,6 +3261,10 @@ class Gateway:
         host, port, *_ = server.sockets[0].getsockname()
         self.address = (host, port)
         logger.info("listening", extra={"host": host, "port": port})
+        if self._verifier is None:
+            logger.warning("AUTH_JWKS_URL is not set: everybody may use every project")
+        if not self._settings.allowed_origins:
+            logger.warning("ALLOWED_ORIGINS is not set: pages of every origin may connect")
         loops = [self._tasks.create_task(self._sweep())]
         starting = self._tasks.create_task(self._start(loops))
         await self.drain_wanted.wait()
@@ -2836,6 +3274,9 @@ class Gateway:
 
     async def _start(self, loops: list[asyncio.Task[Any]]) -> None:
         """Open the log, then the fan-out, and only then the doors."""
+        if self._verifier is not None:
+            await self._first_keys(self._verifier.keys)
+            loops.append(self._tasks.create_task(self._keep_keys(self._verifier.keys)))
         await self.log.open()
         await self.feed.open(self.registry.channel(EVERYONE))
         loops.append(
@@ -2850,6 +3291,20 @@ class Gateway:
             loops.append(self._tasks.create_task(self.intake.keep()))
         self.ready.set()
         logger.info("ready", extra={"epoch": self.log.epoch})
+
+    async def _first_keys(self, keys: Keys) -> None:
+        """Read the issuer's keys: without any, nobody could come in."""
+        await keys.read(self.now())
+        attempt = 0
+        while not keys:
+            await asyncio.sleep(full_jitter_s(attempt))
+            await keys.read(self.now())
+            attempt += 1
+
+    async def _keep_keys(self, keys: Keys) -> NoReturn:
+        while True:
+            await asyncio.sleep(KEYS_LIFETIME_S)
+            await keys.read(self.now())
 
     # Events.
 
@@ -2890,38 +3345,84 @@ class Gateway:
 
     def new_protocol(self, state: State = State.CONNECTING) -> ServerProtocol:
         return ServerProtocol(
-            state=state, extensions=self._extensions, max_size=self._settings.max_message_bytes
+            state=state,
+            extensions=self._extensions,
+            max_size=self._settings.max_message_bytes,
+            select_subprotocol=choose_subprotocol if state is State.CONNECTING else None,
         )
 
-    def answer(self, connection: Connection, request: Request) -> Response:
-        """The response to a request: 101 to an upgrade that may go on."""
+    def answer(self, connection: Connection, request: Request) -> None:
+        """Have a request answered: at once, unless the issuer's keys must be read for it."""
         protocol = connection.protocol
         path = request.path.partition("?")[0]
-        if path in SUBPROTOCOL_PATHS:
-            return self._admit(protocol, request)
+        if path in WEBSOCKET_PATHS:
+            self._admit(connection, request)
+            return
         if path == "/health":
             if request.headers.get("User-Agent") == HEALTH_CHECKER:
                 self._checked_at = self.now()
             status = self.health()
-            return json_response(protocol, 200 if status == "ok" else 503, {"status": status})
-        if path == "/live":
-            return json_response(protocol, 200, {"status": "ok"})
-        if path == "/stats" and self._is_local(connection, request):
-            return json_response(protocol, 200, self.metrics.stats())
-        return protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
-
-    def _admit(self, protocol: ServerProtocol, request: Request) -> Response:
-        limit = self._settings.max_connections
-        full = limit and len(self.registry.connections) >= limit
-        if self.drain_wanted.is_set() or not self.ready.is_set():
-            why = f"This server is {self.health()}."
-        elif full or not self._handshakes.take(self.now()):
-            why = "This server is busy."
+            response = json_response(protocol, 200 if status == "ok" else 503, {"status": status})
+        elif path == "/live":
+            response = json_response(protocol, 200, {"status": "ok"})
+        elif path == "/stats" and self._is_local(connection, request):
+            response = json_response(protocol, 200, self.metrics.stats())
         else:
-            return protocol.accept(request)
-        response = protocol.reject(503, f"{why} Try again.\n")
-        response.headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
-        return response
+            response = protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
+        connection.respond(request, response)
+
+    def _admit(self, connection: Connection, request: Request) -> None:
+        """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
+        settings, protocol, headers = self._settings, connection.protocol, request.headers
+        peer = connection.transport.get_extra_info("peername")
+        connection.address = client_address(
+            str(peer[0]) if peer else "",
+            headers.get_all("X-Forwarded-For"),
+            settings.trusted_proxy_hops,
+        )
+        refusal: tuple[int, str] | None
+        foreign = set(headers.get_all("Origin")) - set(settings.allowed_origins)
+        if settings.allowed_origins and foreign:
+            refusal = 403, "Pages of this origin may not connect."
+        elif self.health() in ("starting", "draining"):
+            refusal = 503, f"This server is {self.health()}."
+        else:
+            refusal = self._admission.refusal(connection.address, self.now())
+        if refusal is not None:
+            connection.respond(request, unwelcome(protocol, *refusal))
+        else:
+            self._identify(connection, request)
+
+    def _identify(self, connection: Connection, request: Request, *, last: bool = False) -> None:
+        """Find out whose connection this is; with ``last`` without reading keys for it."""
+        protocol = connection.protocol
+        token = bearer_token(request.headers)
+        if self._verifier is None:
+            connection.principal = self._anybody
+        elif token is not None:
+            try:
+                connection.principal = self._verifier.verify(token)
+            except NotAuthenticated as exc:
+                if not last and isinstance(exc, UnknownKey) and self._keys_may_help():
+                    self._tasks.create_task(self._identify_later(connection, request))
+                    return
+                self._admission.failed(connection.address, self.now())
+                logger.info("token refused: %s", exc)
+        if connection.principal is None and (token or not self._settings.auth_first_message):
+            connection.respond(request, unwelcome(protocol, 401, "A valid token is needed."))
+        else:
+            connection.respond(request, protocol.accept(request))
+
+    async def _identify_later(self, connection: Connection, request: Request) -> None:
+        await self._read_keys()
+        self._identify(connection, request, last=True)
+
+    def _keys_may_help(self) -> bool:
+        return self._verifier is not None and self._verifier.keys.may_read_again(self.now())
+
+    async def _read_keys(self) -> None:
+        if self._verifier is not None:
+            await self._verifier.keys.read(self.now())
 
     def _is_local(self, connection: Connection, request: Request) -> bool:
         host = str(connection.transport.get_extra_info("peername")[0])
@@ -2938,30 +3439,60 @@ class Gateway:
 
     # Connections.
 
+    def arrived(self, connection: Connection) -> None:
+        """A socket was accepted; of too many that say nothing, the oldest has to go."""
+        if len(self.pending) >= PENDING_MAX:
+            next(iter(self.pending)).transport.abort()
+        self.pending[connection] = None
+
     def welcome(self, connection: Connection, request: Request) -> None:
         """A handshake is complete: register, greet, and subscribe to what the URL asks for."""
-        self.pending.discard(connection)
+        self.pending.pop(connection, None)
         self.registry.connections[connection.id] = connection
-        self.registry.join(connection, self.registry.channel(EVERYONE))
+        self._admission.entered(connection.address)
         self.metrics.connections_opened += 1
         logger.info("connection opened", extra={"connection_id": connection.id})
         connection.send(encode(Connected(timestamp=timestamp(), connection_id=connection.id)))
+        if connection.principal is None:
+            connection.deadline = self.now() + self._settings.auth_deadline_seconds
+            self._nameless[connection] = None
+        else:
+            self.registry.join(connection, self.registry.channel(EVERYONE))
+        for subscription in self._subscriptions_in(connection, request):
+            self._handle(connection, encode(subscription))
+
+    def _subscriptions_in(self, connection: Connection, request: Request) -> list[dict[str, Any]]:
+        """The subscribe messages that a URL stands for."""
         query = parse_qsl(request.path.partition("?")[2], keep_blank_values=True)
         project_ids = [value for name, value in query if name == "project_id"]
-        resume = {name: value for name, value in query if name in ("since", "epoch")}
+        resume: dict[str, Any] = {name: v for name, v in query if name in ("since", "epoch")}
         if resume and len(project_ids) != 1:
             sentence = "since and epoch go with exactly one project_id in the URL."
             self.refuse(connection, BadMessage(ErrorCode.INVALID_FIELD, sentence))
-            return
-        for project_id in project_ids:
-            fields: dict[str, Any] = {"action": "subscribe", "project_id": project_id, **resume}
-            if re.fullmatch(r"\d{1,16}", fields.get("since", "")):
-                fields["since"] = int(fields["since"])
-            self.message(connection, encode(fields))
+            return []
+        if re.fullmatch(r"\d{1,16}", resume.get("since", "")):
+            resume["since"] = int(resume["since"])
+        return [{"action": "subscribe", "project_id": p, **resume} for p in project_ids]
 
     def message(self, connection: Connection, payload: bytes) -> None:
-        """One message of a client, answered at once or, a forward, when SQS has answered."""
+        """One message of a client, if it does not send too many."""
         self.metrics.messages_received += 1
+        rate = self._settings.max_messages_per_second
+        if rate:
+            now = self.now()
+            pace = connection.pace = connection.pace or Pace(rate, now)
+            if not pace.allowed.take(now):
+                wait_ms = math.ceil(pace.allowed.wait_s() * 1000)
+                sentence = f"More than {rate} messages a second; this one was dropped."
+                error = BadMessage(ErrorCode.RATE_LIMITED, sentence, retry_after_ms=wait_ms)
+                self.refuse(connection, error)
+                if not pace.patience.take(now):
+                    connection.close(CloseCode.POLICY_VIOLATION, "too many messages")
+                return
+        self._handle(connection, payload)
+
+    def _handle(self, connection: Connection, payload: bytes) -> None:
+        """Answer a message at once or, a forward, when SQS has answered."""
         try:
             message = decode_message(payload)
         except BadMessage as exc:
@@ -2973,15 +3504,23 @@ class Gateway:
             self.refuse(connection, exc, message)
 
     def _act(self, connection: Connection, message: ClientMessage) -> None:
+        if isinstance(message, Authenticate):
+            self._authenticate(connection, message.token)
+            return
+        if connection.principal is None:
+            raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
+        project_id = getattr(message, "project_id", None)
+        if project_id is not None and not connection.principal.may_use(project_id):
+            raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
         match message:
             case Forward():
                 self._forward(connection, message)
             case Subscribe():
                 self._subscribe(connection, message)
-            case Unsubscribe(project_id=project_id):
+            case Unsubscribe():
                 if project_id != EVERYONE:  # whose events reach everyone, asked for or not
-                    self.feed.unsubscribe(connection, project_id)
-                connection.send(encode(UnsubscriptionConfirmed(project_id)))
+                    self.feed.unsubscribe(connection, message.project_id)
+                connection.send(encode(UnsubscriptionConfirmed(message.project_id)))
             case Ping():
                 connection.send(encode(Pong(timestamp())))
 
@@ -2992,6 +3531,41 @@ class Gateway:
             sentence = f"A connection may have {limit} subscriptions; end another one first."
             raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
         self.feed.subscribe(connection, message)
+
+    def _authenticate(self, connection: Connection, token: str, *, last: bool = False) -> None:
+        """Take a token as the first message, or a fresh one of the same subject."""
+        if self._verifier is None:
+            connection.send(encode(Authenticated(SESSION_WITHOUT_END_S)))
+            return
+        try:
+            principal = self._verifier.verify(token)
+        except NotAuthenticated as exc:
+            if not last and isinstance(exc, UnknownKey) and self._keys_may_help():
+                self._tasks.create_task(self._authenticate_later(connection, token))
+                return
+            self._turn_out(connection, str(exc))
+            return
+        before = connection.principal
+        if before is not None and before.subject != principal.subject:
+            self._turn_out(connection, "the fresh token is another subject's")
+            return
+        connection.principal, connection.warned = principal, False
+        if self._nameless.pop(connection, principal) is None:
+            self.registry.join(connection, self.registry.channel(EVERYONE))
+        connection.send(encode(Authenticated(int(principal.expires_at - time.time()))))
+        for project_id in tuple(connection.subscriptions | connection.catching_up.keys()):
+            if not principal.may_use(project_id):
+                self.feed.unsubscribe(connection, project_id)
+                connection.send(encode(UnsubscriptionConfirmed(project_id)))
+
+    async def _authenticate_later(self, connection: Connection, token: str) -> None:
+        await self._read_keys()
+        self._authenticate(connection, token, last=True)
+
+    def _turn_out(self, connection: Connection, why: str) -> None:
+        self._admission.failed(connection.address, self.now())
+        logger.info("token refused: %s", why, extra={"connection_id": connection.id})
+        connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
 
     def _forward(self, connection: Connection, message: Forward) -> None:
         queue = queue_of(message)
@@ -3010,7 +3584,7 @@ class Gateway:
             project_id=message.project_id,
             data=message.data,
             connection_id=connection.id,
-            user=None,
+            user=connection.principal.subject if connection.principal else None,
             timestamp=timestamp(),
         )
         self.forwarder.submit(queue, body, done)
@@ -3032,14 +3606,15 @@ class Gateway:
     def closing(self, connection: Connection) -> None:
         """The closing handshake has begun: no more events, and a deadline."""
         self._leave(connection)
-        self.pending.add(connection)
+        self.pending[connection] = None
 
     def forget(self, connection: Connection, opened: bool) -> None:
         """The socket is gone."""
         self._leave(connection)
-        self.pending.discard(connection)
+        self.pending.pop(connection, None)
         self._somebody_left.set()
         if opened:
+            self._admission.left(connection.address)
             duration_s = self.now() - connection.opened_at
             self.metrics.connection_duration.add(duration_s)
             logger.info(
@@ -3054,6 +3629,7 @@ class Gateway:
     def _leave(self, connection: Connection) -> None:
         for task in tuple(connection.catching_up.values()):
             task.cancel()
+        self._nameless.pop(connection, None)
         self.registry.drop(connection)
 
     # Time.
@@ -3066,6 +3642,11 @@ class Gateway:
             await asyncio.sleep(interval_s)
             for connection in [c for c in self.pending if c.deadline <= self.now()]:
                 connection.transport.abort()
+            for connection in [c for c in self._nameless if c.deadline <= self.now()]:
+                connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
+            if self._verifier is not None:
+                self._end_sessions()
+            self._admission.forget(self.now())
             await self._ping_the_quiet(self._settings.ping_interval_seconds)
             if self._checked_at and self.now() - self._checked_at > HEALTH_CHECKS_GONE_S:
                 if not self.drain_wanted.is_set():
@@ -3074,6 +3655,18 @@ class Gateway:
             if time.monotonic() >= next_line:
                 next_line += 60
                 metrics_logger.info("%s", json.dumps(self.metrics.line()))
+
+    def _end_sessions(self) -> None:
+        """Warn who has a token that is about to expire, and close who has one that did."""
+        now = time.time()
+        for connection in tuple(self.registry.connections.values()):
+            left_s = connection.principal.expires_at - now if connection.principal else math.inf
+            if left_s <= 0:
+                connection.close(CLOSE_UNAUTHENTICATED, "the token has expired")
+            elif left_s <= TOKEN_WARNING_S + TOKEN_LEEWAY_S and not connection.warned:
+                connection.warned = True
+                in_seconds = max(0, int(left_s - TOKEN_LEEWAY_S))
+                connection.send(encode(TokenExpiring(in_seconds)))
 
     async def _ping_the_quiet(self, interval_s: float) -> None:
         """Ping who said nothing for ``interval_s``; drop who has not answered the last ping."""
