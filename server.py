@@ -1458,13 +1458,11 @@ class Batcher(Generic[T]):
         return batch
 
     async def _call(self, batch: list[T]) -> None:
-        try:
-            await self._send(batch)
-        finally:
-            self._calls -= 1
-            self._pump()
-            if not self._calls:
-                self._idle.set()
+        await self._send(batch)  # what it raises ends the process, and with it this batcher
+        self._calls -= 1
+        self._pump()
+        if not self._calls:
+            self._idle.set()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1713,14 +1711,14 @@ class Entry:
 
     Attributes:
         event_id: what recognises it when it comes again.
-        look_back_to: unix seconds since when it may already be in the log; ``None`` if it cannot.
+        look_back_to: unix seconds since when it may already be in the log.
         sent_at: when the agent sent it, unix seconds.
         event: what became of it, once it is in the log.
     """
 
     update: Update
     event_id: str
-    look_back_to: float | None
+    look_back_to: float
     sent_at: float
     event: Event | None = None
 
@@ -1941,11 +1939,15 @@ class EventLog:
         return head
 
     async def _look_back(self, project_id: str, head: Head, entries: Sequence[Entry]) -> None:
-        """Get to know the event ids that entries which come again may have."""
-        bounds = [entry.look_back_to for entry in entries if entry.look_back_to is not None]
-        if not bounds or min(bounds) >= head.reaches_back_to:
+        """Get to know the event ids since the time when the first of the entries may have come.
+
+        Costs a read for a project's first append on this task, and hardly ever another: from
+        then on every event is met, as our own or on losing a race.
+        """
+        bound = min(entry.look_back_to for entry in entries)
+        if bound >= head.reaches_back_to:
             return
-        bound, older, high = min(bounds), {}, event_key(head.low)
+        older, high = {}, event_key(head.low)
         while high:
             items, high = await self._query(project_id, event_key(0), high, forward=False)
             for item in items:
@@ -1966,7 +1968,7 @@ class EventLog:
                     TransactItems=self._transaction(project_id, head.seq, chunk)
                 )
         except AWS_ERRORS as exc:
-            response = cast("dict[str, Any]", getattr(exc, "response", {}))
+            response: Any = exc.response if isinstance(exc, ClientError) else {}
             reasons = {reason.get("Code") for reason in response.get("CancellationReasons", [])}
             if "ConditionalCheckFailed" in reasons:
                 return False
@@ -2012,21 +2014,21 @@ class EventLog:
 
     async def _catch_up(self, project_id: str, head: Head) -> list[Event]:
         """Learn what came after ``head``, from other tasks or by a call of unknown outcome."""
-        events, before, low = [], head.seq, event_key(head.seq + 1)
+        # The head is read first: whatever is missing up to it has then expired.
+        now_at = await self.head(project_id)
+        if now_at < head.seq:
+            raise UpstreamLost(
+                f"event log: {project_id!r} went back from seq {head.seq} to {now_at}; "
+                "the table was wiped or restored"
+            )
+        events, low = [], event_key(head.seq + 1)
         while low:
             items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
             for item in items:
                 message = event_message(project_id, item)
                 head.learn(item["event_id"]["S"], cast("int", message.seq), message.timestamp)
                 events.append(Event.of(message))
-        if not events:
-            now_at = await self.head(project_id)
-            if now_at < before:
-                raise UpstreamLost(
-                    f"event log: {project_id!r} went back from seq {before} to {now_at}; "
-                    "the table was wiped or restored"
-                )
-            head.seq = now_at  # whatever came in between has expired
+        head.seq = max(head.seq, now_at)
         return events
 
 
@@ -2454,48 +2456,52 @@ class Relay:
         await self._unpublished.idle()
 
     async def heartbeat(self) -> NoReturn:
-        """Show signs of life, and clear away what killed tasks have left."""
+        """Show signs of life, and make sure that events still arrive."""
         while True:
             await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
-            tags = {"heartbeat": str(int(time.time()))}
-            await self.part.insist(
-                "TagQueue",
-                lambda: self._sqs.tag_queue(QueueUrl=self._queue_url, Tags=tags),  # noqa: B023
-            )
+            await self.part.insist("TagQueue", self._show_life)
             await self.part.insist(
                 "GetSubscriptionAttributes",
                 lambda: self._sns.get_subscription_attributes(
                     SubscriptionArn=self._subscription_arn
                 ),
             )
+
+    async def _show_life(self) -> None:
+        tags = {"heartbeat": str(int(time.time()))}
+        await self._sqs.tag_queue(QueueUrl=self._queue_url, Tags=tags)
+
+    async def reap(self) -> NoReturn:
+        """Clear away what killed tasks have left; not in the heartbeat's loop, to delay none."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.2))  # noqa: S311
             try:
                 await self._reap()
-            except AWS_ERRORS as exc:  # the next heartbeat tries again
+            except AWS_ERRORS as exc:  # it is tried again in a while, here or by another task
                 logger.warning("fan-out: reaping stopped with %s", error_code(exc))
 
     async def _reap(self) -> None:
         """Remove queues whose heartbeat has stopped, and subscriptions whose queue is gone.
 
-        Subscriptions are listed before queues: a task creates its queue first, so one whose queue
-        is not in the later list, and cannot be found by name either, has none.
+        Subscriptions are listed before queues are looked at: a task creates its queue first, so
+        that a subscription whose queue cannot be found has none.
         """
         subscriptions = await self._subscriptions()
+        queues: dict[str, str] = {}
+        pages = self._sqs.get_paginator("list_queues")
+        async for page in pages.paginate(QueueNamePrefix=self._prefix):
+            queues |= {url.rsplit("/", 1)[-1]: url for url in page.get("QueueUrls", ())}
         stale_before = time.time() - STALE_AFTER_HEARTBEATS * self._heartbeat_s
-        for name, arn in subscriptions.items():
-            if name != self._name and not await self._alive(name, stale_before):
-                with gone_is_fine():
-                    await self._sns.unsubscribe(SubscriptionArn=arn)
-        async for page in self._sqs.get_paginator("list_queues").paginate(
-            QueueNamePrefix=self._prefix
-        ):
-            for queue_url in page.get("QueueUrls", ()):
-                name = queue_url.rsplit("/", 1)[-1]
-                if name != self._name and not await self._alive(name, stale_before):
-                    logger.warning(
-                        "removing the fan-out queue of a dead task", extra={"queue": name}
-                    )
-                    with gone_is_fine():
-                        await self._sqs.delete_queue(QueueUrl=queue_url)
+        for name in (queues.keys() | subscriptions.keys()) - {self._name}:
+            if await self._alive(name, stale_before):
+                continue
+            logger.warning("removing what a dead task has left", extra={"queue": name})
+            with gone_is_fine():
+                if name in subscriptions:
+                    await self._sns.unsubscribe(SubscriptionArn=subscriptions[name])
+            with gone_is_fine():
+                if name in queues:
+                    await self._sqs.delete_queue(QueueUrl=queues[name])
 
     async def _subscriptions(self) -> dict[str, str]:
         """Queue name to subscription ARN, of the topic's subscriptions that tasks have made."""
@@ -2603,13 +2609,14 @@ class Intake:
         except UnreadableUpdate as exc:
             self._tasks.create_task(self._give_back(message, receives, exc))
             return
-        now = time.time()
-        look_back_to = None
+        # Also what is received for the first time may be in the log before we append it: if this
+        # task is held up, another one has it after the visibility timeout.
+        first_receive = now = time.time()
         if receives > 1:
-            first = milliseconds(attributes, "ApproximateFirstReceiveTimestamp")
-            look_back_to = first - CLOCK_SKEW_S
+            first_receive = milliseconds(attributes, "ApproximateFirstReceiveTimestamp")
+        look_back_to = first_receive - CLOCK_SKEW_S
         if update.event_id is not None:  # the agent itself may have sent it twice
-            look_back_to = min(look_back_to or now, now - EVENT_ID_WINDOW_S)
+            look_back_to = min(look_back_to, now - EVENT_ID_WINDOW_S)
         event_id = update.event_id or message["MessageId"]
         entry = Entry(update, event_id, look_back_to, milliseconds(attributes, "SentTimestamp"))
         project_id = update.project_id or EVERYONE
@@ -2876,14 +2883,14 @@ class Connection(asyncio.Protocol):
     Attributes:
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
         in_flight: forwards not settled yet.
-        deadline: when a handshake, an authentication or a close must be over, on the loop's clock.
+        deadline: when handshake, authentication or close must be over, by the loop's clock.
         principal: who it belongs to; ``None`` until that is known.
         warned: whether the client was told that its token is about to expire.
     """
 
     __slots__ = (
-        "_asked", "_drained", "_fragments", "_gateway", "_handshake_bytes", "_text", "address",
-        "catching_up", "choked", "close_code", "deadline", "deflates", "heard_at", "id",
+        "_asked", "_drained", "_fragments", "_gateway", "_held", "_request_bytes", "_tail", "_text",
+        "address",        "catching_up", "choked", "close_code", "deadline", "deflates", "heard_at", "id",
         "in_flight", "opened_at", "pace", "pinged_at", "principal", "progress", "protocol",
         "subscriptions", "transport", "warned",
     )  # fmt: skip
@@ -2909,9 +2916,11 @@ class Connection(asyncio.Protocol):
         self.warned = False
         self._asked = False
         self._drained: asyncio.Future[None] | None = None
+        self._held: list[Frame] = []
         self._fragments: bytearray | None = None
         self._text = True
-        self._handshake_bytes = 0
+        self._request_bytes = 0
+        self._tail = b""
 
     # asyncio calls these.
 
@@ -2929,12 +2938,10 @@ class Connection(asyncio.Protocol):
                 self._handshake(data)
             else:
                 self.protocol.receive_data(data)
-                for event in self.protocol.events_received():
-                    self._frame(cast("Frame", event))
-                self._write_out()
+                self._held += cast("list[Frame]", self.protocol.events_received())
+                self._go_on()
         except Exception:  # a fault of ours must cost one connection, not the process
-            logger.exception("connection failed", extra={"connection_id": self.id})
-            self.close(CloseCode.INTERNAL_ERROR, "internal error")
+            self._fail()
 
     def eof_received(self) -> bool:
         self.protocol.receive_eof()
@@ -2999,7 +3006,7 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
         elif self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
             self.heard_at = self._gateway.now()  # its silence was ours
-            self.transport.resume_reading()
+            asyncio.get_running_loop().call_soon(self._resume)
 
     def close(self, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
@@ -3010,6 +3017,30 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     # Inside.
+
+    def _go_on(self) -> None:
+        """Act on what was received, up to the bound of forwards in flight; one read brings many."""
+        done = 0
+        for done, received in enumerate(self._held, 1):  # noqa: B007
+            self._frame(received)
+            if self.in_flight >= FORWARDS_IN_FLIGHT:
+                break
+        del self._held[:done]
+        self._write_out()
+
+    def _resume(self) -> None:
+        try:
+            self._go_on()
+        except Exception:  # as in ``data_received``
+            self._fail()
+        caught_up = not self._held and self.in_flight < FORWARDS_IN_FLIGHT
+        if caught_up and not self.transport.is_closing() and not self.transport.is_reading():
+            self.transport.resume_reading()
+
+    def _fail(self) -> None:
+        logger.exception("connection failed", extra={"connection_id": self.id})
+        self._held.clear()
+        self.close(CloseCode.INTERNAL_ERROR, "internal error")
 
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():
@@ -3024,13 +3055,14 @@ class Connection(asyncio.Protocol):
         if self._asked:
             self.transport.abort()  # it goes on before it has an answer
             return
-        self._handshake_bytes += len(data)
+        self._request_bytes += len(data)
+        self._tail = (self._tail + data)[-4:]
         self.protocol.receive_data(data)
         events = self.protocol.events_received()
         if events:
             self._asked = True
             # The opening handshake ends with the response: frames before it are none of ours.
-            if len(events) > 1 or not data.endswith(b"\r\n\r\n"):
+            if len(events) > 1 or self._tail != b"\r\n\r\n":
                 response = self.protocol.reject(400, "Data before the end of the handshake.\n")
                 self.protocol.send_response(response)
             else:
@@ -3038,7 +3070,7 @@ class Connection(asyncio.Protocol):
                 return
         elif isinstance(self.protocol.handshake_exc, InvalidMessage):
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
-        elif self._handshake_bytes > HANDSHAKE_MAX_BYTES and not self.protocol.close_expected():
+        elif self._request_bytes > HANDSHAKE_MAX_BYTES and not self.protocol.close_expected():
             self.protocol.send_response(self.protocol.reject(431, "The request is too large.\n"))
         self._write_out()
 
@@ -3085,8 +3117,9 @@ class Connection(asyncio.Protocol):
                 self._message(message)
 
     def _message(self, data: bytes | bytearray | memoryview) -> None:
-        if self.protocol.state is not State.OPEN:
-            return
+        failed = self.protocol.close_sent is not None and self.protocol.close_rcvd is None
+        if failed or self.progress is not Progress.OPEN:
+            return  # but what came before the peer's own close frame still counts
         if not self._text:
             self._gateway.refuse(
                 self,
@@ -3108,8 +3141,9 @@ class Connection(asyncio.Protocol):
         if data := b"".join(parts):
             self.transport.write(data)
         if parts and not parts[-1] and self.transport.can_write_eof():
-            self.transport.resume_reading()  # only by reading on is the peer's EOF seen
             self.transport.write_eof()
+            if not self.transport.is_reading():
+                self.transport.resume_reading()  # only by reading on is the peer's EOF seen
         if self.progress is Progress.OPEN and self.protocol.state is not State.OPEN:
             self.progress = Progress.CLOSING
             sent = self.protocol.close_sent
@@ -3286,6 +3320,7 @@ class Gateway:
             await self.relay.start()
             loops.append(self._tasks.create_task(self.relay.run(self._carried)))
             loops.append(self._tasks.create_task(self.relay.heartbeat()))
+            loops.append(self._tasks.create_task(self.relay.reap()))
         if self.intake:
             loops.append(self._tasks.create_task(self.intake.run()))
             loops.append(self._tasks.create_task(self.intake.keep()))
@@ -3358,7 +3393,10 @@ class Gateway:
         if path in WEBSOCKET_PATHS:
             self._admit(connection, request)
             return
-        if path == "/health":
+        if request.method not in ("GET", "HEAD"):
+            response = protocol.reject(405, "Only GET and HEAD.\n")
+            response.headers["Allow"] = "GET, HEAD"
+        elif path == "/health":
             if request.headers.get("User-Agent") == HEALTH_CHECKER:
                 self._checked_at = self.now()
             status = self.health()
@@ -3369,6 +3407,8 @@ class Gateway:
             response = json_response(protocol, 200, self.metrics.stats())
         else:
             response = protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
+        if request.method == "HEAD":
+            response.body = b""
         connection.respond(request, response)
 
     def _admit(self, connection: Connection, request: Request) -> None:
