@@ -2889,10 +2889,10 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_asked", "_drained", "_fragments", "_gateway", "_held", "_request_bytes", "_tail", "_text",
-        "address",        "catching_up", "choked", "close_code", "deadline", "deflates", "heard_at", "id",
-        "in_flight", "opened_at", "pace", "pinged_at", "principal", "progress", "protocol",
-        "subscriptions", "transport", "warned",
+        "_asked", "_drained", "_fragments", "_gateway", "_held", "_request_bytes", "_tail",
+        "_text", "address", "catching_up", "choked", "close_code", "deadline", "deflates",
+        "heard_at", "id", "in_flight", "opened_at", "pace", "pinged_at", "principal", "progress",
+        "protocol", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -3038,7 +3038,7 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def _fail(self) -> None:
-        logger.exception("connection failed", extra={"connection_id": self.id})
+        logger.error("connection failed", exc_info=True, extra={"connection_id": self.id})
         self._held.clear()
         self.close(CloseCode.INTERNAL_ERROR, "internal error")
 
