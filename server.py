@@ -2940,8 +2940,8 @@ class Connection(asyncio.Protocol):
                 self.protocol.receive_data(data)
                 self._held += cast("list[Frame]", self.protocol.events_received())
                 self._go_on()
-        except Exception:  # a fault of ours must cost one connection, not the process
-            self._fail()
+        except Exception as exc:  # a fault of ours must cost one connection, not the process
+            self._fail(exc)
 
     def eof_received(self) -> bool:
         self.protocol.receive_eof()
@@ -3031,14 +3031,14 @@ class Connection(asyncio.Protocol):
     def _resume(self) -> None:
         try:
             self._go_on()
-        except Exception:  # as in ``data_received``
-            self._fail()
+        except Exception as exc:  # as in ``data_received``
+            self._fail(exc)
         caught_up = not self._held and self.in_flight < FORWARDS_IN_FLIGHT
         if caught_up and not self.transport.is_closing() and not self.transport.is_reading():
             self.transport.resume_reading()
 
-    def _fail(self) -> None:
-        logger.error("connection failed", exc_info=True, extra={"connection_id": self.id})
+    def _fail(self, exc: Exception) -> None:
+        logger.error("connection failed", exc_info=exc, extra={"connection_id": self.id})
         self._held.clear()
         self.close(CloseCode.INTERNAL_ERROR, "internal error")
 
