@@ -1390,7 +1390,8 @@ class FanOut:
 
     def check_backlog(self, connection: Connection) -> None:
         """Close a reader so slow that keeping what it missed is the log's work, not memory's."""
-        if connection.transport.get_write_buffer_size() > self._max_backlog_bytes:
+        too_slow = connection.transport.get_write_buffer_size() > self._max_backlog_bytes
+        if too_slow and connection.progress is Progress.OPEN:
             self._metrics.slow_consumers_closed += 1
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
 
@@ -3059,18 +3060,18 @@ class Connection(asyncio.Protocol):
         self._tail = (self._tail + data)[-4:]
         self.protocol.receive_data(data)
         events = self.protocol.events_received()
-        if events:
+        if self.protocol.close_expected():
+            # Not a request, or not only one; the library itself answers those that are too long.
+            if events or isinstance(self.protocol.handshake_exc, InvalidMessage):
+                self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        elif events and (len(events) > 1 or self._tail != b"\r\n\r\n"):
+            response = self.protocol.reject(400, "Data before the end of the handshake.\n")
+            self.protocol.send_response(response)
+        elif events:
             self._asked = True
-            # The opening handshake ends with the response: frames before it are none of ours.
-            if len(events) > 1 or self._tail != b"\r\n\r\n":
-                response = self.protocol.reject(400, "Data before the end of the handshake.\n")
-                self.protocol.send_response(response)
-            else:
-                self._gateway.answer(self, cast("Request", events[0]))
-                return
-        elif isinstance(self.protocol.handshake_exc, InvalidMessage):
-            self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
-        elif self._request_bytes > HANDSHAKE_MAX_BYTES and not self.protocol.close_expected():
+            self._gateway.answer(self, cast("Request", events[0]))
+            return
+        elif self._request_bytes > HANDSHAKE_MAX_BYTES:
             self.protocol.send_response(self.protocol.reject(431, "The request is too large.\n"))
         self._write_out()
 
