@@ -1,0 +1,53 @@
+# `make` lists the targets. Each sets up what it needs in .venv first; the next time that is fast.
+
+PYTHON ?= python3
+DOCKER ?= docker
+IMAGE ?= agenticai-websocket
+UV_VERSION := 0.13.9
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint image requirements clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(INSTALLED) ## Run everything here: embedded AWS, sample agents, server (TASKS=2, PORT=8080, FIFO=1)
+	@$(BIN)/python -m local $(if $(PORT),--port $(PORT)) $(if $(FIFO),--fifo)
+
+test: $(INSTALLED) ## Run all tests, with the branch coverage of server.py (ARGS="-k name -x")
+	$(BIN)/python -m pytest --cov=server $(ARGS)
+
+lint: $(INSTALLED) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+image: ## Build the container image (DOCKER=podman, IMAGE=name:tag)
+	$(DOCKER) build --tag $(IMAGE) .
+
+requirements: $(INSTALLED) ## Pin the packages anew after a change of *.in (UPGRADE=1: newest versions)
+	$(BIN)/pip install --quiet uv==$(UV_VERSION)
+	@for name in requirements requirements-dev; do \
+		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+			--no-header $(if $(UPGRADE),--upgrade) --output-file $$name.txt $$name.in || exit 1; \
+	done
+
+clean: ## Remove .venv and the tools' caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+
+$(INSTALLED): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "This needs Python 3.11 or newer, and $(PYTHON) is not. Install one and name it:" \
+			"make PYTHON=python3.13 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments here. On Debian or Ubuntu:" \
+			"apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@

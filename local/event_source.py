@@ -1,0 +1,140 @@
+"""What AWS does between a queue and a Lambda function: an event source mapping.
+
+`python -m local.event_source` feeds `local.agents` from the four agent queues of the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import boto3
+from botocore.exceptions import BotoCoreError, ClientError
+
+from local import agents
+from local.aws import AGENTS
+from local.child import end_with_stdin
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 10
+LONG_POLL_S = 20
+MAX_RETRY_DELAY_S = 5.0
+
+Handler = Callable[[dict[str, Any], object], dict[str, Any] | None]
+
+
+def deliver_batch(sqs: Any, queue_url: str, queue_arn: str, handler: Handler) -> int:
+    """Wait for messages, hand them to `handler`, delete those it did not name as failed.
+
+    Returns how many were received. What the handler raises leaves the whole batch in the queue.
+    """
+    messages = sqs.receive_message(
+        QueueUrl=queue_url,
+        MaxNumberOfMessages=BATCH_SIZE,
+        WaitTimeSeconds=LONG_POLL_S,
+        MessageSystemAttributeNames=["All"],
+        MessageAttributeNames=["All"],
+    ).get("Messages", [])
+    if not messages:
+        return 0
+    event = {"Records": [lambda_record(message, queue_arn) for message in messages]}
+    response = handler(event, None) or {}
+    failed = {failure["itemIdentifier"] for failure in response.get("batchItemFailures", [])}
+    done = [message for message in messages if message["MessageId"] not in failed]
+    if done:
+        sqs.delete_message_batch(
+            QueueUrl=queue_url,
+            Entries=[
+                {"Id": str(number), "ReceiptHandle": message["ReceiptHandle"]}
+                for number, message in enumerate(done)
+            ],
+        )
+    return len(messages)
+
+
+def lambda_record(message: dict[str, Any], queue_arn: str) -> dict[str, Any]:
+    """Return a received message in the form that Lambda hands to a function."""
+    attributes = message.get("MessageAttributes", {})
+    return {
+        "messageId": message["MessageId"],
+        "receiptHandle": message["ReceiptHandle"],
+        "body": message["Body"],
+        "attributes": message["Attributes"],
+        "messageAttributes": {
+            name: {key[0].lower() + key[1:]: value for key, value in attribute.items()}
+            for name, attribute in attributes.items()
+        },
+        "md5OfBody": message["MD5OfBody"],
+        "eventSource": "aws:sqs",
+        "eventSourceARN": queue_arn,
+        "awsRegion": queue_arn.split(":")[3],
+    }
+
+
+def feed(queue_url: str, handler: Handler) -> None:
+    """Deliver the messages of a queue to `handler` for ever."""
+    sqs = boto3.session.Session().client("sqs")  # sessions are not shared between threads
+    queue_arn = ""
+    while True:
+        try:
+            queue_arn = queue_arn or find_queue_arn(sqs, queue_url)
+            deliver_batch(sqs, queue_url, queue_arn, handler)
+        except (BotoCoreError, ClientError) as error:
+            logger.warning("queue %s: %s", queue_url, error)
+            time.sleep(random.uniform(0, MAX_RETRY_DELAY_S))
+        except Exception:  # a handler that fails gets the batch again after its visibility timeout
+            logger.exception("queue %s: the handler failed", queue_url)
+
+
+def find_queue_arn(sqs: Any, queue_url: str) -> str:
+    response = sqs.get_queue_attributes(QueueUrl=queue_url, AttributeNames=["QueueArn"])
+    arn: str = response["Attributes"]["QueueArn"]
+    return arn
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, as `server.py` logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC)
+        line = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def main() -> None:
+    end_with_stdin()
+    output = logging.StreamHandler(sys.stdout)
+    output.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[output])
+    logging.getLogger("botocore").setLevel(logging.WARNING)
+    threads = [
+        threading.Thread(
+            target=feed,
+            args=(os.environ[f"SQS_QUEUE_URL_{agent.upper()}"], agents.lambda_handler),
+            daemon=True,
+        )
+        for agent in AGENTS
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""What is built and installed: requirements, the image, the Makefile."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PLATFORMS = [
+    {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"},
+    {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64"},
+    {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"},
+    {"sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64"},
+]
+ENVIRONMENTS = [
+    {
+        **default_environment(),
+        **platform,
+        "os_name": "nt" if platform["sys_platform"] == "win32" else "posix",
+        "python_version": version,
+        "python_full_version": f"{version}.0",
+    }
+    for platform in PLATFORMS
+    for version in ("3.11", "3.12", "3.13")
+]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows needs no Makefile")
+
+
+class TestRequirements:
+    """One `pip install -r` brings the same packages everywhere."""
+
+    @pytest.fixture(params=["requirements", "requirements-dev"])
+    def name(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    def test_every_package_is_pinned_and_hashed(self, name: str) -> None:
+        entries = logical_lines(f"{name}.txt")
+        assert len(entries) > 10
+        for entry in entries:
+            assert re.match(r"[A-Za-z0-9._-]+==[^ ]+ (; .+ )?--hash=sha256:[0-9a-f]{64}", entry)
+
+    def test_nothing_says_where_the_packages_come_from(self, name: str) -> None:
+        text = (ROOT / f"{name}.txt").read_text()
+        assert not re.search(r"^-|--index|--find-links|://|file:|@ ", text, re.MULTILINE)
+
+    @pytest.mark.parametrize(
+        "environment",
+        ENVIRONMENTS,
+        ids=[f"{e['sys_platform']}-{e['python_version']}" for e in ENVIRONMENTS],
+    )
+    def test_all_that_is_needed_is_pinned_on_every_platform(
+        self, name: str, environment: dict[str, str]
+    ) -> None:
+        """With hashes, pip installs nothing that is not listed."""
+        pinned = {
+            canonicalize_name(pin.name)
+            for pin in map(Requirement, pins(name))
+            if pin.marker is None or pin.marker.evaluate(environment)
+        }
+        needed = set(closure(list(sources(name)), environment))
+        assert needed - pinned == set()
+
+    def test_development_runs_what_production_runs(self) -> None:
+        production, development = (
+            {pin.partition(" ;")[0] for pin in pins(name)}
+            for name in ("requirements", "requirements-dev")
+        )
+        assert production < development
+
+    def test_what_the_server_imports_is_asked_for_by_name(self) -> None:
+        listed = {canonicalize_name(Requirement(line).name) for line in sources("requirements")}
+        providers = packages_distributions()
+        imported = {
+            canonicalize_name(providers[module][0])
+            for module in runtime_imports(ROOT / "server.py")
+            if module not in sys.stdlib_module_names
+        }
+        assert imported == listed
+
+
+def logical_lines(file_name: str) -> list[str]:
+    """Return the entries of a requirements file, each on one line, without comments."""
+    text = (ROOT / file_name).read_text()
+    text = re.sub(r"#.*", "", text).replace("\\\n", " ")
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def pins(name: str) -> list[str]:
+    return [entry.partition(" --hash")[0] for entry in logical_lines(f"{name}.txt")]
+
+
+def sources(name: str) -> Iterator[str]:
+    """Yield what is asked for by hand, in `name`.in and what it includes."""
+    for line in logical_lines(f"{name}.in"):
+        if line.startswith("-r "):
+            yield from sources(line.removeprefix("-r ").removesuffix(".txt"))
+        else:
+            yield line
+
+
+def closure(roots: list[str], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield all packages that `roots` need in an environment, as far as they are installed here."""
+    waiting = [(Requirement(root), frozenset({""})) for root in roots]
+    seen = set()
+    while waiting:
+        requirement, extras = waiting.pop()
+        if requirement.marker and not any(
+            requirement.marker.evaluate({**environment, "extra": extra}) for extra in extras
+        ):
+            continue
+        wanted = (canonicalize_name(requirement.name), frozenset({"", *requirement.extras}))
+        if wanted in seen:
+            continue
+        seen.add(wanted)
+        yield wanted[0]
+        try:
+            dependencies = requires(requirement.name) or []
+        except PackageNotFoundError:  # it is for another platform
+            continue
+        waiting += [(Requirement(dependency), wanted[1]) for dependency in dependencies]
+
+
+def runtime_imports(path: Path) -> Iterator[str]:
+    """Yield the top-level modules that a file imports, but for those that type checkers need."""
+    for node in ast.walk(without_type_checking(ast.parse(path.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+def without_type_checking(module: ast.Module) -> ast.Module:
+    module.body = [
+        node
+        for node in module.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return module
+
+
+class TestImage:
+    """The image: server.py and its packages, and no way to become root."""
+
+    @pytest.fixture
+    def instructions(self) -> list[tuple[str, str]]:
+        """Return the Dockerfile's instructions and their arguments."""
+        text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+        lines = text.replace("\\\n", " ").splitlines()
+        return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines if line.strip()]
+
+    def test_is_built_from_two_files_alone(self, instructions: list[tuple[str, str]]) -> None:
+        patterns = logical_lines(".dockerignore")
+        assert patterns[0] == "*"
+        assert sorted(patterns[1:]) == ["!requirements.txt", "!server.py"]
+        copied = [a.split()[0] for i, a in instructions if i == "COPY" and "--from" not in a]
+        assert sorted(copied) == ["requirements.txt", "server.py"]
+        assert not any(instruction == "ADD" for instruction, _ in instructions)
+
+    def test_runs_as_a_numbered_user_who_is_not_root(
+        self, instructions: list[tuple[str, str]]
+    ) -> None:
+        users = [argument for instruction, argument in instructions if instruction == "USER"]
+        assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", users[-1])
+        # Nothing after it is done as somebody else.
+        assert [i for i, _ in instructions][-3:] == ["USER", "EXPOSE", "CMD"]
+
+    def test_starts_python_itself_so_that_sigterm_reaches_it(
+        self, instructions: list[tuple[str, str]]
+    ) -> None:
+        command = [argument for instruction, argument in instructions if instruction == "CMD"]
+        assert [json.loads(argument) for argument in command] == [["python", "server.py"]]
+        assert not any(instruction == "ENTRYPOINT" for instruction, _ in instructions)
+
+    def test_follows_the_rules_of_hadolint(self) -> None:
+        hadolint = Path(sys.executable).parent / "hadolint"
+        subprocess.run([hadolint, ROOT / "Dockerfile"], check=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+class TestMakefile:
+    """`make` on a fresh machine: it works, or says what is missing."""
+
+    def make(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        # Free of what an outer `make test` hands down.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+        return subprocess.run(
+            ["make", "-f", str(ROOT / "Makefile"), *arguments],
+            cwd=ROOT,
+            env=inherited | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    def test_lists_every_target_with_its_purpose(self) -> None:
+        listed = re.findall(r"^  make (\S+) +\S", self.make().stdout, re.MULTILINE)
+        phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert phony is not None
+        assert listed == phony[1].split()
+        assert {"run", "test", "lint", "image"} <= set(listed)
+
+    @pytest.mark.parametrize(
+        ("works_for", "sentence"),
+        [
+            ("nothing", "This needs Python 3.11 or newer"),
+            ("version", "cannot make virtual environments here"),
+        ],
+    )
+    def test_says_what_python_lacks(self, tmp_path: Path, works_for: str, sentence: str) -> None:
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\ncase "$2" in *{works_for}*) exit 0;; esac\nexit 1\n')
+        python.chmod(0o755)
+        result = self.make("lint", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
+        assert result.returncode == 2
+        assert sentence in result.stderr
+        assert not (tmp_path / "venv").exists()
+
+    def test_installs_only_when_the_requirements_have_changed(self, tmp_path: Path) -> None:
+        stamp = tmp_path / ".installed"
+        assert "pip install" in self.make("-n", "lint", f"VENV={tmp_path}").stdout
+        stamp.touch()
+        newer = (ROOT / "requirements-dev.txt").stat().st_mtime + 1
+        os.utime(stamp, (newer, newer))
+        assert "pip install" not in self.make("-n", "lint", f"VENV={tmp_path}").stdout
+
+
+class TestContinuousIntegration:
+    """.ci/run, which runs what a person runs."""
+
+    def test_is_a_script_that_bash_accepts(self) -> None:
+        script = ROOT / ".ci" / "run"
+        assert os.access(script, os.X_OK)
+        subprocess.run(["bash", "-n", script], check=True)
+
+    def test_checks_style_and_then_runs_the_tests(self) -> None:
+        assert (ROOT / ".ci" / "run").read_text().endswith("\nmake lint\nmake test\n")
