@@ -62,7 +62,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from aiohttp import ClientError as HttpError
 from aiohttp import ClientSession, ClientTimeout
-from boto3.dynamodb.types import TypeDeserializer
+from boto3.dynamodb.types import Binary, TypeDeserializer
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -356,8 +356,13 @@ class Part:
         since = self._failing_since
         return since is not None and time.monotonic() - since > FAILING_AFTER_S
 
-    async def insist(self, operation: str, call: Callable[[], Awaitable[T]]) -> T:
+    async def insist(self, operation: str, call: Callable[[], Awaitable[T]], *parts: str) -> T:
         """Make ``call`` until it works, with full jitter between the attempts.
+
+        Args:
+            operation: AWS's name of the call.
+            call: makes it once.
+            parts: what an answer must have; one without them is none of AWS's.
 
         Raises:
             UpstreamLost: AWS's answer is one that waiting does not change.
@@ -367,6 +372,8 @@ class Part:
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_S):
                     result = await call()
+                if not all(part in cast("Mapping[str, Any]", result) for part in parts):
+                    raise ResponseParserError(f"an answer without {', '.join(parts)}")
             except AWS_ERRORS as exc:
                 if not passes(exc):
                     raise self.lost(exc, operation) from exc
@@ -768,10 +775,19 @@ class Decoders:
     carrier = msgspec.json.Decoder(Carrier)
 
 
+def binary_as_bytes(value: object) -> bytes:
+    """What boto3 wraps in a class of its own; as JSON it becomes base64."""
+    if isinstance(value, Binary):
+        return bytes(cast("bytes", value))
+    raise NotImplementedError(f"{type(value).__name__} has no form in JSON")
+
+
 class Encoders:
     """DynamoDB's numbers and sets as JSON numbers and arrays."""
 
-    snapshot = msgspec.json.Encoder(decimal_format="number", order="deterministic")
+    snapshot = msgspec.json.Encoder(
+        decimal_format="number", order="deterministic", enc_hook=binary_as_bytes
+    )
 
 
 encode = msgspec.json.encode
@@ -1278,7 +1294,8 @@ class Channel:
 
         When a task is replaced, thousands come back for the same few: one reads them for all.
         """
-        for event in reversed(events):
+        older = [event for event in events if cast("int", event.seq) <= self.floor]
+        for event in reversed(older):
             size = self._recent_bytes + len(event.payload)
             if event.seq != self.floor or len(self.recent) == RECENT_EVENTS or size > RECENT_BYTES:
                 break
@@ -1390,8 +1407,11 @@ class FanOut:
 
     def check_backlog(self, connection: Connection) -> None:
         """Close a reader so slow that keeping what it missed is the log's work, not memory's."""
-        too_slow = connection.transport.get_write_buffer_size() > self._max_backlog_bytes
-        if too_slow and connection.progress is Progress.OPEN:
+        if connection.transport.get_write_buffer_size() > self._max_backlog_bytes:
+            self.give_up(connection)
+
+    def give_up(self, connection: Connection) -> None:
+        if connection.progress is Progress.OPEN:
             self._metrics.slow_consumers_closed += 1
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
 
@@ -1741,6 +1761,9 @@ class Head:
     def learn(self, event_id: str, seq: int, stamp: str) -> None:
         self.seq = max(self.seq, seq)
         self.known[event_id] = (seq, stamp)
+
+    def trim(self) -> None:
+        """Forget the oldest; not while an append is under way, which may still look for them."""
         while len(self.known) > EVENT_IDS_REMEMBERED:
             oldest = next(iter(self.known))
             self.low, forgotten = self.known.pop(oldest)
@@ -1846,11 +1869,13 @@ class EventLog:
             request: Any = {self._table: {"Keys": left[:100]}}
             left = left[100:]
             answer = await self.part.insist(
-                "BatchGetItem", partial(self._dynamodb.batch_get_item, RequestItems=request)
+                "BatchGetItem",
+                partial(self._dynamodb.batch_get_item, RequestItems=request),
+                "Responses",
             )
             for item in answer["Responses"].get(self._table, []):
                 found[item["PK"]["S"].removeprefix("PROJECT#")] = int(item["seq"]["N"])
-            if unprocessed := answer["UnprocessedKeys"].get(self._table):
+            if unprocessed := answer.get("UnprocessedKeys", {}).get(self._table):
                 left += unprocessed["Keys"]
         return found
 
@@ -1892,6 +1917,7 @@ class EventLog:
                 ScanIndexForward=forward,
                 Limit=100,
             ),
+            "Items",
         )
         if "LastEvaluatedKey" not in answer:
             return cast("list[dict[str, Any]]", answer["Items"]), ""
@@ -1928,6 +1954,7 @@ class EventLog:
             update = entry.update
             message = EventMessage(update.type, project_id, update.data, seq, stamp)
             entry.event = Event.of(message, entry.sent_at)
+        head.trim()
         return [event for event in met if event.seq not in own]
 
     async def _head_to_append(self, project_id: str) -> Head:
@@ -2181,9 +2208,10 @@ class Feed:
                     position, events = channel.cursor or 0, []
                     self._confirm(connection, channel, False)
             self._go_live(connection, channel, position)
-        except TimeoutError:
-            self._metrics.slow_consumers_closed += 1
-            connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
+        except UpstreamLost:
+            raise
+        except Exception as exc:  # a fault of ours must cost one connection, not the process
+            connection.fail(exc)
 
     async def _read_on(self, channel: Channel, position: int) -> list[Event] | None:
         """What follows ``position`` and is older than what the channel remembers; a page of it.
@@ -2380,29 +2408,17 @@ class Relay:
         """
         arn_start = self._topic_arn.split(":sns:")[0]
         queue_arn = f"{arn_start}:sqs:{self._region}:{self._account}:{self._name}"
-        policy = {
-            "Version": "2012-10-17",
-            "Statement": [
-                {
-                    "Sid": "TopicMaySend",
-                    "Effect": "Allow",
-                    "Principal": {"Service": "sns.amazonaws.com"},
-                    "Action": "sqs:SendMessage",
-                    "Resource": queue_arn,
-                    "Condition": {"ArnEquals": {"aws:SourceArn": self._topic_arn}},
-                }
-            ],
-        }
         queue = await self.part.insist(
             "CreateQueue",
             lambda: self._sqs.create_queue(
                 QueueName=self._name,
                 Attributes={
                     "MessageRetentionPeriod": str(FAN_OUT_RETENTION_S),
-                    "Policy": json.dumps(policy),
+                    "Policy": self._policy(queue_arn),
                 },
                 tags={"heartbeat": str(int(time.time()))},
             ),
+            "QueueUrl",
         )
         self._queue_url = queue["QueueUrl"]
         subscription = await self.part.insist(
@@ -2414,9 +2430,21 @@ class Relay:
                 Attributes={"RawMessageDelivery": "true"},
                 ReturnSubscriptionArn=True,
             ),
+            "SubscriptionArn",
         )
         self._subscription_arn = subscription["SubscriptionArn"]
         logger.info("fan-out queue ready", extra={"queue": self._name})
+
+    def _policy(self, queue_arn: str) -> str:
+        statement = {
+            "Sid": "TopicMaySend",
+            "Effect": "Allow",
+            "Principal": {"Service": "sns.amazonaws.com"},
+            "Action": "sqs:SendMessage",
+            "Resource": queue_arn,
+            "Condition": {"ArnEquals": {"aws:SourceArn": self._topic_arn}},
+        }
+        return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
     def publish(self, carried: Carried, done: Callable[[], None]) -> None:
         """Have an event brought to the other tasks; ``done`` is called when the topic has it."""
@@ -2942,7 +2970,7 @@ class Connection(asyncio.Protocol):
                 self._held += cast("list[Frame]", self.protocol.events_received())
                 self._go_on()
         except Exception as exc:  # a fault of ours must cost one connection, not the process
-            self._fail(exc)
+            self.fail(exc)
 
     def eof_received(self) -> bool:
         self.protocol.receive_eof()
@@ -2980,16 +3008,17 @@ class Connection(asyncio.Protocol):
             self.transport.write(b"".join(frames))
 
     async def drained(self) -> None:
-        """Return once the client has read most of what was written, or is gone.
+        """Return once the client has read most of what was written.
 
         Raises:
-            TimeoutError: it read too little for ``CATCHUP_STALL_S``.
+            CancelledError: it is gone, or was closed because it read too little.
         """
         if self.choked and self.progress is Progress.OPEN:
             if self._drained is None:
                 self._drained = asyncio.get_running_loop().create_future()
-            async with asyncio.timeout(CATCHUP_STALL_S):
-                await asyncio.shield(self._drained)
+            await asyncio.wait({self._drained}, timeout=CATCHUP_STALL_S)
+            if self.choked:
+                self._gateway.fan_out.give_up(self)
         if self.progress is not Progress.OPEN:
             raise asyncio.CancelledError
 
@@ -3017,6 +3046,11 @@ class Connection(asyncio.Protocol):
         elif self.progress is Progress.HANDSHAKE:
             self.transport.abort()
 
+    def fail(self, exc: Exception) -> None:
+        logger.error("connection failed", exc_info=exc, extra={"connection_id": self.id})
+        self._held.clear()
+        self.close(CloseCode.INTERNAL_ERROR, "internal error")
+
     # Inside.
 
     def _go_on(self) -> None:
@@ -3033,15 +3067,10 @@ class Connection(asyncio.Protocol):
         try:
             self._go_on()
         except Exception as exc:  # as in ``data_received``
-            self._fail(exc)
+            self.fail(exc)
         caught_up = not self._held and self.in_flight < FORWARDS_IN_FLIGHT
         if caught_up and not self.transport.is_closing() and not self.transport.is_reading():
             self.transport.resume_reading()
-
-    def _fail(self, exc: Exception) -> None:
-        logger.error("connection failed", exc_info=exc, extra={"connection_id": self.id})
-        self._held.clear()
-        self.close(CloseCode.INTERNAL_ERROR, "internal error")
 
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():
@@ -3571,7 +3600,8 @@ class Gateway:
     def _subscribe(self, connection: Connection, message: Subscribe) -> None:
         limit = self._settings.max_subscriptions_per_connection
         current = (connection.subscriptions | connection.catching_up.keys()) - {EVERYONE}
-        if limit and len(current - {message.project_id}) >= limit:
+        counts = limit and message.project_id != EVERYONE
+        if counts and len(current - {message.project_id}) >= limit:
             sentence = f"A connection may have {limit} subscriptions; end another one first."
             raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
         self.feed.subscribe(connection, message)
@@ -3754,15 +3784,26 @@ class Gateway:
         started_at, spread_s = self.now(), self._settings.drain_seconds
         connections = list(self.registry.connections.values())
         random.shuffle(connections)
+        busy = []
         for i, connection in enumerate(connections):
             due = started_at + spread_s * i / len(connections)
             if due > self.now() and not self.hurry_wanted.is_set():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(due):
                         await self.hurry_wanted.wait()
-            after_ms = random.randint(0, RECONNECT_SPREAD_MS)  # noqa: S311
-            connection.send(encode(Reconnect(after_ms)))
-            connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
+            if connection.in_flight:
+                busy.append(connection)
+            else:
+                self._send_away(connection)
+        if busy:  # who waits for confirmations gets them first
+            await self._within(self._settings.forward_timeout_seconds, self.forwarder.idle())
+        for connection in busy:
+            self._send_away(connection)
+
+    def _send_away(self, connection: Connection) -> None:
+        after_ms = random.randint(0, RECONNECT_SPREAD_MS)  # noqa: S311
+        connection.send(encode(Reconnect(after_ms)))
+        connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
 
     async def _gone(self) -> None:
         while self.pending or self.registry.connections:
@@ -3831,7 +3872,8 @@ def set_up_logging(log_level: str) -> None:
 
 def on_signals(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
     """Have SIGTERM and SIGINT call ``act`` in the loop, on Windows too."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    names = ("SIGTERM", "SIGINT", "SIGBREAK")  # the last is Windows's
+    for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
         try:
             loop.add_signal_handler(number, act)
         except NotImplementedError:
@@ -3844,8 +3886,11 @@ def own_id(metadata_uri: str | None) -> str:
     Source: Amazon ECS task metadata endpoint version 4, path ``/task``.
     """
     if metadata_uri:
-        with urlopen(f"{metadata_uri}/task", timeout=5) as answer:  # noqa: S310
-            return str(json.load(answer)["TaskARN"]).rsplit("/", 1)[-1]
+        try:
+            with urlopen(f"{metadata_uri}/task", timeout=5) as answer:  # noqa: S310
+                return str(json.load(answer)["TaskARN"]).rsplit("/", 1)[-1]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            logger.warning("the task's metadata cannot be read: %s", exc)
     return f"{socket.gethostname()[:20]}-{uuid.uuid4().hex[:8]}"
 
 
