@@ -173,6 +173,7 @@ CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEEP_INTERVAL_S = 1.0
 PINGS_PER_TURN = 200
+TURN_BYTES = 4_096  # of one connection's input, before the others get their turn
 FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
 HEALTH_CHECKER = "ELB-HealthChecker/2.0"
@@ -1009,10 +1010,14 @@ def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
     """
     entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
     claimed = entries[-min(hops, len(entries))] if hops and entries else peer
-    for candidate in (claimed, claimed.rpartition(":")[0].strip("[]"), peer):
+    with_port = re.fullmatch(r"\[(.+)\](?::\d+)?|([\d.]+):\d+", claimed)
+    bare = (with_port[1] or with_port[2]) if with_port else claimed
+    for candidate in (bare, peer):
         with contextlib.suppress(ValueError):
             address = ipaddress.ip_address(candidate)
             if isinstance(address, ipaddress.IPv6Address):
+                if address.ipv4_mapped:
+                    return str(address.ipv4_mapped)
                 return str(ipaddress.ip_network((address, 64), strict=False))
             return str(address)
     return peer
@@ -1034,17 +1039,25 @@ class Admission:
 
     def refusal(self, address: str, now: float) -> tuple[int, str] | None:
         """HTTP status and sentence for who may not come in."""
-        inside = self._inside_by_address.get(address, 0)
         if self._failures.of(address, now).empty(now):
             return 429, "Too many failed authentications."
-        if self._max_per_address and inside >= self._max_per_address:
-            return 429, "Too many connections from this address."
+        if crowded := self.crowded(address):
+            return crowded
         if not self._handshakes_by_address.of(address, now).take(now):
             return 429, "Too many connections from this address at once."
-        if self._max_connections and self._inside >= self._max_connections:
-            return 503, "This server is full."
         if not self._handshakes.take(now):
             return 503, "This server is busy."
+        return None
+
+    def crowded(self, address: str) -> tuple[int, str] | None:
+        """The same, for the number of connections alone."""
+        if (
+            self._max_per_address
+            and self._inside_by_address.get(address, 0) >= self._max_per_address
+        ):
+            return 429, "Too many connections from this address."
+        if self._max_connections and self._inside >= self._max_connections:
+            return 503, "This server is full."
         return None
 
     def entered(self, address: str) -> None:
@@ -1090,8 +1103,11 @@ class Principal:
     projects: frozenset[str] | None
     expires_at: float
 
-    def may_use(self, project_id: str) -> bool:
-        return self.projects is None or project_id == EVERYONE or project_id in self.projects
+    def may_use(self, project_id: str, *, strictly: bool = False) -> bool:
+        """Whether it may use a project; everyone's own is open to all, unless ``strictly``."""
+        if self.projects is None or (project_id == EVERYONE and not strictly):
+            return True
+        return project_id in self.projects
 
 
 def usable(key: PyJWK, algorithms: Sequence[str]) -> bool:
@@ -1140,10 +1156,9 @@ class Keys:
             keys = [key for key in PyJWKSet.from_dict(document) if usable(key, self._algorithms)]
             if not keys:
                 raise PyJWKSetError("no key is for an algorithm in AUTH_ALGORITHMS")
-        except (HttpError, OSError, TimeoutError, ValueError, PyJWTError) as exc:
-            logger.warning("the issuer's keys could not be read: %s", type(exc).__name__)
-        else:
             self._by_id = {key.key_id: key for key in keys}
+        except Exception as exc:  # the document is a stranger's, and its parser raises all sorts
+            logger.warning("the issuer's keys could not be read: %s", type(exc).__name__)
         finally:
             self._reading = None
 
@@ -1187,12 +1202,13 @@ class Verifier:
                 leeway=TOKEN_LEEWAY_S,
                 options={"require": ["exp", "iss", "sub"], "verify_aud": by_aud},
             )
-        except (PyJWTError, ValueError, TypeError, RecursionError) as exc:
+            expires_at = float(claims["exp"]) + TOKEN_LEEWAY_S
+        except (PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as exc:
             raise NotAuthenticated(type(exc).__name__) from None
         if not by_aud and claims.get(settings.auth_audience_claim) != settings.auth_audience:
             raise NotAuthenticated("it is for another audience")
         projects = projects_in(claims, settings.auth_projects_claim)
-        return Principal(claims["sub"], projects, float(claims["exp"]) + TOKEN_LEEWAY_S)
+        return Principal(claims["sub"], projects, expires_at)
 
 
 def bearer_token(headers: Headers) -> str | None:
@@ -2223,10 +2239,10 @@ class Feed:
                 return []  # or somebody else's read has brought it back by now
             self._metrics.catch_ups += 1
             events = await self._read(channel, position)
-        if not events or events[0].seq != position + 1:
-            return None
-        channel.remember(events)
-        return events
+        # Up to a hole, that is: the next read then begins with it.
+        run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
+        channel.remember(run)
+        return run or None
 
     async def _read(self, channel: Channel, after: int) -> list[Event]:
         """A page of the log; what in it is news to the channel is delivered on the way."""
@@ -2912,6 +2928,7 @@ class Connection(asyncio.Protocol):
     Attributes:
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
         in_flight: forwards not settled yet.
+        on_hold: nothing is acted on, because a token is being looked up.
         deadline: when handshake, authentication or close must be over, by the loop's clock.
         principal: who it belongs to; ``None`` until that is known.
         warned: whether the client was told that its token is about to expire.
@@ -2919,9 +2936,9 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_asked", "_drained", "_fragments", "_gateway", "_held", "_request_bytes", "_tail",
-        "_text", "address", "catching_up", "choked", "close_code", "deadline", "deflates",
-        "heard_at", "id", "in_flight", "opened_at", "pace", "pinged_at", "principal", "progress",
-        "protocol", "subscriptions", "transport", "warned",
+        "_text", "_unread", "address", "catching_up", "choked", "close_code", "deadline",
+        "deflates", "heard_at", "id", "in_flight", "on_hold", "opened_at", "pace", "pinged_at",
+        "principal", "progress", "protocol", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -2945,7 +2962,9 @@ class Connection(asyncio.Protocol):
         self.warned = False
         self._asked = False
         self._drained: asyncio.Future[None] | None = None
+        self.on_hold = False
         self._held: list[Frame] = []
+        self._unread = b""
         self._fragments: bytearray | None = None
         self._text = True
         self._request_bytes = 0
@@ -2966,9 +2985,8 @@ class Connection(asyncio.Protocol):
             if self.progress is Progress.HANDSHAKE:
                 self._handshake(data)
             else:
-                self.protocol.receive_data(data)
-                self._held += cast("list[Frame]", self.protocol.events_received())
-                self._go_on()
+                self._unread += data
+                self._take_turn()
         except Exception as exc:  # a fault of ours must cost one connection, not the process
             self.fail(exc)
 
@@ -3030,13 +3048,14 @@ class Connection(asyncio.Protocol):
     def forwarding(self, change: int) -> None:
         """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
         self.in_flight += change
-        if self.transport.is_closing():
-            return  # uvloop raises where asyncio shrugs
-        if self.in_flight == FORWARDS_IN_FLIGHT and change > 0:
-            self.transport.pause_reading()
-        elif self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
-            self.heard_at = self._gateway.now()  # its silence was ours
-            asyncio.get_running_loop().call_soon(self._resume)
+        if self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
+            self._go_on_soon()
+
+    def hold(self, on: bool) -> None:
+        """Act on nothing more until something that was sent has been looked up."""
+        self.on_hold = on
+        if not on:
+            self._go_on_soon()
 
     def close(self, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
@@ -3053,24 +3072,49 @@ class Connection(asyncio.Protocol):
 
     # Inside.
 
-    def _go_on(self) -> None:
-        """Act on what was received, up to the bound of forwards in flight; one read brings many."""
+    @property
+    def _may_act(self) -> bool:
+        closing = (
+            self.progress is Progress.CLOSING
+        )  # nothing is acted on, but the end is to be seen
+        return closing or (self.in_flight < FORWARDS_IN_FLIGHT and not self.on_hold)
+
+    def _take_turn(self) -> None:
+        """Act on a part of what was read, and on the rest when everybody had a turn.
+
+        One read brings up to 256 KB. All at once, its 40,000 empty pings would stop everybody
+        for a quarter of a second, and its compressed messages could become 200 MB.
+        """
+        if not self._held and self._unread and self._may_act:
+            piece, self._unread = self._unread[:TURN_BYTES], self._unread[TURN_BYTES:]
+            self.protocol.receive_data(piece)
+            self._held += cast("list[Frame]", self.protocol.events_received())
         done = 0
-        for done, received in enumerate(self._held, 1):  # noqa: B007
-            self._frame(received)
-            if self.in_flight >= FORWARDS_IN_FLIGHT:
-                break
+        while done < len(self._held) and self._may_act:
+            self._frame(self._held[done])
+            done += 1
         del self._held[:done]
         self._write_out()
+        if self.transport.is_closing():
+            return
+        if self._held or self._unread or not self._may_act:
+            if self.transport.is_reading():
+                self.transport.pause_reading()
+            if self._may_act:
+                self._go_on_soon()
+        elif not self.transport.is_reading():
+            self.heard_at = self._gateway.now()  # its silence was ours
+            self.transport.resume_reading()
 
-    def _resume(self) -> None:
+    def _go_on_soon(self) -> None:
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
         try:
-            self._go_on()
+            if not self.transport.is_closing():
+                self._take_turn()
         except Exception as exc:  # as in ``data_received``
             self.fail(exc)
-        caught_up = not self._held and self.in_flight < FORWARDS_IN_FLIGHT
-        if caught_up and not self.transport.is_closing() and not self.transport.is_reading():
-            self.transport.resume_reading()
 
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():
@@ -3134,6 +3178,8 @@ class Connection(asyncio.Protocol):
     def _frame(self, received: Frame) -> None:
         """Put messages together; control frames were answered by the protocol."""
         opcode = received.opcode
+        if (opcode is Opcode.PING or not received.fin) and not self._gateway.within_pace(self):
+            return
         if opcode in (Opcode.TEXT, Opcode.BINARY):
             self._text = opcode is Opcode.TEXT
             if received.fin:
@@ -3172,14 +3218,14 @@ class Connection(asyncio.Protocol):
             self.transport.write(data)
         if parts and not parts[-1] and self.transport.can_write_eof():
             self.transport.write_eof()
-            if not self.transport.is_reading():
-                self.transport.resume_reading()  # only by reading on is the peer's EOF seen
         if self.progress is Progress.OPEN and self.protocol.state is not State.OPEN:
             self.progress = Progress.CLOSING
             sent = self.protocol.close_sent
             self.close_code = sent.code if sent else CloseCode.ABNORMAL_CLOSURE
             self.deadline = self._gateway.now() + CLOSE_TIMEOUT_S
             self._gateway.closing(self)
+            self._held.clear()
+            self._go_on_soon()  # to read on, whatever paused it: else the peer's end is not seen
         elif self.choked:
             self._gateway.fan_out.check_backlog(self)
 
@@ -3237,6 +3283,12 @@ def unwelcome(protocol: ServerProtocol, status: int, why: str) -> Response:
     elif status in (429, 503):
         response.headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
     return response
+
+
+def peer_of(connection: Connection) -> str:
+    """Who the socket says it is from; nothing once the peer has gone."""
+    peer = connection.transport.get_extra_info("peername")
+    return str(peer[0]) if peer else ""
 
 
 async def fetch_keys(address: str) -> bytes:
@@ -3447,9 +3499,8 @@ class Gateway:
     def _admit(self, connection: Connection, request: Request) -> None:
         """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
         settings, protocol, headers = self._settings, connection.protocol, request.headers
-        peer = connection.transport.get_extra_info("peername")
         connection.address = client_address(
-            str(peer[0]) if peer else "",
+            peer_of(connection),
             headers.get_all("X-Forwarded-For"),
             settings.trusted_proxy_hops,
         )
@@ -3488,7 +3539,13 @@ class Gateway:
 
     async def _identify_later(self, connection: Connection, request: Request) -> None:
         await self._read_keys()
-        self._identify(connection, request, last=True)
+        refusal = self._admission.crowded(connection.address)
+        if self.drain_wanted.is_set():
+            refusal = 503, "This server is draining."
+        if refusal is not None:
+            connection.respond(request, unwelcome(connection.protocol, *refusal))
+        else:
+            self._identify(connection, request, last=True)
 
     def _keys_may_help(self) -> bool:
         return self._verifier is not None and self._verifier.keys.may_read_again(self.now())
@@ -3498,8 +3555,9 @@ class Gateway:
             await self._verifier.keys.read(self.now())
 
     def _is_local(self, connection: Connection, request: Request) -> bool:
-        host = str(connection.transport.get_extra_info("peername")[0])
-        return host in ("127.0.0.1", "::1") and "X-Forwarded-For" not in request.headers
+        return (
+            peer_of(connection) in ("127.0.0.1", "::1") and "X-Forwarded-For" not in request.headers
+        )
 
     def health(self) -> str:
         """``ok``, or why the load balancer should send nobody here."""
@@ -3550,19 +3608,26 @@ class Gateway:
     def message(self, connection: Connection, payload: bytes) -> None:
         """One message of a client, if it does not send too many."""
         self.metrics.messages_received += 1
+        if self.within_pace(connection):
+            self._handle(connection, payload)
+
+    def within_pace(self, connection: Connection) -> bool:
+        """Whether a connection may send one more; it is told if not, and closed if it goes on."""
         rate = self._settings.max_messages_per_second
-        if rate:
-            now = self.now()
-            pace = connection.pace = connection.pace or Pace(rate, now)
-            if not pace.allowed.take(now):
-                wait_ms = math.ceil(pace.allowed.wait_s() * 1000)
-                sentence = f"More than {rate} messages a second; this one was dropped."
-                error = BadMessage(ErrorCode.RATE_LIMITED, sentence, retry_after_ms=wait_ms)
-                self.refuse(connection, error)
-                if not pace.patience.take(now):
-                    connection.close(CloseCode.POLICY_VIOLATION, "too many messages")
-                return
-        self._handle(connection, payload)
+        if not rate:
+            return True
+        now = self.now()
+        pace = connection.pace = connection.pace or Pace(rate, now)
+        if pace.allowed.take(now):
+            return True
+        wait_ms = math.ceil(pace.allowed.wait_s() * 1000)
+        sentence = f"More than {rate} messages a second; this one was dropped."
+        self.refuse(
+            connection, BadMessage(ErrorCode.RATE_LIMITED, sentence, retry_after_ms=wait_ms)
+        )
+        if not pace.patience.take(now):
+            connection.close(CloseCode.POLICY_VIOLATION, "too many messages")
+        return False
 
     def _handle(self, connection: Connection, payload: bytes) -> None:
         """Answer a message at once or, a forward, when SQS has answered."""
@@ -3583,7 +3648,10 @@ class Gateway:
         if connection.principal is None:
             raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
         project_id = getattr(message, "project_id", None)
-        if project_id is not None and not connection.principal.may_use(project_id):
+        # An agent answers where it was asked: a forward for everyone comes back to everyone.
+        strictly = isinstance(message, Forward)
+        may_use = connection.principal.may_use
+        if project_id is not None and not may_use(project_id, strictly=strictly):
             raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
         match message:
             case Forward():
@@ -3615,6 +3683,7 @@ class Gateway:
             principal = self._verifier.verify(token)
         except NotAuthenticated as exc:
             if not last and isinstance(exc, UnknownKey) and self._keys_may_help():
+                connection.hold(True)
                 self._tasks.create_task(self._authenticate_later(connection, token))
                 return
             self._turn_out(connection, str(exc))
@@ -3634,7 +3703,9 @@ class Gateway:
 
     async def _authenticate_later(self, connection: Connection, token: str) -> None:
         await self._read_keys()
-        self._authenticate(connection, token, last=True)
+        if connection.progress is Progress.OPEN:
+            self._authenticate(connection, token, last=True)
+        connection.hold(False)
 
     def _turn_out(self, connection: Connection, why: str) -> None:
         self._admission.failed(connection.address, self.now())
@@ -3845,15 +3916,19 @@ class JsonLines(logging.Formatter):
 
 
 class PrettyLines(JsonLines):
-    """The same for a person at a terminal."""
+    """The same for a person at a terminal, whose terminal nobody else may steer."""
+
+    controls = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n")}, "?")
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={value!r}" for name, value in self.fields(record).items())
-        message = record.getMessage().translate(dict.fromkeys((*range(32), *range(127, 160)), "?"))
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         colour = "\x1b[2m" if record.levelno < logging.WARNING else "\x1b[31m"
-        line = f"{colour}{clock} {record.levelname:7}\x1b[0m {message}{fields}"
-        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+        text = record.getMessage() + fields
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        harmless = text.translate(self.controls)
+        return f"{colour}{clock} {record.levelname:7}\x1b[0m {harmless}"
 
 
 def set_up_logging(log_level: str) -> None:
