@@ -8,10 +8,13 @@ UV_VERSION := 0.13.9
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What tests of the browser client need; without npm they are skipped, and say so.
+CLIENT_INSTALLED := $(if $(shell command -v npm),client/node_modules/.package-lock.json)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint image requirements clean
+.PHONY: help run test lint image chaos bench bench-quick rehearsal hostile conformance fuzz audit \
+	requirements clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +22,7 @@ help: ## Show this list
 run: $(INSTALLED) ## Run everything here: embedded AWS, sample agents, server (TASKS=2, PORT=8080, FIFO=1)
 	@$(BIN)/python -m local $(if $(PORT),--port $(PORT)) $(if $(FIFO),--fifo)
 
-test: $(INSTALLED) ## Run all tests, with the branch coverage of server.py (ARGS="-k name -x")
+test: $(INSTALLED) $(CLIENT_INSTALLED) ## Run all tests, with the branch coverage of server.py (ARGS="-k name -x")
 	$(BIN)/python -m pytest --cov=server $(ARGS)
 
 lint: $(INSTALLED) ## Check style, format and types
@@ -29,6 +32,31 @@ lint: $(INSTALLED) ## Check style, format and types
 
 image: ## Build the container image (DOCKER=podman, IMAGE=name:tag)
 	$(DOCKER) build --tag $(IMAGE) .
+
+chaos: $(INSTALLED) ## Kill, cut and disturb three tasks, and count every event (SEEDS=100)
+	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),100) --faults mixed
+
+rehearsal: $(INSTALLED) ## Roll a deployment behind a real proxy, with 500 clients
+	$(BIN)/python -m tests.rehearsal
+
+hostile: $(INSTALLED) ## Attack a server with 100 honest clients on it, and print what they felt
+	$(BIN)/python -m tests.hostile
+
+conformance: $(INSTALLED) ## Run the Autobahn test suite against the connection class
+	$(BIN)/python -m tests.conformance
+
+fuzz: $(INSTALLED) ## Feed it garbage for ten minutes (SECONDS=600)
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),600)
+
+audit: $(INSTALLED) ## Look for known holes in packages and code
+	$(BIN)/python -m tests.audit
+
+bench: $(INSTALLED) ## Measure beside the peers, and rewrite docs/PERFORMANCE.md
+	$(BIN)/pip install --quiet --requirement bench/requirements.txt
+	$(BIN)/python -m bench
+
+bench-quick: $(INSTALLED) ## Measure the part that says most, in a minute or two
+	$(BIN)/python -m bench --quick
 
 requirements: $(INSTALLED) ## Pin the packages anew after a change of *.in (UPGRADE=1: newest versions)
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)
@@ -51,3 +79,6 @@ $(INSTALLED): requirements-dev.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
+
+client/node_modules/.package-lock.json: client/package-lock.json
+	@npm ci --silent --no-audit --no-fund --prefix client

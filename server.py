@@ -2443,7 +2443,12 @@ class Relay:
                 TopicArn=self._topic_arn,
                 Protocol="sqs",
                 Endpoint=queue_arn,
-                Attributes={"RawMessageDelivery": "true"},
+                # Own events need not come back. The policy may take 15 minutes to be in force:
+                # until then they do, and ``run`` sees whose they are.
+                Attributes={
+                    "RawMessageDelivery": "true",
+                    "FilterPolicy": json.dumps({"origin": [{"anything-but": [self._name]}]}),
+                },
                 ReturnSubscriptionArn=True,
             ),
             "SubscriptionArn",
@@ -2469,8 +2474,12 @@ class Relay:
 
     async def _publish(self, batch: list[tuple[Carried, Callable[[], None]]]) -> None:
         body = encode(Carrier(self._name, [carried for carried, _ in batch])).decode()
+        origin: Any = {"origin": {"DataType": "String", "StringValue": self._name}}
         await self.part.insist(
-            "Publish", lambda: self._sns.publish(TopicArn=self._topic_arn, Message=body)
+            "Publish",
+            lambda: self._sns.publish(
+                TopicArn=self._topic_arn, Message=body, MessageAttributes=origin
+            ),
         )
         for _, done in batch:
             done()
