@@ -278,7 +278,10 @@ class UpstreamLost(GatewayError):
     """AWS refuses in a way that waiting will not mend: a table, a queue or a right is missing."""
 
 
-AWS_ERRORS = (ClientError, BotoCoreError, HttpError, OSError, TimeoutError, UnicodeDecodeError)
+UNREADABLE_ANSWERS = (KeyError, ResponseParserError, UnicodeDecodeError)
+"""What the SDK's parsers raise for answers that are not of AWS's making."""
+
+AWS_ERRORS = (ClientError, BotoCoreError, HttpError, OSError, TimeoutError, *UNREADABLE_ANSWERS)
 """What a call through the SDK raises. Anything else is a fault of this program."""
 
 PASSING_CODES = frozenset({
@@ -301,10 +304,9 @@ PASSING_ERRORS = (
     HttpError,
     MetadataRetrievalError,
     OSError,
-    ResponseParserError,
     SdkConnectionError,  # no connection, or none in time; proxy and TLS errors too
     TimeoutError,
-    UnicodeDecodeError,  # an answer that is no text at all
+    *UNREADABLE_ANSWERS,
 )
 
 
