@@ -1,0 +1,1 @@
+"""Load, and peers side by side: ``python -m bench``."""

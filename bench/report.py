@@ -1,0 +1,524 @@
+"""From records to tables, plots and the verdict on what was to be reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.processes import ROOT
+from bench.scenarios import Record
+
+DOCUMENT = ROOT / "docs" / "PERFORMANCE.md"
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the benchmark: what it ran on, and all it recorded."""
+
+    when: str
+    effort: dict[str, Any]
+    machine: dict[str, str]
+    versions: dict[str, str]
+    absent: dict[str, str]
+    records: list[Record]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields = dataclasses.asdict(self)
+        records = ",\n".join(json.dumps(r) for r in fields.pop("records"))
+        head = json.dumps(fields, indent=1).removesuffix("\n}")
+        path.write_text(f'{head},\n "records": [\n{records}\n]}}\n')
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read what `save` wrote."""
+        fields = json.loads(path.read_text())
+        return cls(**{**fields, "records": [Record(**r) for r in fields["records"]]})
+
+    def by_round(self, scenario: str, server: str, key: str, **parameters: Any) -> dict[int, float]:
+        """One figure, round by round."""
+        return {
+            r.round: r.values[key]
+            for r in self.records
+            if (r.scenario, r.server) == (scenario, server)
+            and key in r.values
+            and parameters.items() <= r.parameters.items()
+        }
+
+    def servers(self, scenario: str) -> list[str]:
+        """Who was measured in a scenario, in order of appearance."""
+        return list(dict.fromkeys(r.server for r in self.records if r.scenario == scenario))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, least and greatest of one figure over the rounds."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread | None:
+        found = list(values)
+        return cls(statistics.median(found), min(found), max(found)) if found else None
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands separated."""
+    if abs(value) >= 1000:
+        digits = len(str(int(abs(value)))) - 3
+        return f"{round(value, -digits):,.0f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def shown(values: Iterable[float], unit: str = "") -> str:
+    """A cell: the median, and what it lay between."""
+    spread = Spread.of(values)
+    if spread is None:
+        return "-"
+    return f"{number(spread.median)}{unit} ({number(spread.least)}-{number(spread.greatest)})"
+
+
+def median(values: Iterable[float]) -> str:
+    """A cell: the median alone."""
+    spread = Spread.of(values)
+    return "-" if spread is None else number(spread.median)
+
+
+def ratios(above: dict[int, float], below: dict[int, float]) -> list[float]:
+    """Round by round, so that what slows the machine for a while slows both."""
+    return [above[n] / below[n] for n in above if n in below]
+
+
+def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """The straight line through points: intercept, slope, and r squared."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    slope, intercept = statistics.linear_regression(xs, ys)
+    return intercept, slope, statistics.correlation(xs, ys) ** 2
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left, the others to the right."""
+    lines = [" | ".join(head), "|".join(["---", *["---:"] * (len(head) - 1)])]
+    lines += [" | ".join(row) for row in rows]
+    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
+
+
+# --- Tables -------------------------------------------------------------------------------------
+
+RATE = "deliveries_per_cpu_s"
+
+
+def machine(run: Run) -> str:
+    """What the run was made on and with."""
+    rows = [*run.machine.items(), ("measured", run.when)]
+    rows += [
+        ("rounds", f"{run.effort['rounds']}, medians, in brackets the least and the greatest"),
+        ("measurement", f"{run.effort['cpu_s']} CPU seconds of the server and round"),
+    ]
+    rows += [(name, version) for name, version in run.versions.items()]
+    rows += [(name, f"absent: {reason}") for name, reason in run.absent.items()]
+    return table(("", ""), rows)
+
+
+def fan_out(run: Run) -> str:
+    """Deliveries per CPU second by burst."""
+    bursts = sorted({r.parameters["burst"] for r in run.records if r.scenario == "fan-out"} - {0})
+    head = ("deliveries per CPU second", *(_burst(b) for b in bursts))
+    return table(
+        head,
+        (
+            (s, *(shown(run.by_round("fan-out", s, RATE, burst=b).values()) for b in bursts))
+            for s in run.servers("fan-out")
+        ),
+    )
+
+
+def _burst(burst: int) -> str:
+    return "one at a time" if burst == 1 else f"bursts of {burst}"
+
+
+def latency(run: Run) -> str:
+    """From the making of an event to a client, and whether server or generator was the limit."""
+    rows = []
+    for server in run.servers("fan-out"):
+        row = [
+            server,
+            *(
+                median(run.by_round("fan-out", server, key, burst=burst).values())
+                for burst in (1, 20)
+                for key in ("p50_ms", "p99_ms")
+            ),
+        ]
+        share = Spread.of(run.by_round("fan-out", server, "generator_share", burst=20).values())
+        row.append(f"{share.median:.0%}" if share else "-")
+        rows.append(row)
+    head = ("ms", "p50, one", "p99, one", "p50, of 20", "p99, of 20", "generator busy")
+    return table(head, rows)
+
+
+def connections(run: Run) -> str:
+    """Memory and handshakes."""
+    rows = []
+    for server in run.servers("fan-out"):
+        row = [server]
+        for scenario, key in (
+            ("fan-out", "idle_kb"),
+            ("deflated", "idle_kb"),
+            ("fan-out", "active_kb"),
+            ("fan-out", "handshake_cpu_ms"),
+        ):
+            row.append(shown(run.by_round(scenario, server, key).values()))
+        rows.append(row)
+    head = ("", "KB, idle", "KB, idle, deflate", "KB, after the bursts", "handshake, CPU ms")
+    return table(head, rows)
+
+
+def sizes(run: Run) -> str:
+    """Larger events, and deflated ones."""
+    rows = []
+    for scenario, label in (
+        ("plain 1 KB", "1 KB plain"),
+        ("deflated", "1 KB deflated"),
+        ("4 KB", "4 KB plain"),
+    ):
+        for server in run.servers(scenario):
+            rates = [run.by_round(scenario, server, RATE, burst=burst) for burst in (1, 20)]
+            size = run.by_round(scenario, server, "bytes_per_delivery", burst=20)
+            cells = [shown(rate.values()) for rate in rates]
+            rows.append([label, server, *cells, median(size.values())])
+    head = ("event", "server", "one at a time", "bursts of 20", "bytes a delivery")
+    return table(head, rows)
+
+
+def subscribers(run: Run) -> str:
+    """CPU microseconds an event, against the number of subscribers."""
+    counts = _counts(run)
+    rows = []
+    for server in run.servers("subscribers"):
+        for burst in (1, 20):
+            row = [f"{server}, {_burst(burst)}"]
+            for count in counts:
+                values = _per_event(run, server, count, burst)
+                row.append(shown(values.values()))
+            intercept, slope, r2 = _line(run, server, burst)
+            rows.append([*row, number(intercept), f"{slope:.2f}", f"{r2:.3f}"])
+    head = ("CPU us an event", *(f"{c:,} subscribers" for c in counts), "fixed", "each", "r2")
+    return table(head, rows)
+
+
+def _counts(run: Run) -> list[int]:
+    return sorted({r.parameters["subscribers"] for r in run.records if r.scenario == "subscribers"})
+
+
+def _per_event(run: Run, server: str, count: int, burst: int) -> dict[int, float]:
+    parameters = {"subscribers": count, "burst": burst}
+    return run.by_round("subscribers", server, "cpu_us_per_event", **parameters)
+
+
+def _line(run: Run, server: str, burst: int) -> tuple[float, float, float]:
+    return fit(
+        [
+            (count, value)
+            for count in _counts(run)
+            for value in _per_event(run, server, count, burst).values()
+        ]
+    )
+
+
+def projects(run: Run) -> str:
+    """What projects cost: idle ones, and events spread over several."""
+    rows = []
+    for scenario, parameter, label in (
+        ("idle projects", "idle_projects", "{} idle projects beside it"),
+        ("projects", "projects", "spread over {} projects"),
+    ):
+        found = sorted(
+            {
+                (r.parameters[parameter], r.parameters["subscribers"])
+                for r in run.records
+                if r.scenario == scenario
+            }
+        )
+        for count, subscribers_each in found:
+            values = run.by_round(scenario, "gateway", "cpu_us_per_event", **{parameter: count})
+            row = (label.format(f"{count:,}"), f"{subscribers_each:,}", shown(values.values()))
+            rows.append(row)
+    return table(("bursts of 20", "subscribers each", "CPU us an event"), rows)
+
+
+def forwards(run: Run) -> str:
+    """Forwards per CPU second."""
+    rows = []
+    for server in run.servers("forwards"):
+        for count in (1, 100):
+            figures = [
+                run.by_round("forwards", server, key, connections=count)
+                for key in ("forwards_per_cpu_s", "forwards_per_s", "p50_ms", "p99_ms")
+            ]
+            cells = [shown(f.values()) for f in figures[:2]]
+            cells += [median(f.values()) for f in figures[2:]]
+            rows.append([f"{server}, {count} clients", *cells])
+    return table(("", "per CPU second", "per second", "p50, ms", "p99, ms"), rows)
+
+
+def storm(run: Run) -> str:
+    """All clients cut off, and back."""
+    rows = [
+        [
+            server,
+            *(shown(run.by_round("storm", server, k).values()) for k in ("seconds", "cpu_ms_each")),
+            *(median(run.by_round("storm", server, k).values()) for k in ("p50_ms", "p99_ms")),
+        ]
+        for server in run.servers("storm")
+    ]
+    head = ("", "all back, s", "CPU ms each", "p50 of a client, ms", "p99 of a client, ms")
+    return table(head, rows)
+
+
+# --- What was to be reached ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """A figure to reach: at least `goal`, or at most if `at_most`."""
+
+    label: str
+    goal: float
+    measured: Callable[[Run], list[float]]
+    unit: str = "x"
+    at_most: bool = False
+
+    def row(self, run: Run) -> list[str]:
+        """Label, goal, what was measured, and the verdict on the median."""
+        values = self.measured(run)
+        label = self.label.format(**run.effort)
+        goal = f"{'at most' if self.at_most else 'at least'} {self.goal}{self.unit}"
+        if not values:
+            return [label, goal, "not measured", "-"]
+        middle = statistics.median(values)
+        met = middle <= self.goal if self.at_most else middle >= self.goal
+        return [label, goal, shown(values, self.unit), "yes" if met else "**no**"]
+
+
+def _against(
+    peer: str, scenario: str, burst: int, own: str = "gateway"
+) -> Callable[[Run], list[float]]:
+    def measured(run: Run) -> list[float]:
+        rates = run.by_round(scenario, own, RATE, burst=burst)
+        return ratios(rates, run.by_round(scenario, peer, RATE, burst=burst))
+
+    return measured
+
+
+def _deflated_against_plain(run: Run) -> list[float]:
+    own = run.by_round("deflated", "gateway", RATE, burst=1)
+    return ratios(own, run.by_round("plain 1 KB", "gateway", RATE, burst=1))
+
+
+def _without_fixed(burst: int) -> Callable[[Run], list[float]]:
+    """What deliveries alone cost: the gateway's calls to AWS, the same for any number, left out."""
+
+    def measured(run: Run) -> list[float]:
+        many = run.effort["many"]
+        own = _per_event(run, "gateway", many, burst)
+        other = _per_event(run, "websockets", many, burst)
+        if not own or not other:
+            return []
+        fixed = _line(run, "gateway", burst)[0]
+        return ratios(other, {n: value - fixed for n, value in own.items()})
+
+    return measured
+
+
+def _forwards(run: Run) -> list[float]:
+    own = run.by_round("forwards", "gateway", "forwards_per_cpu_s", connections=100)
+    plain = run.by_round("forwards", "send_message each", "forwards_per_cpu_s", connections=100)
+    return ratios(own, plain)
+
+
+def _figure(scenario: str, key: str) -> Callable[[Run], list[float]]:
+    return lambda run: list(run.by_round(scenario, "gateway", key).values())
+
+
+TARGETS = [
+    Target(
+        "bursts of 20, against `websockets.broadcast()`", 15, _against("websockets", "fan-out", 20)
+    ),
+    Target("the same with {many:,} subscribers, without the calls to AWS", 15, _without_fixed(20)),
+    Target("bursts of 20, against nats-server", 2.5, _against("nats-server", "fan-out", 20)),
+    Target("bursts of 20, against nchan", 8, _against("nchan", "fan-out", 20)),
+    Target(
+        "one at a time, against `websockets.broadcast()`", 1.2, _against("websockets", "fan-out", 1)
+    ),
+    Target("the same with {many:,} subscribers, without the calls to AWS", 1.2, _without_fixed(1)),
+    Target(
+        "bursts of 20 with authentication, against `websockets.broadcast()`",
+        15,
+        _against("websockets", "fan-out", 20, own="gateway with tokens"),
+    ),
+    Target("one at a time, against the C floor", 0.85, _against("C floor", "fan-out", 1)),
+    Target("deflated by all, against plain, one at a time", 0.8, _deflated_against_plain),
+    Target(
+        "deflated by all, bursts of 20, against `websockets.broadcast()`",
+        20,
+        _against("websockets", "deflated", 20),
+    ),
+    Target(
+        "memory of an idle connection, deflate negotiated",
+        6,
+        _figure("memory", "idle_kb"),
+        " KB",
+        at_most=True,
+    ),
+    Target("handshake, CPU", 0.3, _figure("fan-out", "handshake_cpu_ms"), " ms", at_most=True),
+    Target("forwards, against one `send_message` each", 6, _forwards),
+]
+
+
+def targets(run: Run) -> str:
+    """All targets and whether they were met."""
+    head = ("", "to reach", "measured", "reached")
+    return table(head, (t.row(run) for t in TARGETS))
+
+
+# --- Plots and document -------------------------------------------------------------------------
+
+OWN, OTHER, LIGHT = "#0b6e99", "#8a8f98", "#c9ccd1"
+
+
+def plot(run: Run) -> None:
+    """Draw the pictures of docs/PERFORMANCE.md."""
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    _plot_fan_out(run, pyplot)
+    _plot_memory(run, pyplot)
+    _plot_subscribers(run, pyplot)
+
+
+def _plot_fan_out(run: Run, pyplot: Any) -> None:
+    servers = [s for s in run.servers("fan-out") if run.by_round("fan-out", s, RATE, burst=20)]
+    rate = {
+        (s, b): Spread.of(run.by_round("fan-out", s, RATE, burst=b).values())
+        for s in servers
+        for b in (1, 20)
+    }
+    servers.sort(key=lambda s: (rate[s, 20] or Spread(0, 0, 0)).median)
+    figure, axes = pyplot.subplots(figsize=(8, 0.55 * len(servers) + 1.2))
+    for offset, burst in ((-0.2, 1), (0.2, 20)):
+        for y, server in enumerate(servers):
+            if (spread := rate[server, burst]) is None:
+                continue
+            own = server.startswith("gateway")
+            colour = (OWN if own else OTHER) if burst == 20 else ("#8cc3dc" if own else LIGHT)
+            error = [[spread.median - spread.least], [spread.greatest - spread.median]]
+            axes.barh(y + offset, spread.median, 0.38, color=colour, xerr=error, ecolor="#444")
+            label = f" {number(spread.median)}"
+            axes.text(spread.greatest, y + offset, label, va="center", size=8)
+    axes.set_yticks(range(len(servers)), servers)
+    axes.set_xlabel("deliveries per CPU second: light one at a time, dark bursts of 20")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=7)
+    axes.margins(x=0.12)
+    _save(figure, "fan-out.png")
+
+
+def _plot_memory(run: Run, pyplot: Any) -> None:
+    found = {
+        (server, scenario): Spread.of(run.by_round(scenario, server, "idle_kb").values())
+        for server in run.servers("fan-out")
+        for scenario in ("fan-out", "deflated")
+    }
+    servers = sorted(
+        (s for s in run.servers("fan-out") if found[s, "fan-out"]),
+        key=lambda s: -(found[s, "fan-out"] or Spread(0, 0, 0)).median,
+    )
+    figure, axes = pyplot.subplots(figsize=(8, 0.55 * len(servers) + 1.2))
+    for offset, scenario in ((-0.2, "deflated"), (0.2, "fan-out")):
+        for y, server in enumerate(servers):
+            if (spread := found[server, scenario]) is None:
+                continue
+            own = server.startswith("gateway")
+            plain = scenario == "fan-out"
+            colour = (OWN if own else OTHER) if plain else ("#8cc3dc" if own else LIGHT)
+            axes.barh(y + offset, spread.median, 0.38, color=colour)
+            axes.text(spread.median, y + offset, f" {number(spread.median)}", va="center", size=8)
+    axes.set_yticks(range(len(servers)), servers)
+    axes.set_xlabel("KB of resident memory an idle connection: dark plain, light with deflate")
+    _save(figure, "memory.png")
+
+
+def _plot_subscribers(run: Run, pyplot: Any) -> None:
+    counts = _counts(run)
+    if len(counts) < 2:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for server in run.servers("subscribers"):
+        for burst, style in ((1, "-"), (20, "--")):
+            points = [
+                (count, value / 1e3)
+                for count in counts
+                for value in _per_event(run, server, count, burst).values()
+            ]
+            intercept, slope, _ = fit(points)
+            colour = OWN if server == "gateway" else OTHER
+            axes.plot([p[0] for p in points], [p[1] for p in points], ".", color=colour)
+            ends = [0, max(counts)]
+            label = f"{server}, {_burst(burst)}"
+            axes.plot(ends, [intercept + slope * x for x in ends], style, color=colour, label=label)
+    axes.set_xlabel("subscribers")
+    axes.set_ylabel("CPU ms an event")
+    axes.legend(frameon=False)
+    axes.set_ylim(bottom=0)
+    _save(figure, "subscribers.png")
+
+
+def _save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(IMAGES / name, dpi=110)
+    figure.clear()
+
+
+TABLES: dict[str, Callable[[Run], str]] = {
+    "machine": machine,
+    "targets": targets,
+    "fan-out": fan_out,
+    "latency": latency,
+    "connections": connections,
+    "sizes": sizes,
+    "subscribers": subscribers,
+    "projects": projects,
+    "forwards": forwards,
+    "storm": storm,
+}
+
+
+def fill(text: str, run: Run) -> str:
+    """The document with each ``<!-- bench:NAME -->`` block replaced by its table."""
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- bench:{name} -->\n{TABLES[name](run)}\n<!-- /bench -->"
+
+    return re.sub(r"<!-- bench:([\w-]+) -->.*?<!-- /bench -->", replaced, text, flags=re.DOTALL)
+
+
+def write_document(run: Run) -> None:
+    """Put the run's tables and plots into docs/."""
+    plot(run)
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(), run))

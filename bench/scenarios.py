@@ -1,0 +1,341 @@
+"""What is measured: each scenario lets the servers take turns, and records every turn.
+
+A turn starts a server afresh, connects the clients, and sends bursts one after the other, each
+when the one before has reached every subscriber. CPU time is the server process's, user and
+system; the load generator and the AWS stand-in are processes of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from bench.feeds import PROJECT, QueueFeed, filler, update
+from bench.load import Load
+from bench.processes import BenchError
+from bench.servers import (
+    ASYNCIO_GATEWAY,
+    FLOOR,
+    GATEWAY,
+    NATS,
+    NCHAN,
+    PEER_SERVERS,
+    TOKENS_GATEWAY,
+    WEBSOCKETS,
+    Running,
+    Server,
+    forward_each,
+    gateway,
+)
+
+MAX_BURST_S = 20.0
+MAX_MEASURE_S = 15.0
+CONNECTIONS_AT_ONCE = 100
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One measurement. `values` are plain figures; their names carry the units."""
+
+    scenario: str
+    server: str
+    round: int
+    parameters: dict[str, Any]
+    values: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Effort:
+    """How thoroughly to measure.
+
+    Attributes:
+        cpu_s: CPU seconds of the server for each measurement.
+        subscribers, many: clients where the peers are compared, and where it is about many.
+        thorough: all of the programme, or the part that says most.
+    """
+
+    rounds: int
+    cpu_s: float
+    subscribers: int
+    many: int
+    thorough: bool
+
+
+FULL = Effort(rounds=5, cpu_s=0.5, subscribers=2000, many=5000, thorough=True)
+QUICK = Effort(rounds=2, cpu_s=0.25, subscribers=1000, many=2000, thorough=False)
+
+
+def measure_bursts(
+    running: Running, load: Load, subscribers: int, burst: int, size: int, cpu_s: float
+) -> dict[str, float]:
+    """Send bursts until the server has used `cpu_s` seconds; what that came to.
+
+    Raises:
+        BenchError: deliveries are missing.
+    """
+    _bursts(running, load, subscribers, burst, size, cpu_s / 5)  # warm up
+    cpu, wall, own = running.process.cpu_s(), time.monotonic(), load.cpu_s()
+    events = _bursts(running, load, subscribers, burst, size, cpu_s)
+    used = running.process.cpu_s() - cpu
+    elapsed = time.monotonic() - wall
+    counted = load.stats()
+    return {
+        "deliveries_per_cpu_s": counted.deliveries / used,
+        "deliveries_per_s": counted.deliveries / elapsed,
+        "cpu_us_per_event": used * 1e6 / events,
+        "bytes_per_delivery": counted.bytes / counted.deliveries,
+        "p50_ms": counted.p50_ms,
+        "p99_ms": counted.p99_ms,
+        "generator_share": (load.cpu_s() - own) / elapsed,
+        "server_share": used / elapsed,
+    }
+
+
+def _bursts(
+    running: Running, load: Load, subscribers: int, burst: int, size: int, cpu_s: float
+) -> int:
+    """Send bursts, each after the last has arrived everywhere; the number of events."""
+    load.reset()
+    cpu, started = running.process.cpu_s(), time.monotonic()
+    events = 0
+    while True:
+        running.feed.publish(burst, size)
+        events += burst
+        counted = load.await_deliveries(events * subscribers, MAX_BURST_S)
+        if counted.deliveries < events * subscribers:
+            raise BenchError(f"{counted.deliveries} of {events * subscribers} deliveries came")
+        spent = running.process.cpu_s() - cpu
+        if spent >= cpu_s or time.monotonic() - started > MAX_MEASURE_S:
+            return events
+
+
+@contextlib.contextmanager
+def connected(
+    running: Running, count: int, **options: Any
+) -> Iterator[tuple[Load, dict[str, float]]]:
+    """`count` clients, and what opening them took: CPU and memory each."""
+    rss, cpu = running.process.rss_bytes(), running.process.cpu_s()
+    load = running.load(**options)
+    try:
+        counted = load.connect(count, CONNECTIONS_AT_ONCE)
+        if running.deflate and counted.deflated != count:
+            raise BenchError(f"only {counted.deflated} of {count} negotiated deflate")
+        yield (
+            load,
+            {
+                "idle_kb": (running.process.rss_bytes() - rss) / count / 1024,
+                "handshake_cpu_ms": (running.process.cpu_s() - cpu) / count * 1e3,
+            },
+        )
+    finally:
+        load.close()
+
+
+# --- Turns --------------------------------------------------------------------------------------
+
+Turn = Callable[[int], Iterable[Record]]
+
+
+def fan_out_turn(
+    scenario: str,
+    server: Server,
+    bursts: Sequence[int],
+    *,
+    subscribers: int,
+    size: int,
+    deflate: bool,
+    cpu_s: float,
+) -> Turn:
+    """A turn of one server: connect, then bursts of each size."""
+
+    def turn(number: int) -> Iterator[Record]:
+        common = {"subscribers": subscribers, "size": size, "deflate": deflate}
+        with server.start(deflate) as running:
+            rss = running.process.rss_bytes()
+            with connected(running, subscribers) as (load, opened):
+                for burst in bursts:
+                    values = measure_bursts(running, load, subscribers, burst, size, cpu_s)
+                    parameters = {**common, "burst": burst}
+                    yield Record(scenario, server.name, number, parameters, values)
+                active = (running.process.rss_bytes() - rss) / subscribers / 1024
+                opened |= {"active_kb": active}
+                yield Record(scenario, server.name, number, {**common, "burst": 0}, opened)
+
+    return turn
+
+
+def idle_projects_turn(idle: int, *, subscribers: int, cpu_s: float) -> Turn:
+    """The cost of an event while `idle` other projects have a subscriber each."""
+
+    def turn(number: int) -> Iterator[Record]:
+        with gateway(False) as running, contextlib.ExitStack() as stack:
+            if idle:
+                stack.enter_context(connected(running, idle, path="/ws?project_id=idle-%d"))
+            load, _ = stack.enter_context(connected(running, subscribers))
+            values = measure_bursts(running, load, subscribers, 20, 200, cpu_s)
+            parameters = {"idle_projects": idle, "subscribers": subscribers}
+            yield Record("idle projects", "gateway", number, parameters, values)
+
+    return turn
+
+
+def projects_turn(projects: int, *, subscribers: int, cpu_s: float) -> Turn:
+    """The cost of an event when bursts of 20 are spread over so many projects."""
+
+    def turn(number: int) -> Iterator[Record]:
+        with gateway(False) as running:
+            assert isinstance(running.feed, QueueFeed)
+            feed = running.feed
+            names = [f"p{i % projects}" for i in range(20)]
+            options = {"path": "/ws?project_id=p%d", "modulus": projects}
+            with connected(running, projects * subscribers, **options) as (load, _):
+                load.reset()
+                cpu = running.process.cpu_s()
+                events, used = 0, 0.0
+                while used < cpu_s:
+                    feed.publish_updates([update(200, name) for name in names])
+                    events += 20
+                    counted = load.await_deliveries(events * subscribers, MAX_BURST_S)
+                    if counted.deliveries < events * subscribers:
+                        raise BenchError("deliveries are missing")
+                    used = running.process.cpu_s() - cpu
+            values = {"cpu_us_per_event": used * 1e6 / events}
+            parameters = {"projects": projects, "subscribers": subscribers}
+            yield Record("projects", "gateway", number, parameters, values)
+
+    return turn
+
+
+def forward_turn(name: str, connections: int, seconds: float) -> Turn:
+    """Forwards per CPU second: each connection sends, awaits its confirmation, and repeats."""
+    data = {"instruction": filler(160)}
+    forward = {"action": "forward", "type": "dev", "project_id": PROJECT, "data": data}
+    start = functools.partial(gateway, False) if name == "gateway" else forward_each
+
+    def turn(number: int) -> Iterator[Record]:
+        with start() as running, connected(running, connections) as (load, _):
+            text = json.dumps(forward)
+            load.forward(seconds / 4, text)
+            load.drain()
+            load.reset()
+            cpu = running.process.cpu_s()
+            counted = load.forward(seconds, text)
+            used = running.process.cpu_s() - cpu
+            if counted.errors or not counted.answers:
+                raise BenchError(f"{counted.errors} errors, {counted.answers} confirmations")
+            values = {
+                "forwards_per_cpu_s": counted.answers / used,
+                "forwards_per_s": counted.answers / counted.seconds,
+                "p50_ms": counted.p50_ms,
+                "p99_ms": counted.p99_ms,
+            }
+            yield Record("forwards", name, number, {"connections": connections}, values)
+
+    return turn
+
+
+def storm_turn(server: Server, count: int) -> Turn:
+    """All clients are cut off at once and come back at once."""
+
+    def turn(number: int) -> Iterator[Record]:
+        with server.start(False) as running, connected(running, count) as (load, _):
+            cpu = running.process.cpu_s()
+            counted = load.storm(count)
+            if counted.open != count:
+                raise BenchError(f"only {counted.open} of {count} came back")
+            values = {
+                "seconds": counted.seconds,
+                "cpu_ms_each": (running.process.cpu_s() - cpu) / count * 1e3,
+                "p50_ms": counted.p50_ms,
+                "p99_ms": counted.p99_ms,
+            }
+            yield Record("storm", server.name, number, {"clients": count}, values)
+
+    return turn
+
+
+# --- The programme ------------------------------------------------------------------------------
+
+
+def programme(effort: Effort) -> list[tuple[str, Turn]]:
+    """One round: all turns in the order they are taken, with a label each."""
+    subscribers, cpu_s = effort.subscribers, effort.cpu_s
+    turns: list[tuple[str, Turn]] = []
+
+    def fan_out(
+        scenario: str, servers: Iterable[Server], bursts: Sequence[int], **how: Any
+    ) -> None:
+        how = {"subscribers": subscribers, "size": 200, "deflate": False, "cpu_s": cpu_s, **how}
+        for server in servers:
+            turn = fan_out_turn(scenario, server, bursts, **how)
+            turns.append((f"{scenario}: {server.name}", turn))
+
+    everyone = [GATEWAY, TOKENS_GATEWAY, ASYNCIO_GATEWAY, *PEER_SERVERS]
+    deflating = [s for s in PEER_SERVERS if s.deflates and s.name != "websockets on uvloop"]
+    closest = [WEBSOCKETS, NATS, NCHAN]
+    fan_out("fan-out", everyone, (1, 5, 20, 100) if effort.thorough else (1, 20))
+    deflated = {"size": 1000, "deflate": True}
+    fan_out(
+        "deflated", [GATEWAY, *(deflating if effort.thorough else closest)], (1, 20), **deflated
+    )
+    fan_out("plain 1 KB", [GATEWAY, WEBSOCKETS], (1, 20), size=1000)
+    if effort.thorough:
+        fan_out("4 KB", [GATEWAY, FLOOR, *closest], (1, 20), size=4096)
+    for count in (100, effort.many // 5, effort.many):
+        fan_out("subscribers", [GATEWAY, WEBSOCKETS], (1, 20), subscribers=count)
+    fan_out("memory", [GATEWAY], (20,), subscribers=effort.many, **deflated)
+    for idle in (0, effort.many):
+        turn = idle_projects_turn(idle, subscribers=subscribers // 2, cpu_s=cpu_s)
+        turns.append((f"idle projects: {idle}", turn))
+    for projects in (1, 5, 20):
+        turn = projects_turn(projects, subscribers=effort.many // 50, cpu_s=cpu_s)
+        turns.append((f"projects: {projects}", turn))
+    for name in ("gateway", "send_message each"):
+        for connections in (1, 100):
+            turn = forward_turn(name, connections, 4 * cpu_s)
+            turns.append((f"forwards: {name}, {connections} clients", turn))
+    storms = [
+        GATEWAY,
+        TOKENS_GATEWAY,
+        WEBSOCKETS,
+        NCHAN,
+        *(s for s in PEER_SERVERS if s.name == "node ws"),
+    ]
+    turns += [(f"storm: {s.name}", storm_turn(s, effort.many)) for s in storms]
+    return turns
+
+
+def run(effort: Effort, only: str, absent: dict[str, str]) -> Iterator[Record]:
+    """Take all turns, round after round, and show how far it is.
+
+    A server that fails a turn is noted in `absent` and left out of the rest of that scenario.
+    """
+    turns = [t for t in programme(effort) if only in t[0] and t[0].split(": ")[1] not in absent]
+    total, done, started = effort.rounds * len(turns), 0, time.monotonic()
+    for number in range(1, effort.rounds + 1):
+        for label, turn in turns:
+            left = (time.monotonic() - started) / done * (total - done) if done else 0.0
+            done += 1
+            _show(f"[{done}/{total}] round {number}, {label} ({left / 60:.0f} min left)")
+            if label in absent:
+                continue
+            try:
+                yield from turn(number)
+            except BenchError as error:
+                absent[label] = str(error)
+                _show(f"\n  {label}: {error}\n")
+    _show("")
+
+
+def _show(text: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+    elif text:
+        sys.stderr.write(f"{text.strip()}\n")
+    sys.stderr.flush()
