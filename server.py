@@ -1441,8 +1441,8 @@ class FanOut:
 class Batcher(Generic[T]):
     """Adaptive batches.
 
-    An item goes at once if nothing is under way; else items gather until a call returns or a
-    batch is full. Under load that spares most calls, and without load any wait.
+    What comes in one turn of the loop goes at once if nothing is under way; else it gathers until
+    a call returns or a batch is full. Under load that spares most calls, without load any wait.
     """
 
     def __init__(
@@ -1460,26 +1460,30 @@ class Batcher(Generic[T]):
         self._size_bytes = size_bytes
         self._max_calls = calls
         self._calls = 0
+        self._pumping = False
         self._waiting: deque[tuple[T, int]] = deque()
         self._waiting_bytes = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     def add(self, item: T, size_bytes: int = 0) -> None:
+        if not self._pumping:  # at the end of this turn: what comes together goes together
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
         self._waiting.append((item, size_bytes))
         self._waiting_bytes += size_bytes
         self._idle.clear()
-        self._pump()
 
     async def idle(self) -> None:
         """Return once nothing waits and nothing is under way."""
         await self._idle.wait()
 
     def _pump(self) -> None:
+        self._pumping = False
         while self._waiting and self._calls < self._max_calls:
             full = len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
             if self._calls and not full:
-                return
+                break
             self._calls += 1
             self._tasks.create_task(self._call(self._take()))
 
@@ -1500,7 +1504,7 @@ class Batcher(Generic[T]):
         await self._send(batch)  # what it raises ends the process, and with it this batcher
         self._calls -= 1
         self._pump()
-        if not self._calls:
+        if not self._calls and not self._waiting:
             self._idle.set()
 
 
@@ -2946,8 +2950,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_asked", "_drained", "_fragments", "_gateway", "_held", "_request_bytes", "_tail",
-        "_text", "_unread", "address", "catching_up", "choked", "close_code", "deadline",
+        "_asked", "_corked", "_drained", "_fragments", "_gateway", "_held", "_request_bytes",
+        "_tail", "_text", "_unread", "address", "catching_up", "choked", "close_code", "deadline",
         "deflates", "heard_at", "id", "in_flight", "on_hold", "opened_at", "pace", "pinged_at",
         "principal", "progress", "protocol", "subscriptions", "transport", "warned",
     )  # fmt: skip
@@ -2974,6 +2978,7 @@ class Connection(asyncio.Protocol):
         self._asked = False
         self._drained: asyncio.Future[None] | None = None
         self.on_hold = False
+        self._corked: list[bytes] | None = None
         self._held: list[Frame] = []
         self._unread = b""
         self._fragments: bytearray | None = None
@@ -3025,7 +3030,9 @@ class Connection(asyncio.Protocol):
 
     def send(self, payload: bytes) -> None:
         """Write one text message; nothing if the connection is no longer open."""
-        if self.progress is Progress.OPEN:
+        if self._corked is not None:
+            self._corked.append(frame(payload))
+        elif self.progress is Progress.OPEN:
             self.transport.write(frame(payload))
             if self.choked:
                 self._gateway.fan_out.check_backlog(self)
@@ -3034,7 +3041,10 @@ class Connection(asyncio.Protocol):
         """Write events in one piece, to a client that catches up at its own pace."""
         if events and self.progress is Progress.OPEN:
             frames = [event.deflated if self.deflates else event.frame for event in events]
-            self.transport.write(b"".join(frames))
+            if self._corked is not None:
+                self._corked += frames
+            else:
+                self.transport.write(b"".join(frames))
 
     async def drained(self) -> None:
         """Return once the client has read most of what was written.
@@ -3172,7 +3182,7 @@ class Connection(asyncio.Protocol):
     def _open(self, request: Request) -> None:
         """Swap the handshake's protocol, which keeps the request alive, for a lean one."""
         handshake = self.protocol
-        self.transport.write(b"".join(handshake.data_to_send()))
+        self._corked = handshake.data_to_send()
         self.id = str(handshake.id)
         self.protocol = self._gateway.new_protocol(State.OPEN)
         self.protocol.extensions = handshake.extensions
@@ -3185,6 +3195,8 @@ class Connection(asyncio.Protocol):
         self.progress = Progress.OPEN
         self.opened_at = self.heard_at
         self._gateway.welcome(self, request)
+        greeting, self._corked = self._corked, None
+        self.transport.write(b"".join(greeting))  # with what was sent so far, in one packet
 
     def _frame(self, received: Frame) -> None:
         """Put messages together; control frames were answered by the protocol."""
@@ -3946,6 +3958,9 @@ def set_up_logging(log_level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrettyLines() if sys.stdout.isatty() else JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # No line says where it was logged; not to look costs less ("Optimization" in logging's docs).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logger.setLevel(log_level)
     # CloudWatch takes metrics only from lines that are nothing else; people need none of them.
     bare = logging.StreamHandler(sys.stdout)
@@ -3999,7 +4014,7 @@ async def serve(settings: Settings) -> None:
 
 
 def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Take uvloop where there is one: it fans out faster in less memory. Windows has none."""
+    """Take uvloop where there is one: connections cost less memory. Windows has none."""
     try:
         import uvloop
     except ImportError:
