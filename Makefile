@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # What tests of the browser client need; without npm they are skipped, and say so.
 CLIENT_INSTALLED := $(if $(shell command -v npm),client/node_modules/.package-lock.json)
+PEERS_INSTALLED := $(if $(shell command -v npm),bench/peers/node_modules/.package-lock.json)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -51,11 +52,11 @@ fuzz: $(INSTALLED) ## Feed it garbage for ten minutes (SECONDS=600)
 audit: $(INSTALLED) ## Look for known holes in packages and code
 	$(BIN)/python -m tests.audit
 
-bench: $(INSTALLED) ## Measure beside the peers, and rewrite docs/PERFORMANCE.md
+bench: $(INSTALLED) $(PEERS_INSTALLED) ## Measure beside the peers, and rewrite docs/PERFORMANCE.md
 	$(BIN)/pip install --quiet --requirement bench/requirements.txt
 	$(BIN)/python -m bench
 
-bench-quick: $(INSTALLED) ## Measure the part that says most, in a minute or two
+bench-quick: $(INSTALLED) $(PEERS_INSTALLED) ## Measure the part that says most, in a few minutes
 	$(BIN)/python -m bench --quick
 
 requirements: $(INSTALLED) ## Pin the packages anew after a change of *.in (UPGRADE=1: newest versions)
@@ -80,5 +81,5 @@ $(INSTALLED): requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
-client/node_modules/.package-lock.json: client/package-lock.json
-	@npm ci --silent --no-audit --no-fund --prefix client
+%/node_modules/.package-lock.json: %/package-lock.json
+	@npm ci --silent --no-audit --no-fund --prefix $*
