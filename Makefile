@@ -37,8 +37,8 @@ image: ## Build the container image (DOCKER=podman, IMAGE=name:tag)
 chaos: $(INSTALLED) ## Kill, cut and disturb three tasks, and count every event (SEEDS=100)
 	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),100) --faults mixed
 
-rehearsal: $(INSTALLED) ## Roll a deployment behind a real proxy, with 500 clients
-	$(BIN)/python -m tests.rehearsal
+rehearsal: $(INSTALLED) ## Replace a task behind a real proxy, unnoticed by 500 clients (ARGS="--trigger sigterm")
+	$(BIN)/python -m tests.rehearsal $(ARGS)
 
 hostile: $(INSTALLED) ## Attack a server with 100 honest clients on it, and print what they felt
 	$(BIN)/python -m tests.hostile
