@@ -14,8 +14,7 @@ PEERS_INSTALLED := $(if $(shell command -v npm),bench/peers/node_modules/.packag
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint image chaos bench bench-quick rehearsal hostile conformance fuzz audit \
-	requirements clean
+.PHONY: help run test lint image chaos rehearsal hostile conformance fuzz audit bench bench-quick requirements clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

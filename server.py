@@ -173,6 +173,7 @@ CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEEP_INTERVAL_S = 1.0
 PINGS_PER_TURN = 200
+DISCARDED_MAX_BYTES = 1_048_576  # after the end of what is read of a connection
 TURN_BYTES = 4_096  # of one connection's input, before the others get their turn
 FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
@@ -2950,10 +2951,11 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_asked", "_corked", "_drained", "_fragments", "_gateway", "_held", "_request_bytes",
-        "_tail", "_text", "_unread", "address", "catching_up", "choked", "close_code", "deadline",
-        "deflates", "heard_at", "id", "in_flight", "on_hold", "opened_at", "pace", "pinged_at",
-        "principal", "progress", "protocol", "subscriptions", "transport", "warned",
+        "_asked", "_corked", "_deaf", "_discarded", "_drained", "_fragments", "_gateway", "_held",
+        "_request_bytes", "_tail", "_text", "_unread", "address", "catching_up", "choked",
+        "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "on_hold",
+        "opened_at", "pace", "pinged_at", "principal", "progress", "protocol", "subscriptions",
+        "transport", "warned",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -2983,6 +2985,8 @@ class Connection(asyncio.Protocol):
         self._unread = b""
         self._fragments: bytearray | None = None
         self._text = True
+        self._deaf = False
+        self._discarded = 0
         self._request_bytes = 0
         self._tail = b""
 
@@ -2998,7 +3002,9 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._gateway.now()
         try:
-            if self.progress is Progress.HANDSHAKE:
+            if self._deaf:
+                self._discard(len(data))
+            elif self.progress is Progress.HANDSHAKE:
                 self._handshake(data)
             else:
                 self._unread += data
@@ -3081,7 +3087,10 @@ class Connection(asyncio.Protocol):
     def close(self, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
         if self.progress is Progress.OPEN and self.protocol.state is State.OPEN:
-            self.protocol.send_close(code, reason)
+            if code == CloseCode.POLICY_VIOLATION:
+                self.protocol.fail(code, reason)  # nothing more of it is read
+            else:
+                self.protocol.send_close(code, reason)
             self._write_out()
         elif self.progress is Progress.HANDSHAKE:
             self.transport.abort()
@@ -3127,6 +3136,12 @@ class Connection(asyncio.Protocol):
             self.heard_at = self._gateway.now()  # its silence was ours
             self.transport.resume_reading()
 
+    def _discard(self, size: int) -> None:
+        """Read on, or the peer may never see why; but not for ever, whatever it goes on sending."""
+        self._discarded += size
+        if self._discarded > DISCARDED_MAX_BYTES and self.transport.is_reading():
+            self.transport.pause_reading()
+
     def _go_on_soon(self) -> None:
         asyncio.get_running_loop().call_soon(self._go_on)
 
@@ -3144,9 +3159,6 @@ class Connection(asyncio.Protocol):
 
     def _handshake(self, data: bytes) -> None:
         """Read the request, however slowly it comes, and answer it."""
-        if self.protocol.close_expected():
-            self.protocol.receive_data(data)  # answered already: what comes is discarded
-            return
         if self._asked:
             self.transport.abort()  # it goes on before it has an answer
             return
@@ -3241,6 +3253,8 @@ class Connection(asyncio.Protocol):
             self.transport.write(data)
         if parts and not parts[-1] and self.transport.can_write_eof():
             self.transport.write_eof()
+            self._deaf = True
+            self._unread = b""
         if self.progress is Progress.OPEN and self.protocol.state is not State.OPEN:
             self.progress = Progress.CLOSING
             sent = self.protocol.close_sent
@@ -3947,11 +3961,10 @@ class PrettyLines(JsonLines):
         fields = "".join(f" {name}={value!r}" for name, value in self.fields(record).items())
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         colour = "\x1b[2m" if record.levelno < logging.WARNING else "\x1b[31m"
-        text = record.getMessage() + fields
+        text = (record.getMessage() + fields).replace("\n", "?")
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        harmless = text.translate(self.controls)
-        return f"{colour}{clock} {record.levelname:7}\x1b[0m {harmless}"
+        return f"{colour}{clock} {record.levelname:7}\x1b[0m {text.translate(self.controls)}"
 
 
 def set_up_logging(log_level: str) -> None:

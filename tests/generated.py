@@ -1,6 +1,6 @@
 """What documents say of the code, written from the code.
 
-``python -m tests.generated`` rewrites the parts; ``tests/test_generated.py`` fails when one is stale.
+``python -m tests.generated`` rewrites the parts; ``tests/test_generated.py`` finds stale ones.
 """
 
 from __future__ import annotations
