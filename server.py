@@ -3252,7 +3252,8 @@ class Connection(asyncio.Protocol):
         if data := b"".join(parts):
             self.transport.write(data)
         if parts and not parts[-1] and self.transport.can_write_eof():
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # the peer may have reset the connection already
+                self.transport.write_eof()
             self._deaf = True
             self._unread = b""
         if self.progress is Progress.OPEN and self.protocol.state is not State.OPEN:
