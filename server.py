@@ -162,7 +162,7 @@ TOKEN_WARNING_S = 60.0
 TOKEN_MAX_CHARS = 16_384
 KEYS_MAX_BYTES = 1_048_576
 KEYS_REFRESH_S = 60.0  # at most so often for a key that is not known
-KEYS_LIFETIME_S = 3_600.0  # a key withdrawn by the issuer is honoured no longer
+KEYS_LIFETIME_S = 300.0  # a key withdrawn by the issuer is honoured no longer, if it answers
 ADDRESSES_REMEMBERED = 65_536
 
 # Connections.
@@ -172,12 +172,15 @@ HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEEP_INTERVAL_S = 1.0
+FORGET_INTERVAL_S = 30.0
 PINGS_PER_TURN = 200
 DISCARDED_MAX_BYTES = 1_048_576  # after the end of what is read of a connection
 TURN_BYTES = 4_096  # of one connection's input, before the others get their turn
 FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
+STOP_BUDGET_S = 110.0  # for the whole drain, inside the platform's 120
 HEALTH_CHECKER = "ELB-HealthChecker/2.0"
+HEALTH_CHECKS_SEEN = 3  # in a row, before their absence means anything
 HEALTH_CHECKS_GONE_S = 20.0  # two missed checks of 10 s
 RECONNECT_SPREAD_MS = 1_000
 
@@ -186,8 +189,10 @@ DEFLATE_FROM_BYTES = 256  # below it, the saved bytes cost more than the CPU
 RECENT_EVENTS = 128  # per channel, for clients that come back at once
 RECENT_BYTES = 65_536
 CATCHUP_CHUNK_BYTES = 131_072
-CATCHUP_READS = 32  # at once; each may hold a page of the log, 1 MB
+CATCHUP_READS = 32  # at once, of pages of up to 1 MB
 CATCHUP_STALL_S = 30.0
+HOLE_DOUBT_S = 0.5  # before a hole in the log is believed
+RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
 
 # AWS.
 SQS_BATCH_ENTRIES = 10
@@ -212,7 +217,7 @@ EVENT_ID_WINDOW_S = (
     300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
 )
 EVENT_IDS_REMEMBERED = 4_096  # per project
-HEADS_REMEMBERED = 2_048  # projects
+HEADS_REMEMBERED = 512  # projects
 CLOCK_SKEW_S = 60.0
 FAN_OUT_RETENTION_S = 60
 STALE_AFTER_HEARTBEATS = 5
@@ -291,7 +296,8 @@ PASSING_CODES = frozenset({
     "BandwidthLimitExceeded", "LimitExceededException", "ProvisionedThroughputExceededException",
     "TransactionInProgressException", "SlowDown", "PriorRequestNotComplete", "RequestTimeout",
     "RequestTimeoutException", "ExpiredToken", "ExpiredTokenException", "KMS.ThrottlingException",
-    "OverLimit", "KmsThrottled",
+    "KMSThrottling", "KMSThrottlingException", "TransactionConflictException", "OverLimit",
+    "KmsThrottled",
 })  # fmt: skip
 """Error codes that a later attempt may not meet (AWS SDKs' standard retry mode, and SQS's own)."""
 
@@ -344,6 +350,7 @@ class Part:
     def __init__(self, name: str) -> None:
         self.name = name
         self._failing_since: float | None = None
+        self._last_failure = 0.0
 
     def worked(self) -> None:
         if self._failing_since is not None:
@@ -351,14 +358,15 @@ class Part:
             self._failing_since = None
 
     def failed(self, exc: BaseException, operation: str) -> None:
+        self._last_failure = time.monotonic()
         if self._failing_since is None:
-            self._failing_since = time.monotonic()
+            self._failing_since = self._last_failure
             logger.warning("%s: %s failed with %s, retrying", self.name, operation, error_code(exc))
 
     @property
     def failing(self) -> bool:
         since = self._failing_since
-        return since is not None and time.monotonic() - since > FAILING_AFTER_S
+        return since is not None and self._last_failure - since > FAILING_AFTER_S
 
     async def insist(self, operation: str, call: Callable[[], Awaitable[T]], *parts: str) -> T:
         """Make ``call`` until it works, with full jitter between the attempts.
@@ -837,16 +845,16 @@ class Event:
         sent_at: when the agent sent it, unix seconds; 0 if that is not known.
     """
 
-    __slots__ = ("_deflated", "frame", "payload", "project_id", "sent_at", "seq")
+    __slots__ = ("_deflated", "_header", "frame", "project_id", "sent_at", "seq")
 
     def __init__(
         self, project_id: str, seq: int | None, payload: bytes, sent_at: float = 0.0
     ) -> None:
         self.project_id = project_id
         self.seq = seq
-        self.payload = payload
         self.sent_at = sent_at
         self.frame = frame(payload)
+        self._header = len(self.frame) - len(payload)
         self._deflated: bytes | None = None
 
     @classmethod
@@ -854,13 +862,18 @@ class Event:
         return cls(message.project_id, message.seq, encode(message), sent_at)
 
     @property
+    def payload(self) -> bytes:
+        return self.frame[self._header :]
+
+    @property
     def deflated(self) -> bytes:
         """The frame for clients with permessage-deflate; plain where deflating does not pay."""
         if self._deflated is None:
             self._deflated = self.frame
-            if len(self.payload) >= DEFLATE_FROM_BYTES:
-                smaller = deflate(self.payload)
-                if len(smaller) < len(self.payload):
+            payload = self.payload
+            if len(payload) >= DEFLATE_FROM_BYTES:
+                smaller = deflate(payload)
+                if len(smaller) < len(payload):
                     self._deflated = frame(smaller, TEXT_DEFLATED)
         return self._deflated
 
@@ -1263,8 +1276,8 @@ class Channel:
     """
 
     __slots__ = (
-        "_recent_bytes", "cursor", "deflating", "filling", "opening", "pending", "plain",
-        "project_id", "recent", "visitors", "wanted",
+        "_recent_bytes", "cursor", "deflating", "filling", "moved_at", "opening", "pending",
+        "plain", "project_id", "recent", "visitors", "wanted",
     )  # fmt: skip
 
     def __init__(self, project_id: str) -> None:
@@ -1274,6 +1287,7 @@ class Channel:
         self.pending: list[Event] = []
         self.cursor: int | None = None
         self.wanted = 0
+        self.moved_at = 0.0
         self.recent: deque[Event] = deque()
         self._recent_bytes = 0
         self.opening: asyncio.Task[None] | None = None
@@ -1302,10 +1316,11 @@ class Channel:
         if seq <= self.cursor:
             return Placement.DUPLICATE
         self.cursor = seq
+        self.moved_at = time.monotonic()
         self.recent.append(event)
-        self._recent_bytes += len(event.payload)
+        self._recent_bytes += len(event.frame)
         while len(self.recent) > RECENT_EVENTS or self._recent_bytes > RECENT_BYTES:
-            self._recent_bytes -= len(self.recent.popleft().payload)
+            self._recent_bytes -= len(self.recent.popleft().frame)
         return Placement.NEXT
 
     def remember(self, events: Sequence[Event]) -> None:
@@ -1315,7 +1330,7 @@ class Channel:
         """
         older = [event for event in events if cast("int", event.seq) <= self.floor]
         for event in reversed(older):
-            size = self._recent_bytes + len(event.payload)
+            size = self._recent_bytes + len(event.frame)
             if event.seq != self.floor or len(self.recent) == RECENT_EVENTS or size > RECENT_BYTES:
                 break
             self.recent.appendleft(event)
@@ -1416,18 +1431,24 @@ class FanOut:
         self._metrics.delivered(events, len(channel.plain) + len(channel.deflating))
 
     def _write(self, listeners: set[Connection], data: bytes) -> None:
-        choked = []
+        dropped = []
         for connection in listeners:
-            connection.transport.write(data)
-            if connection.choked:
-                choked.append(connection)
-        for connection in choked:
-            self.check_backlog(connection)
-
-    def check_backlog(self, connection: Connection) -> None:
-        """Close a reader so slow that keeping what it missed is the log's work, not memory's."""
-        if connection.transport.get_write_buffer_size() > self._max_backlog_bytes:
+            if connection.choked and self.overdue(connection):
+                dropped.append(connection)
+                continue
+            try:
+                connection.transport.write(data)
+            except Exception:  # what is wrong with one must not keep it from the others
+                dropped.append(connection)
+        for connection in dropped:
             self.give_up(connection)
+
+    def overdue(self, connection: Connection) -> bool:
+        """Whether a client is so slow that keeping what it missed is the log's work, not memory's.
+
+        Asked before a write: what counts is what it left of earlier ones, however much comes now.
+        """
+        return connection.transport.get_write_buffer_size() > self._max_backlog_bytes
 
     def give_up(self, connection: Connection) -> None:
         if connection.progress is Progress.OPEN:
@@ -1486,7 +1507,12 @@ class Batcher(Generic[T]):
             if self._calls and not full:
                 break
             self._calls += 1
-            self._tasks.create_task(self._call(self._take()))
+            call = self._call(self._take())
+            try:
+                self._tasks.create_task(call)
+            except RuntimeError:  # the process is ending, for a reason that is better told alone
+                call.close()
+                return
 
     def _take(self) -> list[T]:
         batch: list[T] = []
@@ -1521,7 +1547,7 @@ class Parcel:
     body: str
     attributes: dict[str, str]
     group_id: str
-    message_id: str
+    deduplication_id: str
     deadline: float
     done: Callable[[str | None, BadMessage | None], None]
     size_bytes: int
@@ -1534,6 +1560,16 @@ def fifo_id(value: str) -> str:
     if re.fullmatch(PLAIN_GROUP_ID, value):
         return value
     return hashlib.sha256(value.encode()).hexdigest()
+
+
+def deduplication_id(message: AgentMessage) -> str:
+    """What makes two messages of a FIFO queue the same one.
+
+    More than the client's own ``message_id``: where two clients both count from 1, SQS would
+    confirm the second one's message and drop it.
+    """
+    parts = (message.user, message.project_id, message.type.lower(), message.message_id)
+    return hashlib.sha256(encode(parts)).hexdigest()
 
 
 class Lane:
@@ -1552,7 +1588,8 @@ class Lane:
         self._url = queue_url
         self._settle = settle
         self._fifo = queue_url.endswith(".fifo")
-        # Two calls at once may overtake each other: not on a queue that promises order.
+        # Two calls at once may overtake each other: not on a queue that promises order. (Entries of
+        # one call that SQS itself throttles are still sent after those that it took.)
         calls = 1 if self._fifo else CALLS_PER_QUEUE
         self.batcher = Batcher(tasks, self._deliver, calls=calls)
 
@@ -1647,7 +1684,7 @@ class Lane:
         }
         if self._fifo:
             entry["MessageGroupId"] = fifo_id(parcel.group_id)
-            entry["MessageDeduplicationId"] = fifo_id(parcel.message_id)
+            entry["MessageDeduplicationId"] = parcel.deduplication_id
         return entry
 
 
@@ -1695,7 +1732,7 @@ class Forwarder:
             body=body,
             attributes=attributes,
             group_id=message.project_id or message.connection_id,
-            message_id=message.message_id,
+            deduplication_id=deduplication_id(message),
             deadline=now + self._timeout_s,
             done=done,
             size_bytes=size,
@@ -1714,6 +1751,7 @@ class Forwarder:
             sentence = f"SQS takes no U+{ord(found[0]):04X}; write it as a JSON escape."
             raise BadMessage(ErrorCode.INVALID_CHARACTER, sentence)
         if self._waiting >= FORWARDS_WAITING or self._waiting_bytes + size > FORWARDS_WAITING_BYTES:
+            self._metrics.forward_errors += 1
             sentence = "Too many messages are waiting; send it again later."
             raise BadMessage(ErrorCode.OVERLOADED, sentence, retryable=True)
 
@@ -1739,6 +1777,12 @@ class Forwarder:
 #   PK=PROJECT#<id>  SK=EVENTLOG          seq: of the last event; never expires
 #   PK=PROJECT#<id>  SK=EVENT#<seq>       type, data, event_id, timestamp, expires_at
 #   PK=PROJECT#<id>  SK=METADATA          the platform's own state of the project
+
+
+IDS_ONLY: Mapping[str, Any] = {
+    "ProjectionExpression": "SK, event_id, #timestamp",
+    "ExpressionAttributeNames": {"#timestamp": "timestamp"},  # a reserved word
+}
 
 
 def event_key(seq: int) -> str:
@@ -1787,10 +1831,13 @@ class Head:
 
     def trim(self) -> None:
         """Forget the oldest; not while an append is under way, which may still look for them."""
-        while len(self.known) > EVENT_IDS_REMEMBERED:
-            oldest = next(iter(self.known))
-            self.low, forgotten = self.known.pop(oldest)
-            self.reaches_back_to = unix_s(forgotten) + 0.001
+        too_old = timestamp(time.time() - EVENT_ID_WINDOW_S - CLOCK_SKEW_S)
+        while self.known:
+            oldest, (seq, stamp) = next(iter(self.known.items()))
+            if len(self.known) <= EVENT_IDS_REMEMBERED and stamp >= too_old:
+                break
+            del self.known[oldest]
+            self.low, self.reaches_back_to = seq, unix_s(stamp) + 0.001
 
 
 def event_message(project_id: str, item: Mapping[str, Any]) -> EventMessage:
@@ -1900,6 +1947,7 @@ class EventLog:
                 found[item["PK"]["S"].removeprefix("PROJECT#")] = int(item["seq"]["N"])
             if unprocessed := answer.get("UnprocessedKeys", {}).get(self._table):
                 left += unprocessed["Keys"]
+                await asyncio.sleep(full_jitter_s(1))
         return found
 
     async def read(self, project_id: str, after: int) -> list[Event]:
@@ -1920,7 +1968,7 @@ class EventLog:
                 return events
 
     async def _query(
-        self, project_id: str, low: str, high: str, *, forward: bool
+        self, project_id: str, low: str, high: str, *, forward: bool, ids_only: bool = False
     ) -> tuple[list[dict[str, Any]], str]:
         """A page of the items between two sort keys, and the key with which the next one begins.
 
@@ -1937,6 +1985,7 @@ class EventLog:
                     ":high": {"S": high},
                 },
                 ConsistentRead=True,
+                **(IDS_ONLY if ids_only else {}),
                 ScanIndexForward=forward,
                 Limit=100,
             ),
@@ -1961,6 +2010,7 @@ class EventLog:
         head = await self._head_to_append(project_id)
         await self._look_back(project_id, head, entries)
         met: list[Event] = []
+        began_at = head.seq
         attempt = 0
         while fresh := unknown_to(head, entries):
             chunk = numbered(project_id, head.seq, fresh)
@@ -1974,11 +2024,16 @@ class EventLog:
         for entry in entries:
             seq, stamp = head.known[entry.event_id]
             own.add(seq)
-            update = entry.update
-            message = EventMessage(update.type, project_id, update.data, seq, stamp)
+            message = EventMessage(entry.update.type, project_id, entry.update.data, seq, stamp)
+            if seq <= began_at:  # in the log before: what it says there is what happened
+                message = await self._stored(project_id, seq) or message
             entry.event = Event.of(message, entry.sent_at)
         head.trim()
         return [event for event in met if event.seq not in own]
+
+    async def _stored(self, project_id: str, seq: int) -> EventMessage | None:
+        items, _ = await self._query(project_id, event_key(seq), event_key(seq), forward=True)
+        return event_message(project_id, items[0]) if items else None
 
     async def _head_to_append(self, project_id: str) -> Head:
         head = self._heads.pop(project_id, None)
@@ -2000,7 +2055,9 @@ class EventLog:
             return
         older, high = {}, event_key(head.low)
         while high:
-            items, high = await self._query(project_id, event_key(0), high, forward=False)
+            items, high = await self._query(
+                project_id, event_key(0), high, forward=False, ids_only=True
+            )
             for item in items:
                 head.low = int(item["SK"]["S"].removeprefix("EVENT#")) - 1
                 older[item["event_id"]["S"]] = (head.low + 1, item["timestamp"]["S"])
@@ -2065,20 +2122,25 @@ class EventLog:
 
     async def _catch_up(self, project_id: str, head: Head) -> list[Event]:
         """Learn what came after ``head``, from other tasks or by a call of unknown outcome."""
-        # The head is read first: whatever is missing up to it has then expired.
-        now_at = await self.head(project_id)
-        if now_at < head.seq:
-            raise UpstreamLost(
-                f"event log: {project_id!r} went back from seq {head.seq} to {now_at}; "
-                "the table was wiped or restored"
-            )
-        events, low = [], event_key(head.seq + 1)
-        while low:
-            items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
-            for item in items:
-                message = event_message(project_id, item)
-                head.learn(item["event_id"]["S"], cast("int", message.seq), message.timestamp)
-                events.append(Event.of(message))
+        before, events = head.seq, list[Event]()
+        for pause_s in (0.0, HOLE_DOUBT_S):
+            if pause_s:
+                await asyncio.sleep(pause_s)
+            now_at = await self.head(project_id)
+            if now_at < before:
+                raise UpstreamLost(
+                    f"event log: {project_id!r} went back from seq {before} to {now_at}; "
+                    "the table was wiped or restored"
+                )
+            events, low = [], event_key(before + 1)
+            while low:
+                items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
+                for item in items:
+                    message = event_message(project_id, item)
+                    head.learn(item["event_id"]["S"], cast("int", message.seq), message.timestamp)
+                    events.append(Event.of(message))
+            if len(events) >= now_at - before:
+                break  # else a transaction was seen in part, or what is missing has expired
         head.seq = max(head.seq, now_at)
         return events
 
@@ -2149,6 +2211,7 @@ class Feed:
     def subscribe(self, connection: Connection, request: Subscribe) -> None:
         """Confirm, send what was missed, go live; at once where the channel remembers enough."""
         channel = self._registry.channel(request.project_id)
+        self._fan_out.flush_channel(channel)  # whoever subscribes again gets all before it
         channel.visitors += 1
         self.unsubscribe(connection, request.project_id)
         channel.visitors -= 1
@@ -2203,53 +2266,67 @@ class Feed:
         All in one step of the loop: what is pending for others is written first, so that nothing
         reaches the newcomer twice.
         """
+        if connection.progress is not Progress.OPEN:
+            return  # closed meanwhile, perhaps by what was sent to confirm
         self._fan_out.flush_channel(channel)
         missed = [event for event in channel.recent if cast("int", event.seq) > position]
         connection.send_events(missed)
         self._registry.join(connection, channel)
 
     async def _catch_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
-        """Bring one client to the end of the log, as fast as it reads, and go live."""
+        """Catch up, one project at a time a connection: each may hold a page of the log."""
         try:
-            await self.open(channel)
-            if request.since is not None and request.since > (channel.cursor or 0):
-                await self._fill(channel)  # the client comes from a task that is ahead of this one
-            position, recovered = self._resume_at(channel, request)
-            events = await self._read_on(channel, position)
-            if events is None:
-                position, recovered, events = channel.cursor or 0, False, []
-            self._confirm(connection, channel, recovered)
-            if request.snapshot:
-                await self._send_snapshot(connection, request.project_id)
-            while position < channel.floor:
-                for chunk in chunks(events):
-                    connection.send_events(chunk)
-                    await connection.drained()
-                position = cast("int", events[-1].seq) if events else position
-                events = await self._read_on(channel, position)
-                if events is None:
-                    position, events = channel.cursor or 0, []
-                    self._confirm(connection, channel, False)
-            self._go_live(connection, channel, position)
+            if connection.catch_up_turn is None:
+                connection.catch_up_turn = asyncio.Lock()
+            async with connection.catch_up_turn:
+                await self._bring_up(connection, channel, request)
         except UpstreamLost:
             raise
         except Exception as exc:  # a fault of ours must cost one connection, not the process
             connection.fail(exc)
+
+    async def _bring_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
+        """Bring one client to the end of the log, as fast as it reads, and go live."""
+        await self.open(channel)
+        if request.since is not None and request.since > (channel.cursor or 0):
+            await self._fill(channel)  # the client comes from a task that is ahead of this one
+        position, recovered = self._resume_at(channel, request)
+        events = await self._read_on(channel, position)
+        if events is None:
+            position, recovered, events = channel.cursor or 0, False, []
+        self._confirm(connection, channel, recovered)
+        if request.snapshot:
+            await self._send_snapshot(connection, request.project_id)
+        while position < channel.floor:
+            for chunk in chunks(events):
+                connection.send_events(chunk)
+                await connection.drained()
+            position = cast("int", events[-1].seq) if events else position
+            events = await self._read_on(channel, position)
+            if events is None:
+                position, events = channel.cursor or 0, []
+                self._confirm(connection, channel, False)
+        self._go_live(connection, channel, position)
 
     async def _read_on(self, channel: Channel, position: int) -> list[Event] | None:
         """What follows ``position`` and is older than what the channel remembers; a page of it.
 
         ``None`` if the log no longer reaches back so far.
         """
-        async with self._reads:
-            if position >= channel.floor:
-                return []  # or somebody else's read has brought it back by now
-            self._metrics.catch_ups += 1
-            events = await self._read(channel, position)
-        # Up to a hole, that is: the next read then begins with it.
-        run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
-        channel.remember(run)
-        return run or None
+        for pause_s in (0.0, HOLE_DOUBT_S):
+            if pause_s:
+                await asyncio.sleep(pause_s)
+            async with self._reads:
+                if position >= channel.floor:
+                    return []  # or somebody else's read has brought it back by now
+                self._metrics.catch_ups += 1
+                events = await self._read(channel, position)
+            # Up to a hole, that is: the next read then begins with it.
+            run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
+            if run:
+                channel.remember(run)
+                return run
+        return None
 
     async def _read(self, channel: Channel, after: int) -> list[Event]:
         """A page of the log; what in it is news to the channel is delivered on the way."""
@@ -2260,7 +2337,17 @@ class Feed:
         return events
 
     async def _send_snapshot(self, connection: Connection, project_id: str) -> None:
-        state = await self._read_state(project_id)
+        try:
+            async with self._reads:
+                state = await self._read_state(project_id)
+        except UpstreamLost as exc:  # the platform's table is not what this task lives by
+            logger.error("no snapshot of %r: %s", project_id, exc)
+            sentence = "The project's state cannot be read; its events follow all the same."
+            error = ErrorMessage(
+                sentence, ErrorCode.UNAVAILABLE, "subscribe", project_id=project_id
+            )
+            connection.send(encode(error))
+            return
         connection.send(Encoders.snapshot.encode(ProjectSnapshot(project_id, state)))
 
     async def open(self, channel: Channel) -> None:
@@ -2271,7 +2358,8 @@ class Feed:
             await asyncio.shield(channel.opening)
 
     async def _open(self, channel: Channel) -> None:
-        channel.cursor = await self._log.head(channel.project_id)
+        async with self._reads:
+            channel.cursor = await self._log.head(channel.project_id)
         channel.opening = None
         if channel.wanted > channel.cursor:
             self._fill_soon(channel)
@@ -2288,16 +2376,25 @@ class Feed:
             channel.filling = None
 
     async def _fill(self, channel: Channel) -> None:
-        """Deliver everything the log has beyond the cursor."""
+        """Deliver everything the log has beyond the cursor.
+
+        A hole is believed only when a second read still has it: a query may see a transaction
+        that is being committed in part, and ``wanted`` may rise while an answer is on its way.
+        """
+        doubted = False
         while True:
-            after = channel.cursor or 0
+            after, wanted = channel.cursor or 0, channel.wanted
             events = await self._read(channel, after)
-            if events and cast("int", events[0].seq) > max(after, channel.cursor or 0) + 1:
-                self._skip(channel, cast("int", events[0].seq) - 1)
-            elif not events:
-                break
-        if channel.wanted > (channel.cursor or 0):
-            self._skip(channel, channel.wanted)
+            if (channel.cursor or 0) > after:
+                doubted = False
+            elif not events and wanted <= after:
+                return
+            elif not doubted:
+                doubted = True
+                await asyncio.sleep(HOLE_DOUBT_S)
+            else:
+                doubted = False
+                self._skip(channel, cast("int", events[0].seq) - 1 if events else wanted)
 
     def _skip(self, channel: Channel, seq: int) -> None:
         """Go on after events that have expired; the listeners are told to refetch their state."""
@@ -2306,6 +2403,12 @@ class Feed:
         channel.jump(seq)
         for connection in tuple(channel.listeners()):
             self._confirm(connection, channel, False)
+
+    def _forget_recent(self) -> None:
+        """What is kept for clients that come back at once is in nobody's way for long."""
+        for channel in self._registry.channels.values():
+            if channel.recent and time.monotonic() - channel.moved_at > RECENT_FOR_S:
+                channel.jump(channel.cursor or 0)
 
     async def audit(self, interval_s: float) -> NoReturn:
         """Compare every cursor with its log now and then.
@@ -2319,6 +2422,7 @@ class Feed:
                 for name, channel in self._registry.channels.items()
                 if channel.cursor is not None
             ]
+            self._forget_recent()
             heads = await self._log.heads(open_channels)
             await asyncio.sleep(min(1.0, interval_s))  # what is on its way may arrive
             for project_id, head in heads.items():
@@ -2328,8 +2432,12 @@ class Feed:
                     self._fill_soon(channel)
 
 
-async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, Any]]:
+async def receive(
+    sqs: SQSClient, queue_url: str, part: Part, stopping: Callable[[], bool] = lambda: False
+) -> list[dict[str, Any]]:
     """The next messages of a queue: waits for the first, then takes what else is there.
+
+    None, once ``stopping`` says so and nothing came.
 
     A full batch means that there is more: taken at once, it becomes one append and one write.
 
@@ -2339,6 +2447,8 @@ async def receive(sqs: SQSClient, queue_url: str, part: Part) -> list[dict[str, 
     messages: list[dict[str, Any]] = []
     attempt = 0
     while len(messages) % SQS_BATCH_ENTRIES == 0 and len(messages) < RECEIVED_AT_ONCE:
+        if stopping():
+            break
         began_at = time.monotonic()
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S if messages else RECEIVE_TIMEOUT_S):
@@ -2413,6 +2523,7 @@ class Relay:
         self._name = self._prefix + re.sub(r"[^\w-]", "-", task_id)[: 80 - len(self._prefix)]
         self._queue_url = ""
         self._subscription_arn = ""
+        self._suspects: set[str] = set()
         self._unpublished = Batcher(
             tasks, self._publish, entries=1_000, size_bytes=SNS_MESSAGE_BYTES - 1_024, calls=1
         )
@@ -2476,11 +2587,11 @@ class Relay:
 
     def publish(self, carried: Carried, done: Callable[[], None]) -> None:
         """Have an event brought to the other tasks; ``done`` is called when the topic has it."""
-        size = len(bytes(carried.payload)) + len(carried.project_id.encode()) + 128
-        self._unpublished.add((carried, done), size)
+        raw = encode(carried)
+        self._unpublished.add((Raw(raw), done), len(raw) + 1)
 
-    async def _publish(self, batch: list[tuple[Carried, Callable[[], None]]]) -> None:
-        body = encode(Carrier(self._name, [carried for carried, _ in batch])).decode()
+    async def _publish(self, batch: list[tuple[Raw, Callable[[], None]]]) -> None:
+        body = encode({"origin": self._name, "events": [raw for raw, _ in batch]}).decode()
         origin: Any = {"origin": {"DataType": "String", "StringValue": self._name}}
         await self.part.insist(
             "Publish",
@@ -2553,9 +2664,11 @@ class Relay:
         async for page in pages.paginate(QueueNamePrefix=self._prefix):
             queues |= {url.rsplit("/", 1)[-1]: url for url in page.get("QueueUrls", ())}
         stale_before = time.time() - STALE_AFTER_HEARTBEATS * self._heartbeat_s
-        for name in (queues.keys() | subscriptions.keys()) - {self._name}:
-            if await self._alive(name, stale_before):
-                continue
+        found = (queues.keys() | subscriptions.keys()) - {self._name}
+        dead = {name for name in found if not await self._alive(name, stale_before)}
+        # Twice in a row: of a queue made a moment ago, SQS may not know yet.
+        confirmed, self._suspects = dead & self._suspects, dead
+        for name in confirmed:
             logger.warning("removing what a dead task has left", extra={"queue": name})
             with gone_is_fine():
                 if name in subscriptions:
@@ -2571,8 +2684,9 @@ class Relay:
         async for page in pages.paginate(TopicArn=self._topic_arn):
             for subscription in page["Subscriptions"]:
                 name = subscription["Endpoint"].rsplit(":", 1)[-1]
-                if name.startswith(self._prefix):
-                    found[name] = subscription["SubscriptionArn"]
+                arn = subscription["SubscriptionArn"]
+                if name.startswith(self._prefix) and arn.startswith("arn:"):  # not "Deleted"
+                    found[name] = arn
         return found
 
     async def _alive(self, name: str, stale_before: float) -> bool:
@@ -2658,7 +2772,8 @@ class Intake:
             while len(self._held) >= UPDATES_IN_HAND:
                 self._room.clear()
                 await self._room.wait()
-            for message in await receive(self._sqs, self._url, self.part):
+            stopping = lambda: self._stopping  # noqa: E731
+            for message in await receive(self._sqs, self._url, self.part, stopping):
                 self._take(message)
 
     def _take(self, message: dict[str, Any]) -> None:
@@ -2783,6 +2898,8 @@ class Intake:
                         )
                 except AWS_ERRORS as exc:
                     self.part.failed(exc, "ChangeMessageVisibilityBatch")
+                else:
+                    self.part.worked()
 
     async def idle(self) -> None:
         """Return once nothing is in hand; meant for after ``run`` was stopped."""
@@ -2952,8 +3069,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_asked", "_corked", "_deaf", "_discarded", "_drained", "_fragments", "_gateway", "_held",
-        "_request_bytes", "_tail", "_text", "_unread", "address", "catching_up", "choked",
-        "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "on_hold",
+        "_request_bytes", "_tail", "_text", "_unread", "address", "catch_up_turn", "catching_up",
+        "choked", "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "on_hold",
         "opened_at", "pace", "pinged_at", "principal", "progress", "protocol", "subscriptions",
         "transport", "warned",
     )  # fmt: skip
@@ -2967,6 +3084,7 @@ class Connection(asyncio.Protocol):
         self.progress = Progress.HANDSHAKE
         self.subscriptions: set[str] = set()
         self.catching_up: dict[str, asyncio.Task[None]] = {}
+        self.catch_up_turn: asyncio.Lock | None = None  # only for those who ever need it
         self.deflates = False
         self.choked = False
         self.close_code: int | None = None
@@ -3039,9 +3157,10 @@ class Connection(asyncio.Protocol):
         if self._corked is not None:
             self._corked.append(frame(payload))
         elif self.progress is Progress.OPEN:
-            self.transport.write(frame(payload))
-            if self.choked:
-                self._gateway.fan_out.check_backlog(self)
+            if self.choked and self._gateway.fan_out.overdue(self):
+                self._gateway.fan_out.give_up(self)
+            else:
+                self.transport.write(frame(payload))
 
     def send_events(self, events: Sequence[Event]) -> None:
         """Write events in one piece, to a client that catches up at its own pace."""
@@ -3069,8 +3188,9 @@ class Connection(asyncio.Protocol):
 
     def ping(self) -> None:
         self.pinged_at = self._gateway.now()
-        self.protocol.send_ping(b"")
-        self._write_out()
+        if self.progress is Progress.OPEN and self.protocol.state is State.OPEN:
+            self.protocol.send_ping(b"")
+            self._write_out()
 
     def forwarding(self, change: int) -> None:
         """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
@@ -3206,9 +3326,11 @@ class Connection(asyncio.Protocol):
         )
         self.progress = Progress.OPEN
         self.opened_at = self.heard_at
-        self._gateway.welcome(self, request)
-        greeting, self._corked = self._corked, None
-        self.transport.write(b"".join(greeting))  # with what was sent so far, in one packet
+        try:
+            self._gateway.welcome(self, request)
+        finally:
+            greeting, self._corked = self._corked, None
+            self.transport.write(b"".join(greeting))  # with what was sent so far, in one packet
 
     def _frame(self, received: Frame) -> None:
         """Put messages together; control frames were answered by the protocol."""
@@ -3264,8 +3386,8 @@ class Connection(asyncio.Protocol):
             self._gateway.closing(self)
             self._held.clear()
             self._go_on_soon()  # to read on, whatever paused it: else the peer's end is not seen
-        elif self.choked:
-            self._gateway.fan_out.check_backlog(self)
+        elif self.choked and self._gateway.fan_out.overdue(self):
+            self._gateway.fan_out.give_up(self)  # as one who pings and never reads
 
 
 # --- Gateway --------------------------------------------------------------------------------
@@ -3344,6 +3466,15 @@ async def fetch_keys(address: str) -> bytes:
         return document
 
 
+def seconds_left(principal: Principal) -> int:
+    return int(min(principal.expires_at - time.time(), SESSION_WITHOUT_END_S))
+
+
+async def wait_for(task: asyncio.Task[None]) -> None:
+    """Return once ``task`` is done; unlike ``await task``, cancelling this leaves it alone."""
+    await asyncio.wait({task})
+
+
 class Gateway:
     """One task: its parts, and what they do for one another."""
 
@@ -3357,9 +3488,8 @@ class Gateway:
         self.registry = Registry()
         self.metrics = Metrics(settings.environment, self.registry)
         self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics)
-        self.forwarder = Forwarder(
-            tasks, aws.sqs, settings.queue_urls, settings.forward_timeout_seconds, self.metrics
-        )
+        timeout_s = settings.forward_timeout_seconds
+        self.forwarder = Forwarder(tasks, aws.sqs, settings.queue_urls, timeout_s, self.metrics)
         self.log = EventLog(aws.dynamodb, settings.log_table, settings.event_retention_hours * 3600)
         self.feed = Feed(
             tasks, self.log, self.registry, self.fan_out, self.metrics,
@@ -3380,8 +3510,11 @@ class Gateway:
         if settings.auth_jwks_url:
             fetch = partial(fetch_keys, settings.auth_jwks_url)
             self._verifier = Verifier(settings, Keys(fetch, settings.auth_algorithms))
-        self._checked_at: float | None = None
+        self._checked_at = -math.inf
+        self._checks = 0
         self._somebody_left = asyncio.Event()
+        self._stop_at = math.inf
+        self._receiving: asyncio.Task[None] | None = None
         self._extensions = (
             [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
         )
@@ -3445,7 +3578,8 @@ class Gateway:
             loops.append(self._tasks.create_task(self.relay.heartbeat()))
             loops.append(self._tasks.create_task(self.relay.reap()))
         if self.intake:
-            loops.append(self._tasks.create_task(self.intake.run()))
+            self._receiving = self._tasks.create_task(self.intake.run())
+            loops.append(self._receiving)
             loops.append(self._tasks.create_task(self.intake.keep()))
         self.ready.set()
         logger.info("ready", extra={"epoch": self.log.epoch})
@@ -3520,8 +3654,7 @@ class Gateway:
             response = protocol.reject(405, "Only GET and HEAD.\n")
             response.headers["Allow"] = "GET, HEAD"
         elif path == "/health":
-            if request.headers.get("User-Agent") == HEALTH_CHECKER:
-                self._checked_at = self.now()
+            self._notice_check(connection, request)
             status = self.health()
             response = json_response(protocol, 200 if status == "ok" else 503, {"status": status})
         elif path == "/live":
@@ -3533,6 +3666,22 @@ class Gateway:
         if request.method == "HEAD":
             response.body = b""
         connection.respond(request, response)
+
+    def _notice_check(self, connection: Connection, request: Request) -> None:
+        """See the load balancer's own health checks come, so as to see them stay away.
+
+        From a private address and not forwarded: no client behind it can pass for it, and where
+        there is no such balancer, nobody from outside can start a drain by three requests.
+        """
+        forwarded = "X-Forwarded-For" in request.headers
+        if forwarded or HEALTH_CHECKER not in request.headers.get_all("User-Agent"):
+            return
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(peer_of(connection)).is_private:
+                now = self.now()
+                in_a_row = now - self._checked_at <= HEALTH_CHECKS_GONE_S
+                self._checks = self._checks + 1 if in_a_row else 1
+                self._checked_at = now
 
     def _admit(self, connection: Connection, request: Request) -> None:
         """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
@@ -3576,14 +3725,17 @@ class Gateway:
             connection.respond(request, protocol.accept(request))
 
     async def _identify_later(self, connection: Connection, request: Request) -> None:
-        await self._read_keys()
-        refusal = self._admission.crowded(connection.address)
-        if self.drain_wanted.is_set():
-            refusal = 503, "This server is draining."
-        if refusal is not None:
-            connection.respond(request, unwelcome(connection.protocol, *refusal))
-        else:
-            self._identify(connection, request, last=True)
+        try:
+            await self._read_keys()
+            refusal = self._admission.crowded(connection.address)
+            if self.drain_wanted.is_set():
+                refusal = 503, "This server is draining."
+            if refusal is not None:
+                connection.respond(request, unwelcome(connection.protocol, *refusal))
+            else:
+                self._identify(connection, request, last=True)
+        except Exception as exc:  # a fault of ours must cost one connection, not the process
+            connection.fail(exc)
 
     def _keys_may_help(self) -> bool:
         return self._verifier is not None and self._verifier.keys.may_read_again(self.now())
@@ -3733,17 +3885,20 @@ class Gateway:
         connection.principal, connection.warned = principal, False
         if self._nameless.pop(connection, principal) is None:
             self.registry.join(connection, self.registry.channel(EVERYONE))
-        connection.send(encode(Authenticated(int(principal.expires_at - time.time()))))
+        connection.send(encode(Authenticated(seconds_left(principal))))
         for project_id in tuple(connection.subscriptions | connection.catching_up.keys()):
             if not principal.may_use(project_id):
                 self.feed.unsubscribe(connection, project_id)
                 connection.send(encode(UnsubscriptionConfirmed(project_id)))
 
     async def _authenticate_later(self, connection: Connection, token: str) -> None:
-        await self._read_keys()
-        if connection.progress is Progress.OPEN:
-            self._authenticate(connection, token, last=True)
-        connection.hold(False)
+        try:
+            await self._read_keys()
+            if connection.progress is Progress.OPEN:
+                self._authenticate(connection, token, last=True)
+            connection.hold(False)
+        except Exception as exc:  # a fault of ours must cost one connection, not the process
+            connection.fail(exc)
 
     def _turn_out(self, connection: Connection, why: str) -> None:
         self._admission.failed(connection.address, self.now())
@@ -3820,7 +3975,7 @@ class Gateway:
     async def _sweep(self) -> NoReturn:
         """Do for all connections what each would need a timer for."""
         interval_s = min(SWEEP_INTERVAL_S, self._settings.ping_interval_seconds / 4)
-        next_line = time.monotonic() + 60
+        next_line, next_forget = time.monotonic() + 60, self.now()
         while True:
             await asyncio.sleep(interval_s)
             for connection in [c for c in self.pending if c.deadline <= self.now()]:
@@ -3829,9 +3984,12 @@ class Gateway:
                 connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
             if self._verifier is not None:
                 self._end_sessions()
-            self._admission.forget(self.now())
+            if self.now() >= next_forget:
+                next_forget = self.now() + FORGET_INTERVAL_S
+                self._admission.forget(self.now())
             await self._ping_the_quiet(self._settings.ping_interval_seconds)
-            if self._checked_at and self.now() - self._checked_at > HEALTH_CHECKS_GONE_S:
+            checks_gone = self.now() - self._checked_at > HEALTH_CHECKS_GONE_S
+            if self._checks >= HEALTH_CHECKS_SEEN and checks_gone:
                 if not self.drain_wanted.is_set():
                     logger.warning("health checks stay away: draining")
                 self.drain_wanted.set()
@@ -3866,12 +4024,18 @@ class Gateway:
     async def _drain(self, loops: list[asyncio.Task[Any]]) -> None:
         """Leave in order; every step is bounded, and all of them by the platform's stop timeout."""
         logger.info("draining", extra={"connections": len(self.registry.connections)})
-        # 1. No more sockets (``_admit`` sees to that) and no more updates; who is in the middle
-        #    of a long poll finishes it, or what it receives would be lost for ten seconds.
+        self._stop_at = self.now() + STOP_BUDGET_S
+        patience_s = self._settings.drain_seconds
+        # 1. No more sockets (``_admit`` sees to that) and no more updates. A long poll under way
+        #    is seen through, if that takes no longer than the drain: what SQS hands to a call
+        #    that was cut is invisible to everybody for ten seconds.
         if self.intake:
             self.intake.stop()
         # 2. Send the clients away, spread out so that the others can take them in.
+        receiving_ends_at = self.now() + patience_s
         await self._close_all()
+        if self._receiving:
+            await self._within(receiving_ends_at - self.now(), wait_for(self._receiving))
         # 3. See their closing handshakes through.
         await self._within(CLOSE_TIMEOUT_S, self._gone())
         # 4. Finish the forwards and updates in hand.
@@ -3887,10 +4051,12 @@ class Gateway:
         # 6. Cut who is still there.
         for connection in tuple(self.pending):
             connection.transport.abort()
+        metrics_logger.info("%s", json.dumps(self.metrics.line()))
         logger.info("drained")
 
     async def _close_all(self) -> None:
-        started_at, spread_s = self.now(), self._settings.drain_seconds
+        started_at = self.now()
+        spread_s = min(self._settings.drain_seconds, STOP_BUDGET_S / 2)
         connections = list(self.registry.connections.values())
         random.shuffle(connections)
         busy = []
@@ -3901,6 +4067,7 @@ class Gateway:
                     async with asyncio.timeout_at(due):
                         await self.hurry_wanted.wait()
             if connection.in_flight:
+                connection.hold(True)
                 busy.append(connection)
             else:
                 self._send_away(connection)
@@ -3921,6 +4088,7 @@ class Gateway:
 
     async def _within(self, limit_s: float, waiting: Awaitable[None]) -> None:
         """Wait for something, but no longer than ``limit_s``, or 1 s if we have to hurry."""
+        limit_s = max(0.0, min(limit_s, self._stop_at - self.now()))
         waiter = asyncio.ensure_future(waiting)
         hurry = asyncio.ensure_future(self.hurry_wanted.wait())
         await asyncio.wait({waiter, hurry}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
@@ -4016,9 +4184,10 @@ async def serve(settings: Settings) -> None:
         async with connect(settings.aws_region) as aws, asyncio.TaskGroup() as tasks:
             gateway = Gateway(settings, tasks, aws, task_id)
 
-            def told_to_end() -> None:
-                again = gateway.drain_wanted.is_set()
-                (gateway.hurry_wanted if again else gateway.drain_wanted).set()
+            signals: list[asyncio.Event] = [gateway.hurry_wanted, gateway.drain_wanted]
+
+            def told_to_end() -> None:  # the first time, and again
+                (signals.pop() if len(signals) > 1 else signals[0]).set()
 
             on_signals(asyncio.get_running_loop(), told_to_end)
             await gateway.run()

@@ -210,6 +210,7 @@ class Platform:
         `topic=False` leaves the topic out: the server then works alone.
         """
         variables = {
+            "DRAIN_SECONDS": "1",
             "WEBSOCKET_HOST": "127.0.0.1",
             "WEBSOCKET_PORT": str(port),
             "DYNAMODB_TABLE_NAME": self.table_name,

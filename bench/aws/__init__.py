@@ -152,6 +152,7 @@ class Platform:
             "SQS_QUEUE_URL_UPDATES": urls["updates"],
             "DYNAMODB_TABLE_NAME": self.table_name,
             "EVENTS_TABLE_NAME": self.events_table_name,
+            "DRAIN_SECONDS": "1",
             "WEBSOCKET_HOST": "127.0.0.1",
             "WEBSOCKET_PORT": str(port),
             "AWS_ENDPOINT_URL": self.endpoint_url,
