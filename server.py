@@ -1034,7 +1034,7 @@ def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
             if isinstance(address, ipaddress.IPv6Address):
                 if address.ipv4_mapped:
                     return str(address.ipv4_mapped)
-                return str(ipaddress.ip_network((address, 64), strict=False))
+                return str(ipaddress.IPv6Network((int(address), 64), strict=False))  # no zone id
             return str(address)
     return peer
 
@@ -2387,8 +2387,10 @@ class Feed:
             events = await self._read(channel, after)
             if (channel.cursor or 0) > after:
                 doubted = False
-            elif not events and wanted <= after:
+            elif not events and channel.wanted <= after:
                 return
+            elif channel.wanted > wanted:
+                continue  # heard of meanwhile: it may just not have been there yet
             elif not doubted:
                 doubted = True
                 await asyncio.sleep(HOLE_DOUBT_S)

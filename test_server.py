@@ -374,6 +374,7 @@ class Listener(Connection):
         self.progress = Progress.OPEN
         self.subscriptions: set[str] = set()
         self.catching_up: dict[str, asyncio.Task[None]] = {}
+        self.catch_up_turn: asyncio.Lock | None = None
         self.deflates = deflates
         self.choked = False
         self.closed_with: int | None = None
@@ -1620,22 +1621,37 @@ class TestFanOut:
     async def test_slow_reader(
         self, fan_out: FanOut, channel: Channel, metrics: Metrics, buffered: int, closed: bool
     ) -> None:
-        """Who lets more pile up than the bound is closed with 1013, and the others are not."""
+        """Who has left more unread than the bound is closed with 1013, and the others are not."""
         slow, fast = Listener("slow"), Listener("fast")
         slow.choked, slow.transport.buffered = True, buffered
         channel.plain |= {slow, fast}
-        fan_out.push(channel, event(1))
+        fan_out.push(channel, event(1, size=5_000))
         await asyncio.sleep(0)
         assert slow.closed_with == (CloseCode.TRY_AGAIN_LATER if closed else None)
-        assert fast.closed_with is None
+        assert slow.seqs() == ([] if closed else [1])
+        assert (fast.closed_with, fast.seqs()) == (None, [1])
         assert metrics.slow_consumers_closed == closed
+
+    async def test_broken_transport(self, fan_out: FanOut, channel: Channel) -> None:
+        """What is wrong with one listener does not keep an event from the others."""
+
+        class Broken(Sink):
+            def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+                raise RuntimeError(len(data))
+
+        listeners = [Listener(str(number)) for number in range(5)]
+        listeners[2].transport = Broken()
+        channel.plain |= set(listeners)
+        fan_out.push(channel, event(1))
+        await asyncio.sleep(0)
+        assert listeners.pop(2).closed_with is not None
+        assert [listener.seqs() for listener in listeners] == [[1]] * 4
 
     async def test_closed_once(self, fan_out: FanOut, metrics: Metrics) -> None:
         """A slow reader that is being closed already is not closed again."""
         slow = Listener()
-        slow.transport.buffered = 2_000
         for _ in range(2):
-            fan_out.check_backlog(slow)
+            fan_out.give_up(slow)
         assert metrics.slow_consumers_closed == 1
 
     async def test_latency(self, fan_out: FanOut, channel: Channel, metrics: Metrics) -> None:
@@ -1660,10 +1676,15 @@ class Desk:
         self.outcomes: dict[str, list[str | BadMessage]] = {}
 
     def submit(
-        self, message_id: str, queue: str = "dev", data: bytes = b"1", project_id: str | None = "p"
+        self,
+        message_id: str,
+        queue: str = "dev",
+        data: bytes = b"1",
+        project_id: str | None = "p",
+        user: str | None = None,
     ) -> None:
         raw, now = msgspec.Raw(data), server.timestamp()
-        message = AgentMessage(queue, message_id, project_id, raw, "c1", None, now)
+        message = AgentMessage(queue, message_id, project_id, raw, "c1", user, now)
         settled = self.outcomes[message_id] = []
 
         def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
@@ -1978,25 +1999,44 @@ class TestForwarder:
             desk.submit("m2", data='"\t\ufffd\ud7ff\ue000\U0010ffff\x7f"'.encode())
             assert await desk.codes() == {}
 
+    async def test_process_is_ending(self, platform: bench.aws.Platform, aws: Aws) -> None:
+        """A forward that comes while the process ends for another reason does not hide that."""
+
+        async def ending() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                desk = Desk(tasks, aws, 10.0, **platform.queue_urls)
+                asyncio.get_running_loop().call_soon(desk.submit, "m1")
+                raise UpstreamLost("event log: gone")
+
+        with pytest.RaisesGroup(UpstreamLost):
+            await ending()
+        await asyncio.sleep(0)
+
     async def test_idle_when_nothing_waits(self, platform: bench.aws.Platform, aws: Aws) -> None:
         """A forwarder without work is idle."""
         async with desk_of(platform, aws) as desk:
             assert await desk.settled() == {}
 
-    async def test_fifo_attributes(self, stand_in: StandIn) -> None:
-        """A FIFO queue gets project and message id, hashed where SQS would not take them."""
+    async def test_fifo_groups(self, stand_in: StandIn) -> None:
+        """A FIFO queue keeps a project's messages in order, or else a connection's."""
         platform = fifo_platform(stand_in)
         async with aws_clients(platform) as aws, desk_of(platform, aws) as desk:
             desk.submit("m1", project_id="p")
             desk.submit("m2", project_id=None)
-            desk.submit("m 3", project_id="caf\u00e9 " * 40)
-            desk.submit("m1", project_id="p")
+            desk.submit("m 3", project_id="caf\u00e9 " * 40)  # as SQS would not take it
             assert await desk.codes() == {}
-        m1, m2, m3 = stand_in.queues["dev.fifo"].messages
-        assert (m1.group, m1.deduplication_id) == ("p", "m1")
-        assert (m2.group, m2.deduplication_id) == ("c1", "m2")
-        assert m3.deduplication_id == hashlib.sha256(b"m 3").hexdigest()
-        assert m3.group == hashlib.sha256(("caf\u00e9 " * 40).encode()).hexdigest()
+        groups = [message.group for message in stand_in.queues["dev.fifo"].messages]
+        hashed = hashlib.sha256(("caf\u00e9 " * 40).encode()).hexdigest()
+        assert groups == ["p", "c1", hashed]
+
+    async def test_fifo_duplicates(self, stand_in: StandIn) -> None:
+        """A message sent again is one message; two clients who count alike have two."""
+        platform = fifo_platform(stand_in)
+        async with aws_clients(platform) as aws, desk_of(platform, aws) as desk:
+            for user, project_id in (("ada", "p"), ("ada", "p"), ("bob", "p"), ("ada", "q")):
+                desk.submit("m1", user=user, project_id=project_id)
+                assert await desk.codes() == {}
+        assert sent_ids(stand_in, "dev.fifo") == ["m1"] * 3
 
     @each_passing_fault
     @pytest.mark.usefixtures("impatient")
@@ -2377,6 +2417,10 @@ class TestEventLog:
             batch = [entry(5, "b", window), entry(6, "c", window)]
             await other.append("p", batch)
             assert places(batch) == [2, 3]
+            assert [json.loads(each.event.payload)["data"] for each in batch if each.event] == [
+                2,
+                6,
+            ]
         assert await whole_log(log) == [(1, 1), (2, 2), (3, 6)]
 
     async def test_look_back_over_pages(self, kit: LogKit) -> None:
@@ -2391,7 +2435,7 @@ class TestEventLog:
     async def test_look_back_is_bounded(self, kit: LogKit, stand_in: StandIn) -> None:
         """The log is looked through only as far back as the update can be in it, and once."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(server, "timestamp", lambda: "2025-11-24T12:00:00.000Z")
+            patch.setattr(server, "timestamp", lambda _at=None: "2025-11-24T12:00:00.000Z")
             await kit.log().append("p", entries(*range(950)))
         log = kit.log()
         stand_in.calls.clear()
@@ -2820,7 +2864,7 @@ class TestFeed:
             log.add(9)
             log.expire(1, 2, 3, 7, 8)
             office.accept(log.add())
-            await settle()
+            await eventually(lambda: len(listener.messages) == 7)
         assert check_story(list(listener.messages), after=0) == 10
         told = [message for message in caplog.messages if "hole" in message]
         assert told == [f"the log of 'p' has a hole up to {seq}" for seq in (3, 8)]
@@ -2833,11 +2877,40 @@ class TestFeed:
             late = log.add(9)[8:]
             log.expire(*range(1, 10))
             office.accept(late)
-            await settle()
+            await eventually(lambda: listener.messages)
             office.accept(log.add())
             await settle()
         [told, last] = listener.messages
         assert (told["seq"], told["recovered"], last["seq"]) == (9, False, 10)
+
+    async def test_hole_that_closes(self, log: MemoryLog) -> None:
+        """What a read has not seen yet is not taken for expired."""
+        listener = Listener()
+        async with office_of(log) as office:
+            await office.subscribe(listener)
+            late = log.add(3)[2:]
+            log.expire(2)
+            office.accept(late)
+            await eventually(lambda: listener.messages)
+            log.gone.clear()
+            await eventually(lambda: len(listener.messages) == 3)
+        assert listener.seqs() == [1, 2, 3]
+
+    async def test_quiet_channel(self, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a channel keeps for those who come back is let go when nothing happens there."""
+        monkeypatch.setattr(server, "RECENT_FOR_S", -1.0)
+        listener = Listener()
+        async with office_of(log) as office:
+            await office.subscribe(listener)
+            office.accept(log.add(3))
+            channel = office.registry.channel("p")
+            assert channel.floor == 0
+            auditing = asyncio.ensure_future(office.feed.audit(0.01))
+            await eventually(lambda: channel.floor == 3)
+            auditing.cancel()
+            office.accept(log.add())
+            await settle()
+        assert listener.seqs() == [1, 2, 3, 4]
 
     async def test_events_while_opening(self) -> None:
         """Events that come while a project's log is looked up are not lost."""
@@ -2864,7 +2937,7 @@ class TestFeed:
                 await log.go_on()
             log.add(2)
             office.accept(log.add())
-            for _ in range(3):  # the gap is read, and the log's end after it
+            for _ in range(4):  # the gap is read, and the log's end after it
                 await log.go_on()
             log.add()
             office.accept(log.add())  # before that end is known here
@@ -2967,6 +3040,23 @@ class TestFeed:
             await office.subscribe(other, since=0)
         assert other.seqs() == list(range(1, 301))
 
+    async def test_closed_while_catching_up(self, log: MemoryLog) -> None:
+        """Who was closed while it caught up does not go live."""
+
+        class Leaving(Listener):
+            def send(self, payload: bytes) -> None:
+                super().send(payload)
+                self.close(CloseCode.GOING_AWAY)
+
+        leaving = Leaving()
+        async with office_of(log) as office:
+            for _ in range(2):
+                leaving.progress = Progress.OPEN
+                office.feed.subscribe(leaving, Subscribe("p"))
+                await settle()
+                assert office.registry.subscriptions == 0
+        assert "p" not in leaving.subscriptions
+
     async def test_log_is_lost(self) -> None:
         """A log that is lost while somebody catches up ends the process, not the connection."""
 
@@ -3032,12 +3122,13 @@ class Subscription:
 
     Attributes:
         since, epoch: as they were asked for.
-        next_seq: of the event that has to come next; ``None`` until the confirmation.
+        next_seq: of the event that has to come next; ``None`` while none may come.
     """
 
     since: int | None
     epoch: str | None
     next_seq: int | None = None
+    confirmed: bool = False
 
 
 class Seat:
@@ -3072,6 +3163,7 @@ class ResumeMachine(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(server, "RECENT_EVENTS", 3)
+        self.patch.setattr(server, "HOLE_DOUBT_S", 0.0)
         self.loop = asyncio.new_event_loop()
         self.log = MemoryLog(held=True, page=2)
         self.wire: list[Event] = []
@@ -3113,6 +3205,7 @@ class ResumeMachine(RuleBasedStateMachine):
         subscription = seat.subscriptions[project_id]
         if message["type"] == "subscription_confirmed":
             subscription.next_seq = self.after(subscription, project_id, message)
+            subscription.confirmed = True
         elif "seq" not in message:
             assert subscription.next_seq is not None
         else:
@@ -3126,7 +3219,7 @@ class ResumeMachine(RuleBasedStateMachine):
         head = self.log.size(project_id)
         assert 0 <= message["seq"] <= head
         assert message["epoch"] == self.log.epoch
-        first = subscription.next_seq is None
+        first = not subscription.confirmed
         if first and subscription.since is None:
             assert "recovered" not in message
             return cast("int", message["seq"]) + 1
@@ -3204,8 +3297,13 @@ class ResumeMachine(RuleBasedStateMachine):
 
         def subscribe() -> None:
             position = seat.last.get(project_id) if isinstance(since, str) else since
-            seat.subscriptions[project_id] = Subscription(position, epoch)
+            before = seat.subscriptions.get(project_id)
+            subscription = Subscription(position, epoch, before.next_seq if before else None)
+            seat.subscriptions[project_id] = subscription
             self.office.feed.subscribe(seat.listener, Subscribe(project_id, position, epoch))
+            self.look()  # what the subscription before was still owed comes first
+            if not subscription.confirmed:
+                subscription.next_seq = None
 
         self.act(subscribe, more)
 
@@ -3382,6 +3480,13 @@ class TestReceive:
         await asyncio.wait([receiving], timeout=0.5)
         receiving.cancel()
         assert stand_in.calls["sqs", "ReceiveMessage"] < 50
+
+    async def test_stopping(self, stand_in: StandIn, aws: Aws, url: str, part: Part) -> None:
+        """Nothing more is received when the task is to end, and what came is not lost."""
+        assert await server.receive(aws.sqs, url, part, lambda: True) == []
+        push(stand_in, *news(*range(25)))
+        answers = iter([False, True])
+        assert len(await server.receive(aws.sqs, url, part, lambda: next(answers))) == 10
 
     @pytest.mark.parametrize("in_hand", [0, 10])
     async def test_lost_queue(
@@ -3897,6 +4002,20 @@ class TestIntake:
             events = await client.receive_many(3)
             assert [(each["data"], each["seq"]) for each in events] == [(1, 1), (2, 2), (4, 3)]
 
+    async def test_old_ids_are_forgotten(
+        self, stand_in: StandIn, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An event id that comes again after its window is another update's."""
+        monkeypatch.setattr(server, "EVENT_ID_WINDOW_S", -1_000)
+        async with (
+            running_gateway(platform) as gateway,
+            client_of(gateway, project_id="p") as client,
+        ):
+            await client.receive()
+            for number in (1, 2):
+                push(stand_in, *news(number, event_id="e"))
+                await received_in_order(client, number)
+
     async def test_projects_do_not_wait_for_each_other(
         self, stand_in: StandIn, platform: bench.aws.Platform
     ) -> None:
@@ -4041,6 +4160,18 @@ class TestIntake:
             await client.send(action="subscribe", project_id="q", snapshot=True)
             assert (await client.receive())["type"] == "subscription_confirmed"
             assert (await client.receive())["data"] is None
+
+    async def test_no_snapshot(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+        """Without the platform's table there are no snapshots, but events all the same."""
+        del stand_in.tables[platform.table_name]
+        async with running_gateway(platform) as gateway, client_of(gateway) as client:
+            await client.send(action="subscribe", project_id="p", snapshot=True)
+            assert (await client.receive())["type"] == "subscription_confirmed"
+            error = await client.receive()
+            assert (error["type"], error["code"]) == ("error", "unavailable")
+            assert (error["action"], error["project_id"]) == ("subscribe", "p")
+            push(stand_in, *news(1))
+            await received_in_order(client, 1)
 
 
 # --- Metrics --------------------------------------------------------------------------------
