@@ -433,7 +433,10 @@ def keys_url(value: str) -> str:
 
 
 def names(value: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
+    found = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not found:
+        raise ValueError("must be a comma-separated list")
+    return found
 
 
 def origins(value: str) -> tuple[str, ...]:
@@ -3997,7 +4000,7 @@ class Gateway:
                 self.drain_wanted.set()
             if time.monotonic() >= next_line:
                 next_line += 60
-                metrics_logger.info("%s", json.dumps(self.metrics.line()))
+                metrics_logger.info("metrics", extra=self.metrics.line())
 
     def _end_sessions(self) -> None:
         """Warn who has a token that is about to expire, and close who has one that did."""
@@ -4053,7 +4056,7 @@ class Gateway:
         # 6. Cut who is still there.
         for connection in tuple(self.pending):
             connection.transport.abort()
-        metrics_logger.info("%s", json.dumps(self.metrics.line()))
+        metrics_logger.info("metrics", extra=self.metrics.line())
         logger.info("drained")
 
     async def _close_all(self) -> None:
@@ -4146,8 +4149,9 @@ def set_up_logging(log_level: str) -> None:
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logger.setLevel(log_level)
-    # CloudWatch takes metrics only from lines that are nothing else; people need none of them.
+    # Metrics are printed whatever the level is, for CloudWatch; people at a terminal need none.
     bare = logging.StreamHandler(sys.stdout)
+    bare.setFormatter(JsonLines())
     metrics_logger.handlers = [bare]
     metrics_logger.propagate = False
     metrics_logger.setLevel(logging.CRITICAL if sys.stdout.isatty() else logging.INFO)

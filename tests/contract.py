@@ -727,7 +727,7 @@ PROMISES = (
         "the same",
         (
             "TestForwarder.test_fifo_keeps_order",
-            "TestForwarder.test_fifo_keeps_order_in_partial_failures",
+            "TestForwarder.test_fifo_keeps_order",
         ),
     ),
     Promise(
