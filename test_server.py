@@ -271,7 +271,7 @@ async def how_it_ends(running: contextlib.AbstractAsyncContextManager[T]) -> str
 async def running_gateway(
     platform: Platform, task_id: str = "task-1", *, topic: bool = False, **overrides: Any
 ) -> AsyncIterator[Gateway]:
-    """A gateway that is ready, in this event loop; drained in haste at the end."""
+    """A gateway that is ready, in this event loop; drained at the end, at once or in haste."""
     async with aws_clients(platform) as aws, task_group() as tasks:
         overrides = {"drain_seconds": 0.0, **overrides}
         gateway = Gateway(settings(platform, topic=topic, **overrides), tasks, aws, task_id)
@@ -280,6 +280,7 @@ async def running_gateway(
             await gateway.ready.wait()
         yield gateway
         gateway.drain_wanted.set()
+        await asyncio.wait({running}, timeout=0.5)  # it does not wait for its long poll
         gateway.hurry_wanted.set()
         await running
 
@@ -6615,15 +6616,15 @@ class TestMain:
 
     @pytest.mark.usefixtures("logging_restored")
     def test_logging(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """Logs go to stdout from `LOG_LEVEL` on; a line of metrics is nothing but the metrics."""
+        """Logs go to stdout from `LOG_LEVEL` on; metrics do so at every level."""
         server.set_up_logging("WARNING")
         logging.getLogger("gateway").info("too much")
         logging.getLogger("gateway").warning("just right")
         logging.getLogger("asyncio").warning("socket.send() raised exception")
-        logging.getLogger("gateway.metrics").info('{"_aws":{}}')
+        logging.getLogger("gateway.metrics").info("metrics", extra={"_aws": {}})
         log, metrics = map(json.loads, capsys.readouterr().out.splitlines())
         assert (log["level"], log["message"]) == ("WARNING", "just right")
-        assert metrics == {"_aws": {}}
+        assert (metrics["level"], metrics["message"], metrics["_aws"]) == ("INFO", "metrics", {})
 
     def test_json_lines(self) -> None:
         """A log line is one JSON object, with what was passed along and any exception in it."""
