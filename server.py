@@ -175,6 +175,7 @@ SWEEP_INTERVAL_S = 1.0
 FORGET_INTERVAL_S = 30.0
 PINGS_PER_TURN = 200
 DISCARDED_MAX_BYTES = 1_048_576  # after the end of what is read of a connection
+LARGE_MESSAGE_BYTES = 32_768  # counts for two, twice as much for three, in the pace
 TURN_BYTES = 4_096  # of one connection's input, before the others get their turn
 FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
@@ -968,14 +969,17 @@ class TokenBucket:
         self._tokens = self._burst
         self._updated_at = now
 
-    def take(self, now: float) -> bool:
-        """Whether one more is allowed at ``now``, seconds of a monotonic clock."""
+    def take(self, now: float, amount: int = 1) -> bool:
+        """Whether one more is allowed at ``now``, seconds of a monotonic clock.
+
+        One that counts for several is let in like any other, and keeps the next out for longer.
+        """
         if not self._rate:
             return True
         self._refill(now)
         if self._tokens < 1:
             return False
-        self._tokens -= 1
+        self._tokens -= amount
         return True
 
     def empty(self, now: float) -> bool:
@@ -3244,6 +3248,8 @@ class Connection(asyncio.Protocol):
             piece, self._unread = self._unread[:TURN_BYTES], self._unread[TURN_BYTES:]
             self.protocol.receive_data(piece)
             self._held += cast("list[Frame]", self.protocol.events_received())
+            if self.protocol.state is State.OPEN:
+                self._write_out()  # pongs, before answers to what came behind their pings
         done = 0
         while done < len(self._held) and self._may_act:
             self._frame(self._held[done])
@@ -3803,17 +3809,17 @@ class Gateway:
     def message(self, connection: Connection, payload: bytes) -> None:
         """One message of a client, if it does not send too many."""
         self.metrics.messages_received += 1
-        if self.within_pace(connection):
+        if self.within_pace(connection, 1 + len(payload) // LARGE_MESSAGE_BYTES):
             self._handle(connection, payload)
 
-    def within_pace(self, connection: Connection) -> bool:
+    def within_pace(self, connection: Connection, amount: int = 1) -> bool:
         """Whether a connection may send one more; it is told if not, and closed if it goes on."""
         rate = self._settings.max_messages_per_second
         if not rate:
             return True
         now = self.now()
         pace = connection.pace = connection.pace or Pace(rate, now)
-        if pace.allowed.take(now):
+        if pace.allowed.take(now, amount):
             return True
         wait_ms = math.ceil(pace.allowed.wait_s() * 1000)
         sentence = f"More than {rate} messages a second; this one was dropped."
