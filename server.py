@@ -52,6 +52,7 @@ from collections.abc import (
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
@@ -3226,7 +3227,7 @@ class Connection(asyncio.Protocol):
 
     def fail(self, exc: Exception) -> None:
         logger.error("connection failed", exc_info=exc, extra={"connection_id": self.id})
-        self._held.clear()
+        self._drop_held()
         self.close(CloseCode.INTERNAL_ERROR, "internal error")
 
     # Inside.
@@ -3252,7 +3253,9 @@ class Connection(asyncio.Protocol):
                 self._write_out()  # pongs, before answers to what came behind their pings
         done = 0
         while done < len(self._held) and self._may_act:
-            self._frame(self._held[done])
+            received = self._held[done]
+            self._frame(received)
+            received.data = b""  # or the parser keeps it alive until the next frame comes
             done += 1
         del self._held[:done]
         self._write_out()
@@ -3266,6 +3269,11 @@ class Connection(asyncio.Protocol):
         elif not self.transport.is_reading():
             self.heard_at = self._gateway.now()  # its silence was ours
             self.transport.resume_reading()
+
+    def _drop_held(self) -> None:
+        for received in self._held:
+            received.data = b""  # as in ``_take_turn``
+        self._held.clear()
 
     def _discard(self, size: int) -> None:
         """Read on, or the peer may never see why; but not for ever, whatever it goes on sending."""
@@ -3395,7 +3403,7 @@ class Connection(asyncio.Protocol):
             self.close_code = sent.code if sent else CloseCode.ABNORMAL_CLOSURE
             self.deadline = self._gateway.now() + CLOSE_TIMEOUT_S
             self._gateway.closing(self)
-            self._held.clear()
+            self._drop_held()
             self._go_on_soon()  # to read on, whatever paused it: else the peer's end is not seen
         elif self.choked and self._gateway.fan_out.overdue(self):
             self._gateway.fan_out.give_up(self)  # as one who pings and never reads
@@ -3469,6 +3477,8 @@ async def fetch_keys(address: str) -> bytes:
         ClientSession(timeout=timeout, raise_for_status=True) as session,
         session.get(address, allow_redirects=False) as answer,
     ):
+        if answer.status != HTTPStatus.OK:  # a redirect is no error, and no key set either
+            raise ValueError("not a key set")
         document = b""
         async for chunk in answer.content.iter_any():
             document += chunk
