@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 P99_MS = 250
 BUSY_FACTOR = 8  # a machine that is busy with something else is slow for the honest anyway
-GROWTH_MB = 128
+GROWTH_MB = 64  # half of it are 2,000 sockets at once
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_honest_clients_are_answered(report: Report) -> None:
 def test_memory_is_bounded(report: Report) -> None:
     """No attack makes the gateway take much memory, nor keep it."""
     assert report.peak_mb < report.before_mb + GROWTH_MB
-    assert report.after_mb < report.before_mb + GROWTH_MB / 2
+    assert report.after_mb < report.before_mb + GROWTH_MB
 
 
 def test_nothing_is_an_error(report: Report) -> None:

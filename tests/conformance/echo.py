@@ -43,9 +43,6 @@ class EchoGateway(Gateway):
         self.registry.connections[connection.id] = connection
         self._admission.entered(connection.address)
 
-    def within_pace(self, connection: Connection) -> bool:  # noqa: ARG002
-        return True
-
     def message(self, connection: Connection, payload: bytes) -> None:
         connection.send_events([Event("echo", None, payload)])
 
@@ -55,6 +52,7 @@ UNLIMITED = {
     "MAX_MESSAGE_BYTES": "1048576",
     "MAX_BACKLOG_BYTES": "1073741824",
     "MAX_HANDSHAKES_PER_SECOND_PER_IP": "0",
+    "MAX_MESSAGES_PER_SECOND": "0",
     "DRAIN_SECONDS": "0",
     "LOG_LEVEL": "ERROR",
 }
