@@ -355,7 +355,7 @@ def _check_output(state: str, written: bytes) -> None:
             return
         assert head.startswith(b"HTTP/1.1 "), head
         status = int(head.split(b" ", 2)[1])
-        assert status in (101, 200, 400, 401, 403, 404, 405, 414, 426, 429, 431, 503), head
+        assert status in (101, 200, 400, 401, 403, 404, 405, 414, 426, 429, 431, 503, 505), head
         if status != 101:
             return
         deflates = b"permessage-deflate" in head
