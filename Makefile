@@ -46,6 +46,7 @@ conformance: $(INSTALLED) ## Run the Autobahn test suite against the connection 
 	$(BIN)/python -m tests.conformance
 
 fuzz: $(INSTALLED) ## Feed it garbage for ten minutes (SECONDS=600)
+	@$(BIN)/pip install --quiet --require-hashes --requirement tests/fuzz/requirements.txt || true
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),600)
 
 audit: $(INSTALLED) ## Look for known holes in packages and code
