@@ -67,7 +67,7 @@ def log_line(name: str, line: str) -> str | None:
         record = None
     if not isinstance(record, dict):
         return _columns(datetime.now().astimezone(), name, "", printable(line))
-    if "message" not in record:  # figures, for CloudWatch
+    if "message" not in record or "_aws" in record:  # figures, for CloudWatch
         return None
     level = str(record.pop("level", ""))
     try:
