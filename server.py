@@ -4046,14 +4046,13 @@ class Gateway:
         """Leave in order; every step is bounded, and all of them by the platform's stop timeout."""
         logger.info("draining", extra={"connections": len(self.registry.connections)})
         self._stop_at = self.now() + STOP_BUDGET_S
-        patience_s = self._settings.drain_seconds
         # 1. No more sockets (``_admit`` sees to that) and no more updates. A long poll under way
         #    is seen through, if that takes no longer than the drain: what SQS hands to a call
         #    that was cut is invisible to everybody for ten seconds.
         if self.intake:
             self.intake.stop()
         # 2. Send the clients away, spread out so that the others can take them in.
-        receiving_ends_at = self.now() + patience_s
+        receiving_ends_at = self.now() + self._settings.drain_seconds
         await self._close_all()
         if self._receiving:
             await self._within(receiving_ends_at - self.now(), wait_for(self._receiving))
