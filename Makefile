@@ -63,7 +63,8 @@ requirements: $(INSTALLED) ## Pin the packages anew after a change of *.in (UPGR
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)
 	@for name in requirements requirements-dev; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-			--no-header $(if $(UPGRADE),--upgrade) --output-file $$name.txt $$name.in || exit 1; \
+			--no-strip-extras --no-header $(if $(UPGRADE),--upgrade) \
+			--output-file $$name.txt $$name.in || exit 1; \
 	done
 
 clean: ## Remove .venv and the tools' caches

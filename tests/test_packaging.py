@@ -52,7 +52,8 @@ class TestRequirements:
         entries = logical_lines(f"{name}.txt")
         assert len(entries) > 10
         for entry in entries:
-            assert re.match(r"[A-Za-z0-9._-]+==[^ ]+ (; .+ )?--hash=sha256:[0-9a-f]{64}", entry)
+            pin = r"[A-Za-z0-9._-]+(\[[a-z0-9, -]+\])?==[^ ]+ (; .+ )?--hash=sha256:[0-9a-f]{64}"
+            assert re.match(pin, entry)
 
     def test_nothing_says_where_the_packages_come_from(self, name: str) -> None:
         text = (ROOT / f"{name}.txt").read_text()
@@ -66,11 +67,16 @@ class TestRequirements:
     def test_all_that_is_needed_is_pinned_on_every_platform(
         self, name: str, environment: dict[str, str]
     ) -> None:
-        """With hashes, pip installs nothing that is not listed."""
+        """With hashes, pip installs nothing that is not listed, `name[extra]` like any name.
+
+        It looks for the newest `name[extra]` first, and ends when that is not the one listed
+        without it: the file works until the package's next release.
+        """
         pinned = {
-            canonicalize_name(pin.name)
+            wanted
             for pin in map(Requirement, pins(name))
             if pin.marker is None or pin.marker.evaluate(environment)
+            for wanted in with_extras(pin)
         }
         needed = set(closure(list(sources(name)), environment))
         assert needed - pinned == set()
@@ -113,8 +119,14 @@ def sources(name: str) -> Iterator[str]:
             yield line
 
 
+def with_extras(requirement: Requirement) -> set[str]:
+    """Return the package that is asked for, and each of its extras: `name`, `name[extra]`."""
+    name = canonicalize_name(requirement.name)
+    return {name, *(f"{name}[{canonicalize_name(extra)}]" for extra in requirement.extras)}
+
+
 def closure(roots: list[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield all packages that `roots` need in an environment, as far as they are installed here."""
+    """Yield all that `roots` need in an environment, as far as it is installed here."""
     waiting = [(Requirement(root), frozenset({""})) for root in roots]
     seen = set()
     while waiting:
@@ -127,7 +139,7 @@ def closure(roots: list[str], environment: Mapping[str, str]) -> Iterator[str]:
         if wanted in seen:
             continue
         seen.add(wanted)
-        yield wanted[0]
+        yield from with_extras(requirement)
         try:
             dependencies = requires(requirement.name) or []
         except PackageNotFoundError:  # it is for another platform

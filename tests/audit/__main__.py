@@ -32,7 +32,9 @@ def unpinned(text: str) -> list[str]:
     """The requirements in a file that have no exact version, or no hash to prove it by."""
     lines = text.replace("\\\n", " ").splitlines()
     requirements = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    pinned = re.compile(r"[\w.\[\],-]+==[\w.!+-]+\s*(;[^#]*?)?(\s+--hash=sha256:[0-9a-f]{64})+\s*")
+    pinned = re.compile(
+        r"[\w.-]+(\[[\w, -]+\])?==[\w.!+-]+\s*(;[^#]*?)?(\s+--hash=sha256:[0-9a-f]{64})+\s*"
+    )
     return [line.split()[0] for line in requirements if not pinned.fullmatch(line)]
 
 
