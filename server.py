@@ -219,6 +219,7 @@ PLAIN_OPERATIONS = (  # called for every message and event; nothing in them is b
     "SendMessageBatch", "ReceiveMessage", "DeleteMessageBatch", "TransactWriteItems", "Query",
 )  # fmt: skip
 CALLS_PER_QUEUE = 16
+DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
 FORWARDS_WAITING = 5_000
 FORWARDS_WAITING_BYTES = 32 * 1024 * 1024
 UPDATES_IN_HAND = 500
@@ -1648,6 +1649,7 @@ class Batcher(Generic[T]):
 
     What comes in one turn of the loop goes at once if nothing is under way; else it gathers until
     a call returns or a batch is full. Under load that spares most calls, without load any wait.
+    What nobody waits for may ``linger_s`` for company all the same.
     """
 
     def __init__(
@@ -1658,9 +1660,11 @@ class Batcher(Generic[T]):
         entries: int = SQS_BATCH_ENTRIES,
         size_bytes: int = SQS_BATCH_BYTES,
         calls: int = CALLS_PER_QUEUE,
+        linger_s: float = 0.0,
     ) -> None:
         self._tasks = tasks
         self._send = send
+        self._linger_s = linger_s
         self._entries = entries
         self._size_bytes = size_bytes
         self._max_calls = calls
@@ -1672,12 +1676,14 @@ class Batcher(Generic[T]):
         self._idle.set()
 
     def add(self, item: T, size_bytes: int = 0) -> None:
-        if not self._pumping:  # at the end of this turn: what comes together goes together
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
         self._waiting.append((item, size_bytes))
         self._waiting_bytes += size_bytes
         self._idle.clear()
+        if not self._pumping:  # at the end of this turn: what comes together goes together
+            self._pumping = True
+            asyncio.get_running_loop().call_later(self._linger_s, self._pump)
+        elif self._linger_s and len(self._waiting) == self._entries:
+            asyncio.get_running_loop().call_soon(self._pump)
 
     async def idle(self) -> None:
         """Return once nothing waits and nothing is under way."""
@@ -2712,7 +2718,7 @@ class Relay:
         self._unpublished = Batcher(
             tasks, self._publish, entries=1_000, size_bytes=SNS_MESSAGE_BYTES - 1_024, calls=1
         )
-        self._read = Batcher(tasks, self._delete)
+        self._read = Batcher(tasks, self._delete, linger_s=DELETES_LINGER_S)
         self.part = Part("fan-out")
 
     @property
@@ -2935,7 +2941,9 @@ class Intake:
         self._lanes: dict[str, deque[Received]] = {}
         self._held: dict[str, float] = {}
         self._room = asyncio.Event()
-        self._done = Batcher(tasks, self._delete)
+        # Of a FIFO queue's group nothing more comes before what came was deleted.
+        linger_s = 0.0 if queue_url.endswith(".fifo") else DELETES_LINGER_S
+        self._done = Batcher(tasks, self._delete, linger_s=linger_s)
         self._has_dead_letter_queue = False
         self._stopping = False
         self.part = Part("updates queue")

@@ -4154,7 +4154,7 @@ class TestIntake:
             push(stand_in, *(each for bad in UNREADABLE for each in (bad, next(good))), queue=queue)
             await received_in_order(client, *range(len(UNREADABLE)))
             await eventually(lambda: sorted(bodies(stand_in, dead_letters)) == sorted(UNREADABLE))
-            assert not bodies(stand_in, queue)
+            await eventually(lambda: not bodies(stand_in, queue))
             push(stand_in, *news(9), queue=queue)
             await received_in_order(client, 9)
 
@@ -4269,6 +4269,41 @@ class TestIntake:
             push(stand_in, *news(1))
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
         assert stand_in.calls["sqs", "DeleteMessageBatch"] == 2
+
+    async def test_deletes_wait_for_company(
+        self, stand_in: StandIn, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Updates that come one by one are deleted together, ten at once, and all by the end."""
+        monkeypatch.setattr(server, "DELETES_LINGER_S", 3_600.0)
+        async with (
+            running_gateway(platform) as gateway,
+            client_of(gateway, project_id="p") as client,
+        ):
+            await client.receive()
+            for number in range(10):
+                assert len(bodies(stand_in, "agenticai-updates")) == number
+                push(stand_in, *news(number))
+                await received_in_order(client, number)
+            await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
+        assert stand_in.calls["sqs", "DeleteMessageBatch"] == 1
+
+    async def test_lingering_ends(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+        """An update without company is deleted all the same."""
+        async with running_gateway(platform):
+            push(stand_in, *news(1))
+            await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
+        assert stand_in.calls["sqs", "DeleteMessageBatch"] == 1
+
+    async def test_fifo_does_not_linger(
+        self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A FIFO queue holds the rest of a group back until what came was deleted."""
+        monkeypatch.setattr(server, "DELETES_LINGER_S", 3_600.0)
+        platform = stand_in.create_platform(fifo_updates=True)
+        queue = platform.queue_names["updates"]
+        async with running_gateway(platform):
+            push(stand_in, *news(1), queue=queue)
+            await eventually(lambda: not bodies(stand_in, queue))
 
     async def test_same_event_id(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
         """An agent that sends an update twice under one event id is heard once."""
