@@ -214,6 +214,8 @@ CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
 RECEIVED_AT_ONCE = 90
 SUSPICIOUSLY_SHORT_POLL_S = 1.0
+POLL_USUALLY_S = 0.02  # of messages that are there already, until that was seen
+POLL_PATIENCE_S = 0.1
 SHORTEST_ATTEMPT_S = 0.05
 PLAIN_OPERATIONS = (  # called for every message and event; nothing in them is binary or a time
     "SendMessageBatch", "ReceiveMessage", "DeleteMessageBatch", "TransactWriteItems", "Query",
@@ -2623,30 +2625,70 @@ class Feed:
                     self._fill_soon(channel)
 
 
-async def receive(
-    sqs: SQSClient, queue_url: str, part: Part, stopping: Callable[[], bool] = lambda: False
-) -> list[dict[str, Any]]:
-    """The next messages of a queue: waits for the first, then takes what else is there.
+class Receiver:
+    """Takes messages out of one queue: as many in one piece as are there.
 
-    None, once ``stopping`` says so and nothing came.
-
-    A full batch means that there is more: taken at once, it becomes one append and one write.
-
-    Raises:
-        UpstreamLost: the queue is gone, or closed to this task.
+    A full batch means that there may be more, and what comes in one piece becomes one append and
+    one write to each client. So the next poll begins at once, and is given the time that such a
+    poll usually takes. If it has no answer by then, there was nothing more, and it goes on as the
+    long poll that is due anyway; a short one would be a call for nothing after every burst.
     """
-    messages: list[dict[str, Any]] = []
-    attempt = 0
-    while len(messages) % SQS_BATCH_ENTRIES == 0 and len(messages) < RECEIVED_AT_ONCE:
-        if stopping():
-            break
+
+    def __init__(
+        self, tasks: asyncio.TaskGroup, sqs: SQSClient, queue_url: str, part: Part
+    ) -> None:
+        self._tasks = tasks
+        self._sqs = sqs
+        self._url = queue_url
+        self._part = part
+        self._poll: asyncio.Task[list[dict[str, Any]]] | None = None
+        self._usual_s = POLL_USUALLY_S
+        self._empty_answers = 0
+
+    @property
+    def polling(self) -> bool:
+        """Whether a poll is under way, or its answer not taken yet."""
+        return self._poll is not None
+
+    async def messages(self, stopping: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
+        """The next messages: waits for the first, then takes what else is there.
+
+        Once ``stopping`` says so, no poll is begun, but one that is under way seen through.
+        """
+        messages: list[dict[str, Any]] = []
+        while len(messages) % SQS_BATCH_ENTRIES == 0 and len(messages) < RECEIVED_AT_ONCE:
+            if self._poll is None:
+                if stopping():
+                    break
+                self._poll = self._tasks.create_task(self._receive())
+            if messages and not await self._answers_soon(self._poll):
+                break
+            poll, self._poll = self._poll, None
+            batch = await poll
+            messages += batch
+            if messages and not batch:
+                break
+        return messages
+
+    async def _answers_soon(self, poll: asyncio.Task[Any]) -> bool:
+        patience_s = min(2 * self._usual_s, POLL_PATIENCE_S)
+        done, _ = await asyncio.wait({poll}, timeout=patience_s)
+        return bool(done)
+
+    async def _receive(self) -> list[dict[str, Any]]:
+        """One long poll; nothing, after a pause, where it failed.
+
+        Raises:
+            UpstreamLost: the queue is gone, or closed to this task.
+        """
         began_at = time.monotonic()
+        batch: list[dict[str, Any]] = []
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S if messages else RECEIVE_TIMEOUT_S):
-                answer = await sqs.receive_message(
-                    QueueUrl=queue_url,
+            async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+                answer = await self._sqs.receive_message(
+                    QueueUrl=self._url,
                     MaxNumberOfMessages=SQS_BATCH_ENTRIES,
-                    WaitTimeSeconds=0 if messages else LONG_POLL_S,
+                    WaitTimeSeconds=LONG_POLL_S,
                     MessageSystemAttributeNames=[
                         "ApproximateReceiveCount",
                         "ApproximateFirstReceiveTimestamp",
@@ -2655,20 +2697,20 @@ async def receive(
                 )
         except AWS_ERRORS as exc:
             if not passes(exc):
-                raise part.lost(exc, "ReceiveMessage") from exc
-            part.failed(exc, "ReceiveMessage")
-            batch = []
+                raise self._part.lost(exc, "ReceiveMessage") from exc
+            self._part.failed(exc, "ReceiveMessage")
         else:
-            part.worked()
+            self._part.worked()
             batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
-        messages += batch
-        if messages and not batch:
-            break
-        # An error, or nothing although nobody waited for it: either would spin.
-        if not batch and time.monotonic() - began_at < SUSPICIOUSLY_SHORT_POLL_S:
-            await asyncio.sleep(full_jitter_s(attempt))
-            attempt += 1
-    return messages
+        took_s = time.monotonic() - began_at
+        if batch:
+            self._empty_answers = 0
+            if took_s < POLL_PATIENCE_S:  # else it had to wait for them
+                self._usual_s += 0.2 * (took_s - self._usual_s)
+        elif took_s < SUSPICIOUSLY_SHORT_POLL_S:  # an error, or an answer before anybody waited
+            await asyncio.sleep(full_jitter_s(self._empty_answers))
+            self._empty_answers += 1
+        return batch
 
 
 @contextlib.contextmanager
@@ -2705,6 +2747,7 @@ class Relay:
         task_id: str,
         heartbeat_s: float,
     ) -> None:
+        self._tasks = tasks
         self._sqs = sqs
         self._sns = sns
         self._topic_arn = topic_arn
@@ -2795,8 +2838,9 @@ class Relay:
 
     async def run(self, accept: Callable[[Carried], None]) -> NoReturn:
         """Hand what the other tasks publish to ``accept``."""
+        receiver = Receiver(self._tasks, self._sqs, self._queue_url, self.part)
         while True:
-            for message in await receive(self._sqs, self._queue_url, self.part):
+            for message in await receiver.messages():
                 try:
                     carrier = Decoders.carrier.decode(message["Body"])
                 except (msgspec.DecodeError, RecursionError) as exc:
@@ -2961,12 +3005,12 @@ class Intake:
             ),
         )
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
-        while not self._stopping:
+        receiver = Receiver(self._tasks, self._sqs, self._url, self.part)
+        while not self._stopping or receiver.polling:
             while len(self._held) >= UPDATES_IN_HAND:
                 self._room.clear()
                 await self._room.wait()
-            stopping = lambda: self._stopping  # noqa: E731
-            for message in await receive(self._sqs, self._url, self.part, stopping):
+            for message in await receiver.messages(lambda: self._stopping):
                 self._take(message)
 
     def _take(self, message: dict[str, Any]) -> None:

@@ -102,6 +102,7 @@ from server import (
     Part,
     Placement,
     Progress,
+    Receiver,
     Registry,
     Relay,
     Sample,
@@ -3696,84 +3697,134 @@ async def received_in_order(client: Client, *numbers: int) -> list[Json]:
     return events
 
 
-class TestReceive:
-    @pytest.fixture
-    def part(self) -> Part:
-        return Part("updates queue")
+@contextlib.asynccontextmanager
+async def receiver_of(platform: bench.aws.Platform, aws: Aws) -> AsyncIterator[Receiver]:
+    """A receiver for the updates queue, whose polls end with the test."""
+    async with task_group() as tasks:
+        url = platform.queue_urls["updates"]
+        yield Receiver(tasks, aws.sqs, url, Part("updates queue"))
 
-    @pytest.fixture
-    def url(self, platform: bench.aws.Platform) -> str:
-        return platform.queue_urls["updates"]
 
+def numbers(messages: list[Json]) -> list[int]:
+    """What `news` put into messages."""
+    return [json.loads(each["Body"])["data"] for each in messages]
+
+
+class TestReceiver:
     @pytest.mark.parametrize("count", [1, 9, 10, 25])
     async def test_takes_what_is_there(
-        self, stand_in: StandIn, aws: Aws, url: str, part: Part, count: int
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, count: int
     ) -> None:
         """What is in a queue comes in one piece, in order."""
         push(stand_in, *news(*range(count)))
-        messages = await server.receive(aws.sqs, url, part)
-        assert [json.loads(each["Body"])["data"] for each in messages] == list(range(count))
+        async with receiver_of(platform, aws) as receiver:
+            assert numbers(await receiver.messages()) == list(range(count))
 
     async def test_takes_no_more_than_a_transaction(
-        self, stand_in: StandIn, aws: Aws, url: str, part: Part
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
     ) -> None:
         """A long queue is taken in pieces that fit one transaction."""
         push(stand_in, *news(*range(250)))
-        sizes = [len(await server.receive(aws.sqs, url, part)) for _ in range(3)]
+        async with receiver_of(platform, aws) as receiver:
+            sizes = [len(await receiver.messages()) for _ in range(3)]
         assert max(sizes) <= server.TRANSACTION_EVENTS
         assert sum(sizes) > 200
 
-    async def test_waits(self, stand_in: StandIn, aws: Aws, url: str, part: Part) -> None:
+    async def test_waits(self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws) -> None:
         """An empty queue is waited for, and a message taken as soon as it is there."""
-        receiving = asyncio.ensure_future(server.receive(aws.sqs, url, part))
-        await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"])
-        assert not receiving.done()
-        push(stand_in, *news(1))
-        async with asyncio.timeout(DEADLINE_S):
-            assert len(await receiving) == 1
+        async with receiver_of(platform, aws) as receiver:
+            receiving = asyncio.ensure_future(receiver.messages())
+            await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"])
+            assert not receiving.done()
+            push(stand_in, *news(1))
+            async with asyncio.timeout(DEADLINE_S):
+                assert numbers(await receiving) == [1]
+
+    async def test_no_call_for_nothing(
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+    ) -> None:
+        """A burst is taken by as many calls as it fills; the poll behind it waits for the next."""
+        async with receiver_of(platform, aws) as receiver:
+            for burst in range(5):
+                push(stand_in, *news(*range(20)))
+                assert numbers(await receiver.messages()) == list(range(20))
+                await eventually(lambda: receiver.polling)
+                assert stand_in.calls["sqs", "ReceiveMessage"] == 2 * (burst + 1) + 1
+
+    async def test_late_answer(
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+    ) -> None:
+        """What was received keeps nobody waiting for a call that hangs, whose answer counts too."""
+        push(stand_in, *news(*range(15)))
+        stand_in.fault = faults("ReceiveMessage", Fault(), Fault(delay_s=0.5))
+        async with receiver_of(platform, aws) as receiver:
+            began_at = time.monotonic()
+            assert numbers(await receiver.messages()) == list(range(10))
+            assert time.monotonic() - began_at < 0.5
+            assert numbers(await receiver.messages()) == list(range(10, 15))
 
     @each_passing_fault
     @pytest.mark.usefixtures("impatient")
     async def test_passing_fault(
-        self, stand_in: StandIn, aws: Aws, url: str, part: Part, fault: Fault
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, fault: Fault
     ) -> None:
         """A call that fails in passing is made again, and loses nothing."""
         for queue in stand_in.queues.values():
             queue.attributes["VisibilityTimeout"] = "1"
         stand_in.fault = faults("ReceiveMessage", fault, fault)
         push(stand_in, *news(1))
-        messages = await server.receive(aws.sqs, url, part)
-        assert [json.loads(each["Body"])["data"] for each in messages] == [1]
+        async with receiver_of(platform, aws) as receiver:
+            assert numbers(await receiver.messages()) == [1]
 
     async def test_error_with_messages_in_hand(
-        self, stand_in: StandIn, aws: Aws, url: str, part: Part
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
     ) -> None:
         """What was received is not kept waiting by an error of the next call."""
         push(stand_in, *news(*range(10)))
         stand_in.fault = faults("ReceiveMessage", Fault(), SERVER_ERROR)
-        assert len(await server.receive(aws.sqs, url, part)) == 10
+        async with receiver_of(platform, aws) as receiver:
+            assert numbers(await receiver.messages()) == list(range(10))
 
-    async def test_does_not_spin(self, stand_in: StandIn, aws: Aws, url: str, part: Part) -> None:
+    async def test_does_not_spin(
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+    ) -> None:
         """Answers that come at once and say nothing are not asked for without pause."""
         stand_in.fault = always("ReceiveMessage", GARBAGE)
-        receiving = asyncio.ensure_future(server.receive(aws.sqs, url, part))
-        await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"] >= 3)
-        await asyncio.wait([receiving], timeout=0.5)
-        receiving.cancel()
+        async with receiver_of(platform, aws) as receiver:
+            receiving = asyncio.ensure_future(receiver.messages())
+            await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"] >= 3)
+            await asyncio.wait([receiving], timeout=0.5)
+            receiving.cancel()
         assert stand_in.calls["sqs", "ReceiveMessage"] < 50
 
-    async def test_stopping(self, stand_in: StandIn, aws: Aws, url: str, part: Part) -> None:
-        """Nothing more is received when the task is to end, and what came is not lost."""
-        assert await server.receive(aws.sqs, url, part, lambda: True) == []
-        push(stand_in, *news(*range(25)))
-        answers = iter([False, True])
-        assert len(await server.receive(aws.sqs, url, part, lambda: next(answers))) == 10
+    async def test_stopping(
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+    ) -> None:
+        """Nothing more is asked for when the task is to end, and what came is not lost."""
+        async with receiver_of(platform, aws) as receiver:
+            assert await receiver.messages(lambda: True) == []
+            push(stand_in, *news(*range(25)))
+            answers = iter([False, True])
+            assert numbers(await receiver.messages(lambda: next(answers))) == list(range(10))
+            assert not receiver.polling
+
+    async def test_stopping_during_a_poll(
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+    ) -> None:
+        """A poll that is under way when the task is to end is seen through."""
+        async with receiver_of(platform, aws) as receiver:
+            push(stand_in, *news(*range(10)))
+            assert numbers(await receiver.messages()) == list(range(10))
+            assert receiver.polling
+            push(stand_in, *news(11))
+            assert numbers(await receiver.messages(lambda: True)) == [11]
+            assert not receiver.polling
 
     @pytest.mark.parametrize("in_hand", [0, 10])
     async def test_lost_queue(
-        self, stand_in: StandIn, aws: Aws, url: str, part: Part, in_hand: int
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, in_hand: int
     ) -> None:
-        """A queue that is gone ends the process."""
+        """A queue that is gone ends the process, whoever waits for it."""
         push(stand_in, *news(*range(in_hand)))
 
         def fault(_call: Call) -> Fault | None:
@@ -3782,8 +3833,11 @@ class TestReceive:
             return None
 
         stand_in.fault = fault
-        with pytest.raises(UpstreamLost, match=r"^updates queue: ReceiveMessage .*NonExistent"):
-            await server.receive(aws.sqs, url, part)
+        sentence = r"^updates queue: ReceiveMessage .*NonExistent"
+        with pytest.RaisesGroup(pytest.RaisesExc(UpstreamLost, match=sentence)):
+            async with receiver_of(platform, aws) as receiver:
+                await receiver.messages()
+                await asyncio.sleep(DEADLINE_S)
 
 
 class TestRelay:
