@@ -214,8 +214,7 @@ CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
 RECEIVED_AT_ONCE = 90
 SUSPICIOUSLY_SHORT_POLL_S = 1.0
-POLL_USUALLY_S = 0.02  # of messages that are there already, until that was seen
-POLL_PATIENCE_S = 0.1
+POLL_USUALLY_S = 0.01  # for messages that are there already, at most and at first
 SHORTEST_ATTEMPT_S = 0.05
 PLAIN_OPERATIONS = (  # called for every message and event; nothing in them is binary or a time
     "SendMessageBatch", "ReceiveMessage", "DeleteMessageBatch", "TransactWriteItems", "Query",
@@ -1681,21 +1680,26 @@ class Batcher(Generic[T]):
         self._waiting.append((item, size_bytes))
         self._waiting_bytes += size_bytes
         self._idle.clear()
-        if not self._pumping:  # at the end of this turn: what comes together goes together
-            self._pumping = True
-            asyncio.get_running_loop().call_later(self._linger_s, self._pump)
-        elif self._linger_s and len(self._waiting) == self._entries:
-            asyncio.get_running_loop().call_soon(self._pump)
+        self._pump_soon()
 
     async def idle(self) -> None:
         """Return once nothing waits and nothing is under way."""
         await self._idle.wait()
 
+    def _pump_soon(self) -> None:
+        """At the end of this turn, so that what comes together goes together; or in a while."""
+        loop = asyncio.get_running_loop()
+        if self._linger_s and len(self._waiting) == self._entries:
+            loop.call_soon(self._pump)
+        elif not self._pumping:
+            self._pumping = True
+            loop.call_later(self._linger_s, self._pump)
+
     def _pump(self) -> None:
         self._pumping = False
         while self._waiting and self._calls < self._max_calls:
             full = len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
-            if self._calls and not full:
+            if self._calls and not full and not self._linger_s:
                 break
             self._calls += 1
             call = self._call(self._take())
@@ -1721,8 +1725,9 @@ class Batcher(Generic[T]):
     async def _call(self, batch: list[T]) -> None:
         await self._send(batch)  # what it raises ends the process, and with it this batcher
         self._calls -= 1
-        self._pump()
-        if not self._calls and not self._waiting:
+        if self._waiting:
+            self._pump_soon()
+        elif not self._calls:
             self._idle.set()
 
 
@@ -2671,8 +2676,13 @@ class Receiver:
         return messages
 
     async def _answers_soon(self, poll: asyncio.Task[Any]) -> bool:
-        patience_s = min(2 * self._usual_s, POLL_PATIENCE_S)
-        done, _ = await asyncio.wait({poll}, timeout=patience_s)
+        """Wait for twice as long as such a poll took lately; a little longer after each miss."""
+        began_at = time.monotonic()
+        done, _ = await asyncio.wait({poll}, timeout=2 * self._usual_s)
+        if done:
+            self._usual_s += 0.2 * (time.monotonic() - began_at - self._usual_s)
+        else:
+            self._usual_s = min(1.02 * self._usual_s, POLL_USUALLY_S)
         return bool(done)
 
     async def _receive(self) -> list[dict[str, Any]]:
@@ -2702,12 +2712,10 @@ class Receiver:
         else:
             self._part.worked()
             batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
-        took_s = time.monotonic() - began_at
         if batch:
             self._empty_answers = 0
-            if took_s < POLL_PATIENCE_S:  # else it had to wait for them
-                self._usual_s += 0.2 * (took_s - self._usual_s)
-        elif took_s < SUSPICIOUSLY_SHORT_POLL_S:  # an error, or an answer before anybody waited
+        # An error, or nothing although nobody waited for it: either would spin.
+        elif time.monotonic() - began_at < SUSPICIOUSLY_SHORT_POLL_S:
             await asyncio.sleep(full_jitter_s(self._empty_answers))
             self._empty_answers += 1
         return batch
