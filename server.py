@@ -171,6 +171,8 @@ KEYS_MAX_BYTES = 1_048_576
 KEYS_REFRESH_S = 60.0  # at most so often for a key that is not known
 KEYS_LIFETIME_S = 300.0  # a key withdrawn by the issuer is honoured no longer, if it answers
 ADDRESSES_REMEMBERED = 65_536
+OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+PLAIN_IPV4 = rf"{OCTET}(?:\.{OCTET}){{3}}"
 
 # Connections.
 PENDING_MAX = 16_384  # handshakes and closes under way; beyond it the oldest goes
@@ -1045,6 +1047,8 @@ def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
     """
     entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
     claimed = entries[-min(hops, len(entries))] if hops and entries else peer
+    if re.fullmatch(PLAIN_IPV4, claimed):  # as nearly all are, in a tenth of the time
+        return claimed
     with_port = re.fullmatch(r"\[(.+)\](?::\d+)?|([\d.]+):\d+", claimed)
     bare = (with_port[1] or with_port[2]) if with_port else claimed
     for candidate in (bare, peer):
@@ -4327,6 +4331,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a line; what was passed as ``extra`` becomes its fields."""
 
     ordinary = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+    encode = json.JSONEncoder(default=str).encode  # ASCII: no line steers a terminal
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         return {name: value for name, value in record.__dict__.items() if name not in self.ordinary}
@@ -4340,7 +4345,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return self.encode(line)
 
 
 class PrettyLines(JsonLines):

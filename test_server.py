@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import ipaddress
 import itertools
 import json
 import logging
@@ -1126,6 +1127,17 @@ class TestAccess:
     def test_client_address(self, forwarded_for: list[str], hops: int, address: str) -> None:
         """Limits apply to the last address that no client can have written."""
         assert server.client_address("10.0.0.1", forwarded_for, hops) == address
+
+    @given(octets=st.lists(st.sampled_from(["0", "00", "7", "10", "99", "249", "256", "", "1\n"])))
+    @example(octets=["255", "250", "199", "0"])
+    def test_plain_addresses(self, octets: list[str]) -> None:
+        """What is taken as an IPv4 address without being parsed is one, in its only spelling."""
+        claimed = ".".join(octets)
+        try:
+            expected = str(ipaddress.IPv4Address(claimed.strip()))
+        except ValueError:
+            expected = "10.0.0.1"
+        assert server.client_address("10.0.0.1", [claimed], 1) == expected
 
     def test_client_address_of_an_odd_socket(self) -> None:
         """A peer without an address of its own still has limits."""
