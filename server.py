@@ -200,6 +200,7 @@ RECENT_EVENTS = 128  # per channel, for clients that come back at once
 RECENT_BYTES = 65_536
 CATCHUP_CHUNK_BYTES = 131_072
 CATCHUP_READS = 32  # at once, of pages of up to 1 MB
+CATCHUP_PAGES = 16  # kept for those who come for the same
 CATCHUP_STALL_S = 30.0
 HOLE_DOUBT_S = 0.5  # before a hole in the log is believed
 RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
@@ -2393,6 +2394,7 @@ class Feed:
         self._max_catchup_events = max_catchup_events
         self._read_state = read_state
         self._reads = asyncio.Semaphore(CATCHUP_READS)
+        self._pages: dict[tuple[str, int], asyncio.Task[list[Event] | Exception | None]] = {}
 
     def accept(self, event: Event) -> None:
         """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled."""
@@ -2511,21 +2513,44 @@ class Feed:
     async def _read_on(self, channel: Channel, position: int) -> list[Event] | None:
         """What follows ``position`` and is older than what the channel remembers; a page of it.
 
-        ``None`` if the log no longer reaches back so far.
+        ``None`` if the log no longer reaches back so far. A page is read once for all who come
+        for it: when a task is replaced, thousands have missed the same.
         """
-        for pause_s in (0.0, HOLE_DOUBT_S):
-            if pause_s:
-                await asyncio.sleep(pause_s)
-            async with self._reads:
-                if position >= channel.floor:
-                    return []  # or somebody else's read has brought it back by now
-                self._metrics.catch_ups += 1
-                events = await self._read(channel, position)
-            # Up to a hole, that is: the next read then begins with it.
-            run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
-            if run:
-                channel.remember(run)
-                return run
+        key = (channel.project_id, position)
+        page = self._pages.get(key)
+        if page is None:
+            page = self._pages[key] = self._tasks.create_task(self._page(channel, position))
+            if len(self._pages) > CATCHUP_PAGES:
+                del self._pages[next(iter(self._pages))]
+        found = await asyncio.shield(page)
+        if not isinstance(found, list) or not found:  # the next who asks may fare better
+            self._pages.pop(key, None)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def _page(self, channel: Channel, position: int) -> list[Event] | Exception | None:
+        """A page of the log up to the first hole: the next read then begins with that.
+
+        A fault of ours is returned, for it is to end the connections that wait, not the process.
+        """
+        try:
+            for pause_s in (0.0, HOLE_DOUBT_S):
+                if pause_s:
+                    await asyncio.sleep(pause_s)
+                async with self._reads:
+                    if position >= channel.floor:
+                        return []  # somebody else's read has brought it back by now
+                    self._metrics.catch_ups += 1
+                    events = await self._read(channel, position)
+                run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
+                if run:
+                    channel.remember(run)
+                    return run
+        except UpstreamLost:
+            raise
+        except Exception as exc:
+            return exc
         return None
 
     async def _read(self, channel: Channel, after: int) -> list[Event]:
@@ -2608,6 +2633,7 @@ class Feed:
 
     def _forget_recent(self) -> None:
         """What is kept for clients that come back at once is in nobody's way for long."""
+        self._pages.clear()
         for channel in self._registry.channels.values():
             if channel.recent and time.monotonic() - channel.moved_at > RECENT_FOR_S:
                 channel.jump(channel.cursor or 0)
