@@ -286,6 +286,22 @@ def storm(run: Run) -> str:
     return table(head, rows)
 
 
+def catch_up(run: Run) -> str:
+    """Clients that have missed much, and come back at once."""
+    counts = sorted({r.parameters["clients"] for r in run.records if r.scenario == "catch-up"})
+    rows = [
+        [
+            f"{count:,} clients",
+            *(
+                shown(run.by_round("catch-up", "gateway", key, clients=count).values())
+                for key in ("seconds", "cpu_ms_each")
+            ),
+        ]
+        for count in counts
+    ]
+    return table(("900 events of 4 KB missed", "all have them, s", "CPU ms each"), rows)
+
+
 # --- What was to be reached ---------------------------------------------------------------------
 
 
@@ -505,6 +521,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "projects": projects,
     "forwards": forwards,
     "storm": storm,
+    "catch-up": catch_up,
 }
 
 

@@ -260,6 +260,32 @@ def storm_turn(server: Server, count: int) -> Turn:
     return turn
 
 
+def catch_up_turn(clients: int, *, events: int, size: int) -> Turn:
+    """Many clients come back at once that have missed more than a task remembers."""
+
+    def turn(number: int) -> Iterator[Record]:
+        with gateway(False) as running:
+            with connected(running, 1) as (witness, _):
+                for _ in range(events // 20):
+                    running.feed.publish(20, size)
+                if witness.await_deliveries(events, MAX_BURST_S).deliveries < events:
+                    raise BenchError("the log is not complete")
+            running.path = f"/ws?project_id={PROJECT}&since=0"
+            cpu, started = running.process.cpu_s(), time.monotonic()
+            with connected(running, clients) as (load, _):
+                counted = load.await_deliveries(clients * events, MAX_BURST_S)
+                if counted.deliveries < clients * events:
+                    raise BenchError("deliveries are missing")
+                values = {
+                    "seconds": time.monotonic() - started,
+                    "cpu_ms_each": (running.process.cpu_s() - cpu) / clients * 1e3,
+                }
+            parameters = {"clients": clients, "events": events, "size": size}
+            yield Record("catch-up", "gateway", number, parameters, values)
+
+    return turn
+
+
 # --- The programme ------------------------------------------------------------------------------
 
 
@@ -308,6 +334,9 @@ def programme(effort: Effort) -> list[tuple[str, Turn]]:
         *(s for s in PEER_SERVERS if s.name == "node ws"),
     ]
     turns += [(f"storm: {s.name}", storm_turn(s, effort.many)) for s in storms]
+    for clients in (1, effort.many // 25):
+        turn = catch_up_turn(clients, events=900, size=4096)
+        turns.append((f"catch-up: {clients} clients", turn))
     return turns
 
 
