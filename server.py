@@ -66,6 +66,7 @@ from aiohttp import ClientError as HttpError
 from aiohttp import ClientSession, ClientTimeout
 from boto3.dynamodb.types import Binary, TypeDeserializer
 from botocore import UNSIGNED
+from botocore.auth import SIGNED_HEADERS_BLACKLIST
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -200,7 +201,8 @@ RECENT_EVENTS = 128  # per channel, for clients that come back at once
 RECENT_BYTES = 65_536
 CATCHUP_CHUNK_BYTES = 131_072
 CATCHUP_READS = 32  # at once, of pages of up to 1 MB
-CATCHUP_PAGES = 16  # kept for those who come for the same
+CATCHUP_WRITES = 32  # of chunks, in one turn of the loop
+CATCHUP_PAGES = 12  # of one log at most ten are asked for; kept for those who come for the same
 CATCHUP_STALL_S = 30.0
 HOLE_DOUBT_S = 0.5  # before a hole in the log is believed
 RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
@@ -217,7 +219,9 @@ CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
 RECEIVED_AT_ONCE = 90
 SUSPICIOUSLY_SHORT_POLL_S = 1.0
-POLL_USUALLY_S = 0.01  # for messages that are there already, at most and at first
+POLL_USUALLY_S = 0.01  # for messages that are there already, until that was seen
+POLL_USUALLY_MIN_S = 0.002
+GATHER_S = 0.05  # at most, for what may still come
 SHORTEST_ATTEMPT_S = 0.05
 PLAIN_OPERATIONS = (  # called for every message and event; nothing in them is binary or a time
     "SendMessageBatch", "ReceiveMessage", "DeleteMessageBatch", "TransactWriteItems", "Query",
@@ -1520,15 +1524,24 @@ class PlainJson:
         """Leave nothing for the SDK to parse, unless it is an error, which is made of more.
 
         Raises:
-            ResponseParserError: as the SDK does for what is no answer of AWS's.
+            ResponseParserError: it is no JSON object. The SDK would take it for one without
+                members, and so for the success of a call that has no others.
         """
-        if response_dict["status_code"] < HTTPStatus.MULTIPLE_CHOICES:
-            try:
-                answer = msgspec.json.decode(response_dict["body"], type=dict[str, Any])
-            except UNREADABLE_JSON as exc:
-                raise ResponseParserError(f"not an answer of AWS: {exc}") from None
-            customized_response_dict.update(answer)
-            response_dict["body"] = b"{}"
+        if response_dict["status_code"] >= HTTPStatus.MULTIPLE_CHOICES:
+            return
+        answer: Any = None
+        body = response_dict["body"] or b"{}"
+        try:
+            answer = msgspec.json.decode(body)
+        except UNREADABLE_JSON:
+            with contextlib.suppress(ValueError, RecursionError):
+                answer = json.loads(body)  # takes half a surrogate pair, as in a message's body
+        if not isinstance(answer, dict):
+            raise ResponseParserError("an answer that is no JSON object")
+        # As the SDK does: a member that is null is none.
+        present = {name: value for name, value in answer.items() if value is not None}
+        customized_response_dict.update(present)
+        response_dict["body"] = b"{}"
 
     @classmethod
     def spare(cls, events: BaseEventHooks, service: str) -> None:
@@ -1549,7 +1562,7 @@ class Signer:
     Source: AWS IAM User Guide, "Create a signed AWS API request".
     """
 
-    unsigned = frozenset({"content-length", "user-agent"})  # proxies may change them
+    unsigned = frozenset(SIGNED_HEADERS_BLACKLIST) | {"content-length"}
 
     def __init__(self, credentials: AioCredentials, region: str, service: str) -> None:
         self._credentials = credentials
@@ -1636,12 +1649,13 @@ async def connect(region: str) -> AsyncIterator[Aws]:
                 session.create_client(service, region_name=region, config=config)
             )
             events: BaseEventHooks = client.meta.events
-            # One attempt it is: not even the question whether there should be another.
+            # One attempt it is: not even the question whether there should be another. With it
+            # goes DynamoDB's CRC32, which TLS makes needless.
             events.unregister(f"needs-retry.{service}", unique_id=f"retry-config-{service}")
             if client.meta.service_model.resolved_protocol == "json":
                 PlainJson.spare(events, service)
             if credentials is not None:  # else the SDK says best what is missing
-                Signer(credentials, region, service).replace(events, service)
+                Signer(credentials, client.meta.region_name, service).replace(events, service)
             clients[service] = client
         yield Aws(**clients)
 
@@ -1675,7 +1689,7 @@ class Batcher(Generic[T]):
         self._size_bytes = size_bytes
         self._max_calls = calls
         self._calls = 0
-        self._pumping = False
+        self._timer: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[T, int]] = deque()
         self._waiting_bytes = 0
         self._idle = asyncio.Event()
@@ -1685,26 +1699,34 @@ class Batcher(Generic[T]):
         self._waiting.append((item, size_bytes))
         self._waiting_bytes += size_bytes
         self._idle.clear()
-        self._pump_soon()
+        if self._linger_s and self._full:
+            self._pump()
+        else:
+            self._pump_later()
 
     async def idle(self) -> None:
         """Return once nothing waits and nothing is under way."""
         await self._idle.wait()
 
-    def _pump_soon(self) -> None:
-        """At the end of this turn, so that what comes together goes together; or in a while."""
-        loop = asyncio.get_running_loop()
-        if self._linger_s and len(self._waiting) == self._entries:
-            loop.call_soon(self._pump)
-        elif not self._pumping:
-            self._pumping = True
-            loop.call_later(self._linger_s, self._pump)
+    @property
+    def _full(self) -> bool:
+        return len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
 
-    def _pump(self) -> None:
-        self._pumping = False
+    def _pump_later(self) -> None:
+        """At the end of this turn, so that what comes together goes together; or in a while."""
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._linger_s, self._pump_now)
+
+    def _pump_now(self) -> None:
+        self._timer = None
+        self._pump(lingered=True)
+
+    def _pump(self, *, lingered: bool = False) -> None:
+        """Begin the calls that there is reason for."""
         while self._waiting and self._calls < self._max_calls:
-            full = len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
-            if self._calls and not full and not self._linger_s:
+            reason = lingered if self._linger_s else not self._calls
+            if not reason and not self._full:
                 break
             self._calls += 1
             call = self._call(self._take())
@@ -1713,6 +1735,9 @@ class Batcher(Generic[T]):
             except RuntimeError:  # the process is ending, for a reason that is better told alone
                 call.close()
                 return
+        if not self._waiting and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _take(self) -> list[T]:
         batch: list[T] = []
@@ -1730,8 +1755,9 @@ class Batcher(Generic[T]):
     async def _call(self, batch: list[T]) -> None:
         await self._send(batch)  # what it raises ends the process, and with it this batcher
         self._calls -= 1
+        self._pump()
         if self._waiting:
-            self._pump_soon()
+            self._pump_later()
         elif not self._calls:
             self._idle.set()
 
@@ -2369,6 +2395,96 @@ def chunks(events: Sequence[Event]) -> Iterator[list[Event]]:
         yield chunk
 
 
+class Chunk:
+    """Events that a client gets in one piece, joined once for all who get them.
+
+    Slow readers share what they have not read, too.
+
+    Attributes:
+        last: ``seq`` of the last of them.
+    """
+
+    __slots__ = ("_deflated", "_events", "_plain", "last")
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._events = events
+        self._plain: bytes | None = None
+        self._deflated: bytes | None = None
+        self.last = cast("int", events[-1].seq)
+
+    def frames(self, *, deflated: bool) -> bytes:
+        if deflated:
+            if self._deflated is None:
+                self._deflated = b"".join([event.deflated for event in self._events])
+            return self._deflated
+        if self._plain is None:
+            self._plain = b"".join([event.frame for event in self._events])
+        return self._plain
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Page:
+    """A page of a log that is being read, or was; and how many wait for it."""
+
+    reading: asyncio.Task[list[Chunk] | Exception | None]
+    waiters: int = 0
+
+
+class Pages:
+    """Reads a page of a log once for all who come for it, and keeps the last few.
+
+    When a task is replaced, thousands come back at once that have missed the same. Pages belong
+    to a channel, not to its project: reading one moves the channel's cursor, and nobody else's.
+    """
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
+        self._pages: dict[tuple[Channel, int], Page] = {}
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    async def get(
+        self, channel: Channel, position: int, read: Callable[[], Awaitable[list[Chunk] | None]]
+    ) -> list[Chunk] | None:
+        """What ``read`` has found for this caller or another one. Nothing found is not kept."""
+        key = (channel, position)
+        page = self._pages.get(key)
+        if page is None:
+            page = self._pages[key] = Page(self._tasks.create_task(self._read(read)))
+            if len(self._pages) > CATCHUP_PAGES:
+                del self._pages[next(iter(self._pages))]
+        page.waiters += 1
+        found: list[Chunk] | Exception | None = None
+        try:
+            found = await asyncio.shield(page.reading)
+        finally:
+            page.waiters -= 1
+            if not page.waiters:
+                page.reading.cancel()  # if nobody is left who wants it
+            useful = bool(found) and not isinstance(found, Exception)
+            over = page.reading.done() or not page.waiters
+            if over and not useful and self._pages.get(key) is page:
+                del self._pages[key]
+        if isinstance(found, Exception):
+            raise RuntimeError("a page of the log could not be read") from found
+        return found
+
+    async def _read(
+        self, read: Callable[[], Awaitable[list[Chunk] | None]]
+    ) -> list[Chunk] | Exception | None:
+        """A fault of ours is returned: it is to end the connections that wait, not the process."""
+        try:
+            return await read()
+        except UpstreamLost:
+            raise
+        except Exception as exc:
+            return exc
+
+    def clear(self) -> None:
+        self._pages.clear()
+
+
 class Feed:
     """Keeps every channel of this task equal to its log, and brings newcomers up to it.
 
@@ -2394,7 +2510,8 @@ class Feed:
         self._max_catchup_events = max_catchup_events
         self._read_state = read_state
         self._reads = asyncio.Semaphore(CATCHUP_READS)
-        self._pages: dict[tuple[str, int], asyncio.Task[list[Event] | Exception | None]] = {}
+        self._turns = asyncio.Semaphore(CATCHUP_WRITES)
+        self._pages = Pages(tasks)
 
     def accept(self, event: Event) -> None:
         """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled."""
@@ -2471,8 +2588,8 @@ class Feed:
         if connection.progress is not Progress.OPEN:
             return  # closed meanwhile, perhaps by what was sent to confirm
         self._fan_out.flush_channel(channel)
-        missed = [event for event in channel.recent if cast("int", event.seq) > position]
-        connection.send_events(missed)
+        if missed := [event for event in channel.recent if cast("int", event.seq) > position]:
+            connection.send_chunk(Chunk(missed))
         self._registry.join(connection, channel)
 
     async def _catch_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
@@ -2493,64 +2610,48 @@ class Feed:
         if request.since is not None and request.since > (channel.cursor or 0):
             await self._fill(channel)  # the client comes from a task that is ahead of this one
         position, recovered = self._resume_at(channel, request)
-        events = await self._read_on(channel, position)
-        if events is None:
-            position, recovered, events = channel.cursor or 0, False, []
+        page = await self._read_on(channel, position)
+        if page is None:
+            position, recovered, page = channel.cursor or 0, False, []
         self._confirm(connection, channel, recovered)
         if request.snapshot:
             await self._send_snapshot(connection, request.project_id)
         while position < channel.floor:
-            for chunk in chunks(events):
-                connection.send_events(chunk)
+            for chunk in page:
+                async with self._turns:  # a crowd that gets the same page at once stops nobody else
+                    connection.send_chunk(chunk)
+                    await asyncio.sleep(0)
                 await connection.drained()
-            position = cast("int", events[-1].seq) if events else position
-            events = await self._read_on(channel, position)
-            if events is None:
-                position, events = channel.cursor or 0, []
+                position = chunk.last
+            page = await self._read_on(channel, position)
+            if page is None:
+                position, page = channel.cursor or 0, []
                 self._confirm(connection, channel, False)
         self._go_live(connection, channel, position)
 
-    async def _read_on(self, channel: Channel, position: int) -> list[Event] | None:
+    async def _read_on(self, channel: Channel, position: int) -> list[Chunk] | None:
         """What follows ``position`` and is older than what the channel remembers; a page of it.
 
-        ``None`` if the log no longer reaches back so far. A page is read once for all who come
-        for it: when a task is replaced, thousands have missed the same.
+        ``None`` if the log no longer reaches back so far.
         """
-        key = (channel.project_id, position)
-        page = self._pages.get(key)
-        if page is None:
-            page = self._pages[key] = self._tasks.create_task(self._page(channel, position))
-            if len(self._pages) > CATCHUP_PAGES:
-                del self._pages[next(iter(self._pages))]
-        found = await asyncio.shield(page)
-        if not isinstance(found, list) or not found:  # the next who asks may fare better
-            self._pages.pop(key, None)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if position >= channel.floor:
+            return []
+        return await self._pages.get(channel, position, partial(self._page, channel, position))
 
-    async def _page(self, channel: Channel, position: int) -> list[Event] | Exception | None:
-        """A page of the log up to the first hole: the next read then begins with that.
-
-        A fault of ours is returned, for it is to end the connections that wait, not the process.
-        """
-        try:
-            for pause_s in (0.0, HOLE_DOUBT_S):
-                if pause_s:
-                    await asyncio.sleep(pause_s)
-                async with self._reads:
-                    if position >= channel.floor:
-                        return []  # somebody else's read has brought it back by now
-                    self._metrics.catch_ups += 1
-                    events = await self._read(channel, position)
-                run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
-                if run:
-                    channel.remember(run)
-                    return run
-        except UpstreamLost:
-            raise
-        except Exception as exc:
-            return exc
+    async def _page(self, channel: Channel, position: int) -> list[Chunk] | None:
+        """A page of the log up to the first hole: the next read then begins with that."""
+        for pause_s in (0.0, HOLE_DOUBT_S):
+            if pause_s:
+                await asyncio.sleep(pause_s)
+            async with self._reads:
+                if position >= channel.floor:
+                    return []  # somebody else's read has brought it back by now
+                self._metrics.catch_ups += 1
+                events = await self._read(channel, position)
+            run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
+            if run:
+                channel.remember(run)
+                return [Chunk(events) for events in chunks(run)]
         return None
 
     async def _read(self, channel: Channel, after: int) -> list[Event]:
@@ -2691,13 +2792,16 @@ class Receiver:
         Once ``stopping`` says so, no poll is begun, but one that is under way seen through.
         """
         messages: list[dict[str, Any]] = []
+        late = 0.0
         while len(messages) % SQS_BATCH_ENTRIES == 0 and len(messages) < RECEIVED_AT_ONCE:
             if self._poll is None:
                 if stopping():
                     break
                 self._poll = self._tasks.create_task(self._receive())
-            if messages and not await self._answers_soon(self._poll):
-                break
+            if messages:
+                late = late or time.monotonic() + GATHER_S
+                if not await self._answers_by(late, self._poll):
+                    break  # and the poll goes on
             poll, self._poll = self._poll, None
             batch = await poll
             messages += batch
@@ -2705,14 +2809,17 @@ class Receiver:
                 break
         return messages
 
-    async def _answers_soon(self, poll: asyncio.Task[Any]) -> bool:
-        """Wait for twice as long as such a poll took lately; a little longer after each miss."""
+    async def _answers_by(self, late: float, poll: asyncio.Task[Any]) -> bool:
+        """Wait twice as long as such polls took lately, and longer each time that is too short."""
         began_at = time.monotonic()
-        done, _ = await asyncio.wait({poll}, timeout=2 * self._usual_s)
-        if done:
-            self._usual_s += 0.2 * (time.monotonic() - began_at - self._usual_s)
-        else:
-            self._usual_s = min(1.02 * self._usual_s, POLL_USUALLY_S)
+        try:
+            done, _ = await asyncio.wait({poll}, timeout=min(2 * self._usual_s, late - began_at))
+        except asyncio.CancelledError:
+            poll.cancel()  # a wait leaves running what it waits for
+            raise
+        took_s = time.monotonic() - began_at
+        usual_s = (self._usual_s + took_s) / 2 if done else 1.25 * self._usual_s
+        self._usual_s = min(max(usual_s, POLL_USUALLY_MIN_S), GATHER_S / 2)
         return bool(done)
 
     async def _receive(self) -> list[dict[str, Any]]:
@@ -3045,11 +3152,16 @@ class Intake:
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
         receiver = Receiver(self._tasks, self._sqs, self._url, self.part)
         while not self._stopping or receiver.polling:
-            while len(self._held) >= UPDATES_IN_HAND:
+            # What a poll under way brings has to be held on to, room or not.
+            while self._crowded and not receiver.polling:
                 self._room.clear()
                 await self._room.wait()
-            for message in await receiver.messages(lambda: self._stopping):
+            for message in await receiver.messages(lambda: self._stopping or self._crowded):
                 self._take(message)
+
+    @property
+    def _crowded(self) -> bool:
+        return len(self._held) >= UPDATES_IN_HAND
 
     def _take(self, message: dict[str, Any]) -> None:
         receipt = message["ReceiptHandle"]
@@ -3437,14 +3549,14 @@ class Connection(asyncio.Protocol):
             else:
                 self.transport.write(frame(payload))
 
-    def send_events(self, events: Sequence[Event]) -> None:
+    def send_chunk(self, chunk: Chunk) -> None:
         """Write events in one piece, to a client that catches up at its own pace."""
-        if events and self.progress is Progress.OPEN:
-            frames = [event.deflated if self.deflates else event.frame for event in events]
+        if self.progress is Progress.OPEN:
+            frames = chunk.frames(deflated=self.deflates)
             if self._corked is not None:
-                self._corked += frames
+                self._corked.append(frames)
             else:
-                self.transport.write(b"".join(frames))
+                self.transport.write(frames)
 
     async def drained(self) -> None:
         """Return once the client has read most of what was written.

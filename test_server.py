@@ -28,6 +28,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 import uuid
 import zlib
 from collections import Counter, deque
@@ -87,6 +88,7 @@ from server import (
     Carried,
     Carrier,
     Channel,
+    Chunk,
     Connection,
     Entry,
     ErrorCode,
@@ -398,10 +400,9 @@ class Listener(Connection):
         if self.progress is Progress.OPEN:
             self.transport.write(server.frame(payload))
 
-    def send_events(self, events: Sequence[Event]) -> None:
-        if events and self.progress is Progress.OPEN:
-            frames = [each.deflated if self.deflates else each.frame for each in events]
-            self.transport.write(b"".join(frames))
+    def send_chunk(self, chunk: Chunk) -> None:
+        if self.progress is Progress.OPEN:
+            self.transport.write(chunk.frames(deflated=self.deflates))
 
     async def drained(self) -> None:
         await self.reads.wait()
@@ -1835,14 +1836,30 @@ class TestClients:
             assert (operation, body) == (operation, their_body)
             assert (operation, answer) == (operation, their_answer)
 
-    @pytest.mark.parametrize("body", [b"", b"[]", b"<html>", b'{"Messages": [', b"\xff{}", b'"{}"'])
+    @pytest.mark.parametrize("body", [b"[]", b"<html>", b'{"Messages": [', b"\xff{}", b'"{}"'])
     def test_not_an_answer(self, body: bytes) -> None:
-        """An answer that is none of AWS's is an error that passes."""
+        """An answer that is none of AWS's is an error that passes, and not taken for a success."""
         found: Json = {}
         with pytest.raises(ResponseParserError) as caught:
             server.PlainJson.read({"status_code": 200, "body": body}, found)
         assert server.passes(caught.value)
         assert found == {}
+
+    @pytest.mark.parametrize(
+        ("body", "answer"),
+        [
+            (b"", {}),
+            (b'{"Messages": null, "Failed": null, "a": 0}', {"a": 0}),
+            (b'{"Body": "\\ud800 alone"}', {"Body": "\ud800 alone"}),
+        ],
+    )
+    def test_odd_answers(self, body: bytes, answer: Json) -> None:
+        """What the SDK forgives is forgiven: no body, members that are null, half a character."""
+        found: Json = {}
+        response = {"status_code": 200, "body": body}
+        server.PlainJson.read(response, found)
+        assert found == answer
+        assert response["body"] == b"{}"
 
     async def test_errors_are_the_sdks(self, platform: bench.aws.Platform, aws: Aws) -> None:
         """What AWS refuses is raised with all that it says of it."""
@@ -3409,8 +3426,51 @@ class TestFeed:
             await office.subscribe(Listener(), since=0)
             assert len(office.feed._pages) == server.CATCHUP_PAGES
             audit = tasks.create_task(office.feed.audit(0.01))
-            await eventually(lambda: not office.feed._pages)
+            await eventually(lambda: not len(office.feed._pages))
             audit.cancel()
+
+    async def test_page_of_an_earlier_channel(self, log: MemoryLog) -> None:
+        """A page that somebody who left had asked for is no business of who comes then."""
+        log = MemoryLog(held=True)
+        log.add(200)
+        first, second, other = Listener("first"), Listener("second"), Listener("other")
+        async with office_of(log) as office:
+            office.feed.subscribe(first, Subscribe("p", 0))
+            for _ in range(2):
+                await log.go_on()  # its head is known, and the page asked for
+            office.feed.unsubscribe(first, "p")
+            await settle()
+            office.feed.subscribe(other, Subscribe("p"))
+            office.feed.subscribe(second, Subscribe("p", 0))
+            for turn in range(20):
+                if turn == 3:
+                    missed = log.add(3)
+                if turn == 9:
+                    office.accept(missed)
+                await log.go_on()
+            await eventually(lambda: "p" in second.subscriptions)
+        second.messages.popleft()
+        assert second.seqs() == list(range(1, 204))
+
+    async def test_nobody_waits_for_a_page(self, log: MemoryLog) -> None:
+        """A page is not read on when all who wanted it have gone, and read for who comes then."""
+        log = MemoryLog(held=True)
+        log.add(500, size=10_000)
+        async with office_of(log) as office:
+            listeners = [Listener(f"listener-{number}") for number in range(3)]
+            for since in range(0, 300, 3):
+                for listener in listeners:
+                    office.feed.subscribe(listener, Subscribe("p", since))
+                await log.go_on()
+            assert len(office.feed._pages) == 1
+            for listener in listeners:
+                office.feed.unsubscribe(listener, "p")
+            await settle()
+            assert len(office.feed._pages) == 0
+            assert not office.registry.channels
+            reads = log.reads
+            await log.go_on()
+            assert log.reads == reads
 
     async def test_page_is_overtaken(self, log: MemoryLog) -> None:
         """Where nothing was to be read, there may be something a moment later."""
@@ -3451,6 +3511,23 @@ class TestFeed:
             await office.subscribe(again := Listener(), since=0)
             assert again.seqs() == list(range(1, 201))
         assert {listener.closed_with for listener in listeners} == {CloseCode.INTERNAL_ERROR}
+
+    async def test_fault_is_told_in_full_to_each(self, log: MemoryLog) -> None:
+        """The story of a fault in a shared page does not grow with those who tell it."""
+        stories: list[str] = []
+
+        class Teller(Listener):
+            def fail(self, exc: Exception) -> None:
+                stories.append("".join(traceback.format_exception(exc)))
+
+        log.add(200)
+        log.read = AsyncMock(side_effect=RuntimeError("malformed"))  # type: ignore[method-assign]
+        async with office_of(log) as office:
+            for number in range(50):
+                office.feed.subscribe(Teller(f"teller-{number}"), Subscribe("p", 0))
+            await eventually(lambda: len(stories) == 50)
+        assert len(set(stories)) == 1
+        assert "malformed" in stories[0]
 
     @given(sizes=st.lists(st.sampled_from([0, 100, 40_000, 65_536, 200_000]), max_size=20))
     def test_chunks(self, sizes: list[int]) -> None:
@@ -3793,6 +3870,7 @@ def numbers(messages: list[Json]) -> list[int]:
 
 
 class TestReceiver:
+    @pytest.mark.usefixtures("patient")
     @pytest.mark.parametrize("count", [1, 9, 10, 25])
     async def test_takes_what_is_there(
         self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, count: int
@@ -3802,6 +3880,7 @@ class TestReceiver:
         async with receiver_of(platform, aws) as receiver:
             assert numbers(await receiver.messages()) == list(range(count))
 
+    @pytest.mark.usefixtures("patient")
     async def test_takes_no_more_than_a_transaction(
         self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
     ) -> None:
@@ -3822,6 +3901,14 @@ class TestReceiver:
             async with asyncio.timeout(DEADLINE_S):
                 assert numbers(await receiving) == [1]
 
+    @pytest.fixture
+    def patient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Polls are given time even on a machine that has none."""
+        monkeypatch.setattr(server, "POLL_USUALLY_S", 0.5)
+        monkeypatch.setattr(server, "POLL_USUALLY_MIN_S", 0.1)
+        monkeypatch.setattr(server, "GATHER_S", DEADLINE_S)
+
+    @pytest.mark.usefixtures("patient")
     async def test_no_call_for_nothing(
         self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
     ) -> None:
@@ -3832,6 +3919,58 @@ class TestReceiver:
                 assert numbers(await receiver.messages()) == list(range(20))
                 await eventually(lambda: receiver.polling)
                 assert stand_in.calls["sqs", "ReceiveMessage"] == 2 * (burst + 1) + 1
+
+    @pytest.mark.parametrize("latency_s", [0.001, 0.015, 0.03])
+    async def test_learns_how_long_polls_take(
+        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, latency_s: float
+    ) -> None:
+        """However far away SQS is, bursts come in one piece after a few that did not."""
+        stand_in.fault = always("ReceiveMessage", Fault(delay_s=latency_s))
+        whole = 0
+        async with receiver_of(platform, aws) as receiver:
+            for _ in range(30):
+                push(stand_in, *news(*range(20)))
+                received = numbers(await receiver.messages())
+                whole += received == list(range(20))
+                while len(received) < 20:
+                    received += numbers(await receiver.messages())
+                assert received == list(range(20))
+        assert whole >= 15
+
+    async def test_patience_ends(
+        self,
+        stand_in: StandIn,
+        platform: bench.aws.Platform,
+        aws: Aws,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Burst after burst in the same rhythm is not waited for until all have come."""
+        monkeypatch.setattr(server, "GATHER_S", 0.2)
+        monkeypatch.setattr(server, "POLL_USUALLY_S", 0.1)
+        stand_in.fault = always("ReceiveMessage", Fault(delay_s=0.09))
+        push(stand_in, *news(*range(90)))
+        async with receiver_of(platform, aws) as receiver:
+            assert 10 < len(await receiver.messages()) < 60
+
+    async def test_cancelled(
+        self,
+        stand_in: StandIn,
+        platform: bench.aws.Platform,
+        aws: Aws,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Who is cancelled while waiting for the rest of a burst leaves no poll behind."""
+        for patience in ("POLL_USUALLY_S", "GATHER_S"):
+            monkeypatch.setattr(server, patience, DEADLINE_S)
+        push(stand_in, *news(*range(10)))
+        async with receiver_of(platform, aws) as receiver:
+            receiving = asyncio.ensure_future(receiver.messages())
+            await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"] == 2)
+            poll = receiver._poll
+            assert poll is not None
+            receiving.cancel()
+            await asyncio.wait({receiving, poll}, timeout=DEADLINE_S)
+            assert poll.cancelled()
 
     async def test_late_answer(
         self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
