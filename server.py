@@ -27,6 +27,7 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -182,11 +183,15 @@ HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEEP_INTERVAL_S = 1.0
-FORGET_INTERVAL_S = 30.0
+FORGOTTEN_AT_ONCE = 4_096  # addresses looked at, each second
 PINGS_PER_TURN = 200
 DISCARDED_MAX_BYTES = 1_048_576  # after the end of what is read of a connection
 LARGE_MESSAGE_BYTES = 32_768  # counts for two, twice as much for three, in the pace
 TURN_BYTES = 4_096  # of one connection's input, before the others get their turn
+INFLATED_AT_ONCE_BYTES = 256  # of input: what is held of it is a message or two
+MESSAGE_TIMEOUT_S = 30.0  # from a message's first byte to its last
+UNFINISHED_MAX_BYTES = 67_108_864  # of all connections; beyond it the oldest goes
+SUBSCRIBE_COUNTS_FOR = 3  # messages, in the pace, where the log has to be asked
 FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
 STOP_BUDGET_S = 110.0  # for the whole drain, inside the platform's 120
@@ -1001,6 +1006,10 @@ class TokenBucket:
         self._tokens -= amount
         return True
 
+    def spend(self, amount: int) -> None:
+        """Have what was let in count for more."""
+        self._tokens -= amount
+
     def empty(self, now: float) -> bool:
         """Whether ``take`` would fail."""
         self._refill(now)
@@ -1037,8 +1046,11 @@ class Buckets:
         return bucket
 
     def forget(self, now: float) -> None:
-        for address in [a for a, bucket in self._buckets.items() if bucket.full(now)]:
-            del self._buckets[address]
+        """Look at the oldest; those that are not full come last, and have their turn again."""
+        for address in list(itertools.islice(self._buckets, FORGOTTEN_AT_ONCE)):
+            bucket = self._buckets.pop(address)
+            if not bucket.full(now):
+                self._buckets[address] = bucket
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -1147,11 +1159,14 @@ class Principal:
     projects: frozenset[str] | None
     expires_at: float
 
-    def may_use(self, project_id: str, *, strictly: bool = False) -> bool:
-        """Whether it may use a project; everyone's own is open to all, unless ``strictly``."""
+    def may_use(self, project_id: str | None, *, strictly: bool = False) -> bool:
+        """Whether it may use a project; everyone's own is open to all, unless ``strictly``.
+
+        Without a project there is nothing to compare: it takes a right to any.
+        """
         if self.projects is None or (project_id == EVERYONE and not strictly):
             return True
-        return project_id in self.projects
+        return project_id in self.projects if project_id is not None else bool(self.projects)
 
 
 def usable(key: PyJWK, algorithms: Sequence[str]) -> bool:
@@ -1244,7 +1259,11 @@ class Verifier:
                 issuer=settings.auth_issuer,
                 audience=settings.auth_audience if by_aud else None,
                 leeway=TOKEN_LEEWAY_S,
-                options={"require": ["exp", "iss", "sub"], "verify_aud": by_aud},
+                options={
+                    "require": ["exp", "iss", "sub"],
+                    "verify_aud": by_aud,
+                    "enforce_minimum_key_length": True,
+                },
             )
             expires_at = float(claims["exp"]) + TOKEN_LEEWAY_S
         except (PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as exc:
@@ -2527,8 +2546,11 @@ class Feed:
         elif placement is Placement.GAP and channel.cursor is not None:
             self._fill_soon(channel)
 
-    def subscribe(self, connection: Connection, request: Subscribe) -> None:
-        """Confirm, send what was missed, go live; at once where the channel remembers enough."""
+    def subscribe(self, connection: Connection, request: Subscribe) -> bool:
+        """Confirm, send what was missed, go live; at once where the channel remembers enough.
+
+        Returns whether it was so; else the log has to be asked.
+        """
         channel = self._registry.channel(request.project_id)
         self._fan_out.flush_channel(channel)  # whoever subscribes again gets all before it
         channel.visitors += 1
@@ -2540,11 +2562,12 @@ class Feed:
             if position >= channel.floor:
                 self._confirm(connection, channel, recovered)
                 self._go_live(connection, channel, position)
-                return
+                return True
         channel.visitors += 1
         task = self._tasks.create_task(self._catch_up(connection, channel, request))
         connection.catching_up[request.project_id] = task
         task.add_done_callback(partial(self._caught_up, connection, channel))
+        return False
 
     def _caught_up(
         self, connection: Connection, channel: Channel, task: asyncio.Task[None]
@@ -3451,15 +3474,17 @@ class Connection(asyncio.Protocol):
         on_hold: nothing is acted on, because a token is being looked up.
         deadline: when handshake, authentication or close must be over, by the loop's clock.
         principal: who it belongs to; ``None`` until that is known.
+        unfinished_bytes, unfinished_until: of a message of which the end has not come, and when
+            it must have come, by the loop's clock.
         warned: whether the client was told that its token is about to expire.
     """
 
     __slots__ = (
         "_asked", "_corked", "_deaf", "_discarded", "_drained", "_fragments", "_gateway", "_held",
-        "_request_bytes", "_tail", "_text", "_unread", "address", "catch_up_turn", "catching_up",
-        "choked", "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "on_hold",
-        "opened_at", "pace", "pinged_at", "principal", "progress", "protocol", "subscriptions",
-        "transport", "warned",
+        "_partial", "_request_bytes", "_tail", "_text", "_unread", "address", "catch_up_turn",
+        "catching_up", "choked", "close_code", "deadline", "deflates", "heard_at", "id",
+        "in_flight", "on_hold", "opened_at", "pace", "pinged_at", "principal", "progress",
+        "protocol", "subscriptions", "transport", "unfinished_bytes", "unfinished_until", "warned",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -3489,6 +3514,9 @@ class Connection(asyncio.Protocol):
         self._held: list[Frame] = []
         self._unread = b""
         self._fragments: bytearray | None = None
+        self._partial = 0  # bytes of a frame that is not complete
+        self.unfinished_bytes = 0
+        self.unfinished_until = 0.0
         self._text = True
         self._deaf = False
         self._discarded = 0
@@ -3599,6 +3627,8 @@ class Connection(asyncio.Protocol):
             else:
                 self.protocol.send_close(code, reason)
             self._write_out()
+        elif self.progress is Progress.OPEN:  # the peer's close frame came with what we close for
+            self._drop_held()
         elif self.progress is Progress.HANDSHAKE:
             self.transport.abort()
 
@@ -3622,19 +3652,17 @@ class Connection(asyncio.Protocol):
         One read brings up to 256 KB. All at once, its 40,000 empty pings would stop everybody
         for a quarter of a second, and its compressed messages could become 200 MB.
         """
+        self._act()
         if not self._held and self._unread and self._may_act:
-            piece, self._unread = self._unread[:TURN_BYTES], self._unread[TURN_BYTES:]
-            self.protocol.receive_data(piece)
-            self._held += cast("list[Frame]", self.protocol.events_received())
-            if self.protocol.state is State.OPEN:
-                self._write_out()  # pongs, before answers to what came behind their pings
-        done = 0
-        while done < len(self._held) and self._may_act:
-            received = self._held[done]
-            self._frame(received)
-            received.data = b""  # or the parser keeps it alive until the next frame comes
-            done += 1
-        del self._held[:done]
+            turn, self._unread = self._unread[:TURN_BYTES], self._unread[TURN_BYTES:]
+            # What could inflate is read in small pieces, so that little is held when acting stops.
+            step = INFLATED_AT_ONCE_BYTES if self.protocol.extensions else TURN_BYTES
+            for start in range(0, len(turn), step):
+                if self._held or not self._may_act:
+                    self._unread = turn[start:] + self._unread
+                    break
+                self._parse(turn[start : start + step])
+                self._act()
         self._write_out()
         if self.transport.is_closing():
             return
@@ -3647,10 +3675,33 @@ class Connection(asyncio.Protocol):
             self.heard_at = self._gateway.now()  # its silence was ours
             self.transport.resume_reading()
 
+    def _parse(self, piece: bytes) -> None:
+        self.protocol.receive_data(piece)
+        frames = cast("list[Frame]", self.protocol.events_received())
+        self._held += frames
+        self._partial = 0 if frames else self._partial + len(piece)
+        if self.protocol.state is State.OPEN:
+            self._write_out()  # pongs, before answers to what came behind their pings
+
+    def _act(self) -> None:
+        """Act on what was parsed, for as long as that is allowed."""
+        done = 0
+        while done < len(self._held) and self._may_act:
+            received = self._held[done]
+            self._frame(received)
+            received.data = b""  # or the parser keeps it alive until the next frame comes
+            done += 1
+        del self._held[:done]
+        unfinished = self._partial + len(self._fragments or b"")
+        if unfinished != self.unfinished_bytes and self.progress is Progress.OPEN:
+            self._gateway.unfinished(self, unfinished)
+
     def _drop_held(self) -> None:
+        """Let go of everything that was read and not acted on."""
         for received in self._held:
-            received.data = b""  # as in ``_take_turn``
+            received.data = b""  # as in ``_act``
         self._held.clear()
+        self._fragments = None
 
     def _discard(self, size: int) -> None:
         """Read on, or the peer may never see why; but not for ever, whatever it goes on sending."""
@@ -3731,7 +3782,8 @@ class Connection(asyncio.Protocol):
     def _frame(self, received: Frame) -> None:
         """Put messages together; control frames were answered by the protocol."""
         opcode = received.opcode
-        if (opcode is Opcode.PING or not received.fin) and not self._gateway.within_pace(self):
+        counts = opcode in (Opcode.PING, Opcode.PONG) or not received.fin
+        if counts and not self._gateway.within_pace(self):
             return
         if opcode in (Opcode.TEXT, Opcode.BINARY):
             self._text = opcode is Opcode.TEXT
@@ -3865,6 +3917,8 @@ class Gateway:
         # Both in the order of arrival, so of deadline.
         self.pending: dict[Connection, None] = {}
         self._nameless: dict[Connection, None] = {}
+        self._unfinished: dict[Connection, None] = {}  # in the order in which they began
+        self._unfinished_bytes = 0
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
         self.drain_wanted = asyncio.Event()
@@ -4082,9 +4136,10 @@ class Gateway:
                 if not last and isinstance(exc, UnknownKey) and self._keys_may_help():
                     self._tasks.create_task(self._identify_later(connection, request))
                     return
-                self._admission.failed(connection.address, self.now())
-                logger.info("token refused: %s", exc)
-        if connection.principal is None and (token or not self._settings.auth_first_message):
+                self._count_failure(connection, exc, last=last)
+        if connection.principal is None and (
+            token is not None or not self._settings.auth_first_message
+        ):
             connection.respond(request, unwelcome(protocol, 401, "A valid token is needed."))
         else:
             connection.respond(request, protocol.accept(request))
@@ -4206,7 +4261,7 @@ class Gateway:
         # An agent answers where it was asked: a forward for everyone comes back to everyone.
         strictly = isinstance(message, Forward)
         may_use = connection.principal.may_use
-        if project_id is not None and not may_use(project_id, strictly=strictly):
+        if not isinstance(message, Ping) and not may_use(project_id, strictly=strictly):
             raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
         match message:
             case Forward():
@@ -4227,7 +4282,9 @@ class Gateway:
         if counts and len(current - {message.project_id}) >= limit:
             sentence = f"A connection may have {limit} subscriptions; end another one first."
             raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
-        self.feed.subscribe(connection, message)
+        at_once = self.feed.subscribe(connection, message)
+        if not at_once and connection.pace is not None:
+            connection.pace.allowed.spend(SUBSCRIBE_COUNTS_FOR - 1)
 
     def _authenticate(self, connection: Connection, token: str, *, last: bool = False) -> None:
         """Take a token as the first message, or a fresh one of the same subject."""
@@ -4241,11 +4298,11 @@ class Gateway:
                 connection.hold(True)
                 self._tasks.create_task(self._authenticate_later(connection, token))
                 return
-            self._turn_out(connection, str(exc))
+            self._turn_out(connection, exc, last=last)
             return
         before = connection.principal
         if before is not None and before.subject != principal.subject:
-            self._turn_out(connection, "the fresh token is another subject's")
+            self._turn_out(connection, NotAuthenticated("the fresh token is another subject's"))
             return
         connection.principal, connection.warned = principal, False
         if self._nameless.pop(connection, principal) is None:
@@ -4265,10 +4322,21 @@ class Gateway:
         except Exception as exc:  # a fault of ours must cost one connection, not the process
             connection.fail(exc)
 
-    def _turn_out(self, connection: Connection, why: str) -> None:
-        self._admission.failed(connection.address, self.now())
-        logger.info("token refused: %s", why, extra={"connection_id": connection.id})
+    def _turn_out(
+        self, connection: Connection, exc: NotAuthenticated, *, last: bool = False
+    ) -> None:
+        self._count_failure(connection, exc, last=last)
         connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
+
+    def _count_failure(self, connection: Connection, exc: NotAuthenticated, *, last: bool) -> None:
+        """Hold a refused token against its address, unless it may be the keys that are old.
+
+        When the issuer has changed its keys, and they must not be read again yet, a whole office
+        of honest clients would be locked out.
+        """
+        if last or not isinstance(exc, UnknownKey):
+            self._admission.failed(connection.address, self.now())
+        logger.info("token refused: %s", exc, extra={"connection_id": connection.id})
 
     def _forward(self, connection: Connection, message: Forward) -> None:
         queue = queue_of(message)
@@ -4311,6 +4379,23 @@ class Gateway:
         self._leave(connection)
         self.pending[connection] = None
 
+    def unfinished(self, connection: Connection, size_bytes: int) -> None:
+        """A connection has so much of a message whose end is still to come.
+
+        Deflated, 300 bytes can stand for 256 KB; so all of it together is bounded, and what stays
+        unfinished the longest is least likely to be an honest client's.
+        """
+        if not connection.unfinished_bytes:
+            connection.unfinished_until = self.now() + MESSAGE_TIMEOUT_S
+            self._unfinished[connection] = None
+        self._unfinished_bytes += size_bytes - connection.unfinished_bytes
+        connection.unfinished_bytes = size_bytes
+        if not size_bytes:
+            self._unfinished.pop(connection, None)
+        elif self._unfinished_bytes > UNFINISHED_MAX_BYTES:
+            oldest = next(iter(self._unfinished))
+            oldest.close(CloseCode.TRY_AGAIN_LATER, "too much is unfinished; send it again")
+
     def forget(self, connection: Connection, opened: bool) -> None:
         """The socket is gone."""
         self._leave(connection)
@@ -4333,6 +4418,8 @@ class Gateway:
         for task in tuple(connection.catching_up.values()):
             task.cancel()
         self._nameless.pop(connection, None)
+        if connection.unfinished_bytes:
+            self.unfinished(connection, 0)
         self.registry.drop(connection)
 
     # Time.
@@ -4340,18 +4427,18 @@ class Gateway:
     async def _sweep(self) -> NoReturn:
         """Do for all connections what each would need a timer for."""
         interval_s = min(SWEEP_INTERVAL_S, self._settings.ping_interval_seconds / 4)
-        next_line, next_forget = time.monotonic() + 60, self.now()
+        next_line = time.monotonic() + 60
         while True:
             await asyncio.sleep(interval_s)
             for connection in [c for c in self.pending if c.deadline <= self.now()]:
                 connection.transport.abort()
             for connection in [c for c in self._nameless if c.deadline <= self.now()]:
                 connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
+            for connection in [c for c in self._unfinished if c.unfinished_until <= self.now()]:
+                connection.close(CloseCode.POLICY_VIOLATION, "a message was not finished in time")
             if self._verifier is not None:
                 self._end_sessions()
-            if self.now() >= next_forget:
-                next_forget = self.now() + FORGET_INTERVAL_S
-                self._admission.forget(self.now())
+            self._admission.forget(self.now())
             await self._ping_the_quiet(self._settings.ping_interval_seconds)
             checks_gone = self.now() - self._checked_at > HEALTH_CHECKS_GONE_S
             if self._checks >= HEALTH_CHECKS_SEEN and checks_gone:

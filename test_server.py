@@ -2034,6 +2034,42 @@ def sent_ids(stand_in: StandIn, queue: str = "agenticai-dev-queue") -> list[str]
     return [json.loads(body)["message_id"] for body in stand_in.queues[queue].bodies]
 
 
+class TestBatcher:
+    async def test_full_batches_do_not_linger(self) -> None:
+        """A backlog of more than all calls can hold goes out as fast as they return."""
+        sent: list[int] = []
+
+        async def send(batch: list[int]) -> None:
+            await asyncio.sleep(0)
+            sent.extend(batch)
+
+        async with task_group() as tasks:
+            batcher = server.Batcher(tasks, send, linger_s=3_600.0)
+            for number in range(500):
+                batcher.add(number)
+            async with asyncio.timeout(DEADLINE_S):
+                await batcher.idle()
+        assert sorted(sent) == list(range(500))
+
+    async def test_lingering_begins_anew(self) -> None:
+        """Who comes after a full batch lingers for as long as anybody, and goes in the end."""
+        sent: list[list[int]] = []
+
+        async def send(batch: list[int]) -> None:
+            sent.append(batch)
+
+        async with task_group() as tasks:
+            batcher = server.Batcher(tasks, send, linger_s=0.2)
+            began_at = time.monotonic()
+            for number in range(10):
+                batcher.add(number)
+            await asyncio.sleep(0.1)
+            batcher.add(10)
+            await batcher.idle()
+            assert time.monotonic() - began_at >= 0.1 + 0.2 - 0.02
+        assert sent == [list(range(10)), [10]]
+
+
 class TestForwarder:
     async def test_confirmed(
         self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
