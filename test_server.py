@@ -1105,6 +1105,19 @@ class TestAccess:
         buckets.forget(2.0)
         assert len(buckets) == 0
 
+    def test_buckets_are_looked_at_by_and_by(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many addresses there are, each look is short, and every one has its turn."""
+        monkeypatch.setattr(server, "FORGOTTEN_AT_ONCE", 10)
+        buckets = server.Buckets(1.0, 2.0)
+        for number in range(95):
+            buckets.of(str(number), 0.0).take(0.0, amount=3 if number % 2 else 1)
+        left = [len(buckets)]
+        for _ in range(10):
+            buckets.forget(2.0)
+            left.append(len(buckets))
+        assert max(a - b for a, b in itertools.pairwise(left)) <= 10
+        assert left[-1] == 47
+
     @pytest.mark.parametrize(
         ("forwarded_for", "hops", "address"),
         [
@@ -5609,6 +5622,62 @@ class TestConnection:
                 peer.send_frame(part, opcode, fin=i == count - 1, rsv=0 if i else DEFLATED)
             assert await peer.close_code() == CloseCode.MESSAGE_TOO_BIG
 
+    async def test_little_is_held(self, gateway: Gateway, stand_in: StandIn) -> None:
+        """Of what could inflate, a connection holds little, however much it may not act on yet."""
+        forward = masked(b'{"action":"forward","type":"dev"}')
+        bomb = masked(deflate(b" " * 262_000), rsv=DEFLATED)
+        assert len(bomb) < 400
+        go_on = hold_back(stand_in)
+        async with peer_of(gateway, deflates=True) as peer:
+            peer.write(forward * server.FORWARDS_IN_FLIGHT + bomb * 10)
+            [connection] = gateway.registry.connections.values()
+            await eventually(lambda: not connection.transport.is_reading())
+            assert connection.in_flight == server.FORWARDS_IN_FLIGHT
+            assert sum(len(each.data) for each in connection._held) <= 2 * 262_144
+            go_on.set()
+            answers = [await peer.receive() for _ in range(server.FORWARDS_IN_FLIGHT + 10)]
+        kinds = Counter(each.get("code", each["type"]) for each in answers)
+        assert kinds == {"forward_confirmed": server.FORWARDS_IN_FLIGHT, "invalid_json": 10}
+
+    @pytest.mark.parametrize("cut", [False, True], ids=["fragment", "cut frame"])
+    async def test_unfinished_for_too_long(
+        self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, cut: bool
+    ) -> None:
+        """A message that is begun has to end some time, whatever else is sent meanwhile."""
+        monkeypatch.setattr(server, "MESSAGE_TIMEOUT_S", 0.1)
+        async with peer_of(gateway) as peer, peer_of(gateway) as other:
+            if cut:
+                peer.write(masked(b"x" * 1_000)[:500])
+            else:
+                peer.send_frame(b"{", fin=False)
+                peer.send_frame(b"", Opcode.PONG)
+            assert await peer.close_code() == CloseCode.POLICY_VIOLATION
+            assert await other.is_answered()
+        assert gateway._unfinished == {}
+
+    async def test_too_much_is_unfinished(
+        self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All unfinished messages together are bounded; the one begun first has to go."""
+        monkeypatch.setattr(server, "UNFINISHED_MAX_BYTES", 100_000)
+        async with (
+            peer_of(gateway, deflates=True) as first,
+            peer_of(gateway) as second,
+            peer_of(gateway) as third,
+        ):
+            first.send_frame(deflate(b" " * 60_000), fin=False, rsv=DEFLATED)
+            await eventually(lambda: gateway._unfinished_bytes == 60_000)
+            second.send_frame(b" " * 30_000, fin=False)
+            second.write(masked(b" " * 9_000, Opcode.CONT)[:8_000])
+            await eventually(lambda: gateway._unfinished_bytes >= 97_000)
+            third.send_frame(b" " * 20_000, fin=False)
+            assert await first.close_code() == CloseCode.TRY_AGAIN_LATER
+            third.send_frame(b'{"action":"ping"}', Opcode.CONT)
+            assert (await third.receive())["type"] == "pong"
+            await eventually(lambda: gateway._unfinished_bytes < 40_000)
+        await eventually(lambda: gateway._unfinished_bytes == 0)
+        assert gateway._unfinished == {}
+
     @standing_loop
     async def test_not_deflated(self, standing: Gateway) -> None:
         """What claims to be deflated and is not closes with 1002."""
@@ -5993,11 +6062,15 @@ class TestGateway:
 
     @pytest.mark.parametrize(
         "frame",
-        [masked(b"", Opcode.PING), masked(b"", Opcode.CONT, fin=False)],
-        ids=["pings", "fragments"],
+        [
+            masked(b"", Opcode.PING),
+            masked(b"", Opcode.PONG),
+            masked(b"", Opcode.CONT, fin=False),
+        ],
+        ids=["pings", "pongs", "fragments"],
     )
     async def test_rate_limit_of_frames(self, platform: bench.aws.Platform, frame: bytes) -> None:
-        """Ping frames and fragments count as messages do."""
+        """Ping and pong frames and fragments count as messages do."""
         async with (
             running_gateway(platform, max_messages_per_second=5) as gateway,
             peer_of(gateway) as peer,
@@ -6005,6 +6078,19 @@ class TestGateway:
             peer.send_frame(b"{", fin=False)
             peer.write(frame * 100)
             assert await peer.close_code() == CloseCode.POLICY_VIOLATION
+
+    async def test_rate_limit_of_the_log(self, platform: bench.aws.Platform) -> None:
+        """A subscription for which the log is asked counts for several messages."""
+        async with (
+            running_gateway(platform, max_messages_per_second=5) as gateway,
+            peer_of(gateway) as peer,
+        ):
+            for number in range(3):
+                answer = await peer.ask(action="subscribe", project_id=f"p{number}")
+                assert answer["type"] == "subscription_confirmed"
+            answer = await peer.ask(action="subscribe", project_id="p0")  # from memory: for one
+            assert answer["type"] == "subscription_confirmed"
+            assert (await peer.ask(action="ping"))["code"] == "rate_limited"
 
     async def test_others_have_their_turn(self, gateway: Gateway) -> None:
         """Much that comes at once is taken in turns with what others send."""
