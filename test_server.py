@@ -5666,10 +5666,10 @@ class TestConnection:
             peer_of(gateway) as third,
         ):
             first.send_frame(deflate(b" " * 60_000), fin=False, rsv=DEFLATED)
-            await eventually(lambda: gateway._unfinished_bytes == 60_000)
+            await eventually(lambda: gateway._unfinished_bytes > 50_000)  # inflated, that is
             second.send_frame(b" " * 30_000, fin=False)
             second.write(masked(b" " * 9_000, Opcode.CONT)[:8_000])
-            await eventually(lambda: gateway._unfinished_bytes >= 97_000)
+            await eventually(lambda: gateway._unfinished_bytes > 90_000)
             third.send_frame(b" " * 20_000, fin=False)
             assert await first.close_code() == CloseCode.TRY_AGAIN_LATER
             third.send_frame(b'{"action":"ping"}', Opcode.CONT)
