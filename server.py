@@ -3914,10 +3914,10 @@ class Gateway:
         )  # fmt: skip
         self.relay = self._make_relay(task_id)
         self.intake = self._make_intake()
-        # Both in the order of arrival, so of deadline.
+        # All three in the order in which it began, so of deadline.
         self.pending: dict[Connection, None] = {}
         self._nameless: dict[Connection, None] = {}
-        self._unfinished: dict[Connection, None] = {}  # in the order in which they began
+        self._unfinished: dict[Connection, None] = {}
         self._unfinished_bytes = 0
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
@@ -3925,10 +3925,7 @@ class Gateway:
         self.hurry_wanted = asyncio.Event()
         self._admission = Admission(settings, self.now())
         self._anybody = Principal(None, None, math.inf)
-        self._verifier: Verifier | None = None
-        if settings.auth_jwks_url:
-            fetch = partial(fetch_keys, settings.auth_jwks_url)
-            self._verifier = Verifier(settings, Keys(fetch, settings.auth_algorithms))
+        self._verifier = self._make_verifier()
         self._checked_at = -math.inf
         self._checks = 0
         self._somebody_left = asyncio.Event()
@@ -3937,6 +3934,13 @@ class Gateway:
         self._extensions = (
             [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
         )
+
+    def _make_verifier(self) -> Verifier | None:
+        settings = self._settings
+        if not settings.auth_jwks_url:
+            return None
+        fetch = partial(fetch_keys, settings.auth_jwks_url)
+        return Verifier(settings, Keys(fetch, settings.auth_algorithms))
 
     def _make_relay(self, task_id: str) -> Relay | None:
         settings, aws = self._settings, self._aws
