@@ -3,14 +3,17 @@
 PYTHON ?= python3
 DOCKER ?= docker
 IMAGE ?= agenticai-websocket
-UV_VERSION := 0.13.9
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-strip-extras --no-header $(if $(UPGRADE),--upgrade)
 # What tests of the browser client need; without npm they are skipped, and say so.
 CLIENT_INSTALLED := $(if $(shell command -v npm),client/node_modules/.package-lock.json)
-PEERS_INSTALLED := $(if $(shell command -v npm),bench/peers/node_modules/.package-lock.json)
+# The benchmark's peers: those from Python, and where there is npm, those for Node.
+PEERS_INSTALLED := $(VENV)/.peers-installed \
+	$(if $(shell command -v npm),bench/peers/node_modules/.package-lock.json)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -53,19 +56,17 @@ audit: $(INSTALLED) ## Look for known holes in packages and code
 	$(BIN)/python -m tests.audit
 
 bench: $(INSTALLED) $(PEERS_INSTALLED) ## Measure beside the peers, and rewrite docs/PERFORMANCE.md
-	$(BIN)/pip install --quiet --requirement bench/requirements.txt
 	$(BIN)/python -m bench
 
 bench-quick: $(INSTALLED) $(PEERS_INSTALLED) ## Measure the part that says most, in a few minutes
 	$(BIN)/python -m bench --quick
 
 requirements: $(INSTALLED) ## Pin the packages anew after a change of *.in (UPGRADE=1: newest versions)
-	$(BIN)/pip install --quiet uv==$(UV_VERSION)
-	@for name in requirements requirements-dev; do \
-		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-			--no-strip-extras --no-header $(if $(UPGRADE),--upgrade) \
-			--output-file $$name.txt $$name.in || exit 1; \
-	done
+	$(BIN)/pip install --quiet --require-hashes --requirement tests/audit/uv.txt
+	$(PIN) --output-file requirements.txt requirements.in
+	$(PIN) --output-file requirements-dev.txt requirements-dev.in
+	$(PIN) --constraint requirements-dev.txt \
+		--output-file bench/requirements.txt bench/requirements.in
 
 clean: ## Remove .venv and the tools' caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
@@ -80,6 +81,10 @@ $(INSTALLED): requirements-dev.txt
 	@echo "Setting up $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(VENV)/.peers-installed: bench/requirements.txt $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
 %/node_modules/.package-lock.json: %/package-lock.json

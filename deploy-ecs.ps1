@@ -82,7 +82,7 @@ Reads everything and says what would be done.
 Deploys a second environment, on cheaper processors, to another region.
 
 .EXAMPLE
-./deploy-ecs.ps1 -CertificateArn arn:aws:acm:us-east-1:123456789012:certificate/1234abcd -HostedZoneId Z123EXAMPLE -ParameterOverride @{ AuthJwksUrl = 'https://idp.example.com/jwks.json'; AllowedOrigins = 'https://app.example.com' }
+./deploy-ecs.ps1 -CertificateArn arn:aws:acm:us-east-1:123456789012:certificate/1234abcd -HostedZoneId Z123EXAMPLE -ParameterOverride @{ AuthJwksUrl = 'https://idp.example.com/jwks.json'; AuthIssuer = 'https://idp.example.com'; AuthAudience = 'agenticai'; AllowedOrigins = 'https://app.example.com' }
 
 Turns on TLS under the certificate's name, authentication and the origin check.
 #>

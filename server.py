@@ -3560,6 +3560,11 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         opened = self.progress is not Progress.HANDSHAKE
         self.progress = Progress.LOST
+        # The library's protocol and its parser refer to each other, and so may live on for a
+        # while, and with them what a hostile client had them inflate.
+        self._drop_held()
+        self._unread = b""
+        self.protocol.extensions = []
         self._wake()
         for task in tuple(self.catching_up.values()):
             task.cancel()
@@ -4239,7 +4244,7 @@ class Gateway:
         self.refuse(
             connection, BadMessage(ErrorCode.RATE_LIMITED, sentence, retry_after_ms=wait_ms)
         )
-        if not pace.patience.take(now):
+        if not pace.patience.take(now, amount):
             connection.close(CloseCode.POLICY_VIOLATION, "too many messages")
         return False
 

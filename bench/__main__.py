@@ -20,10 +20,15 @@ from pathlib import Path
 from bench import report
 from bench.processes import ROOT, BenchError
 from bench.scenarios import FULL, QUICK, Effort, run
-from bench.servers import ASYNCIO_GATEWAY, GATEWAY, PEER_SERVERS, TOKENS_GATEWAY, present
+from bench.servers import GATEWAYS, PEER_SERVERS, present
 
 # The tables that are not called like the scenario they show.
-SCENARIO_OF = {"connections": "fan-out", "latency": "fan-out", "sizes": "deflated"}
+SCENARIO_OF = {
+    "connections": "fan-out",
+    "latency": "fan-out",
+    "sizes": "deflated",
+    "projects": "idle projects",
+}
 
 
 def machine() -> dict[str, str]:
@@ -47,7 +52,7 @@ def _revision() -> str:
 
 def measure(effort: Effort, only: str) -> report.Run:
     """Take all turns; what does not exist here is listed as absent, with the reason."""
-    versions, absent = present([GATEWAY, TOKENS_GATEWAY, ASYNCIO_GATEWAY, *PEER_SERVERS])
+    versions, absent = present([*GATEWAYS, *PEER_SERVERS])
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}", file=sys.stderr)
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -59,10 +64,7 @@ def show(finished: report.Run) -> None:
     """Print the tables that have anything in them."""
     scenarios = {r.scenario for r in finished.records}
     for name, make in report.TABLES.items():
-        needed = {"connections": "fan-out", "latency": "fan-out", "sizes": "deflated"}.get(
-            name, name
-        )
-        if needed in scenarios or name == "targets":
+        if SCENARIO_OF.get(name, name) in scenarios or name == "targets":
             print(f"\n{name}\n{make(finished)}")
 
 

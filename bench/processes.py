@@ -77,12 +77,11 @@ class Process:
 
     def cpu_s(self) -> float:
         """User and system time of the process and its living children, in seconds."""
-        ticks = 0
+        seconds = 0.0
         for pid in _family(self.process.pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks * _TICK_S
+                seconds += _cpu_s(pid)
+        return seconds
 
     def rss_bytes(self) -> int:
         """Resident memory of the process and its living children."""
@@ -107,6 +106,17 @@ class Process:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         self.errors.close()
+
+
+def _cpu_s(pid: int) -> float:
+    """To the nanosecond by the living threads; in ticks where ended ones took more along."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticked = (int(fields[11]) + int(fields[12])) * _TICK_S
+    exact = 0
+    for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            exact += int(thread.read_text().split()[0])
+    return exact / 1e9 if exact / 1e9 > ticked - _TICK_S else ticked
 
 
 def _family(pid: int) -> Iterator[int]:

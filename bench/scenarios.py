@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -20,9 +19,10 @@ from bench.feeds import PROJECT, QueueFeed, filler, update
 from bench.load import Load
 from bench.processes import BenchError
 from bench.servers import (
-    ASYNCIO_GATEWAY,
     FLOOR,
+    FORWARD_EACH,
     GATEWAY,
+    GATEWAYS,
     NATS,
     NCHAN,
     PEER_SERVERS,
@@ -30,7 +30,6 @@ from bench.servers import (
     WEBSOCKETS,
     Running,
     Server,
-    forward_each,
     gateway,
 )
 
@@ -175,10 +174,12 @@ def idle_projects_turn(idle: int, *, subscribers: int, cpu_s: float) -> Turn:
 
     def turn(number: int) -> Iterator[Record]:
         with gateway(False) as running, contextlib.ExitStack() as stack:
+            opened: dict[str, float] = {}
             if idle:
-                stack.enter_context(connected(running, idle, path="/ws?project_id=idle-%d"))
+                own_projects = connected(running, idle, path="/ws?project_id=idle-%d")
+                _, opened = stack.enter_context(own_projects)
             load, _ = stack.enter_context(connected(running, subscribers))
-            values = measure_bursts(running, load, subscribers, 20, 200, cpu_s)
+            values = measure_bursts(running, load, subscribers, 20, 200, cpu_s) | opened
             parameters = {"idle_projects": idle, "subscribers": subscribers}
             yield Record("idle projects", "gateway", number, parameters, values)
 
@@ -212,14 +213,13 @@ def projects_turn(projects: int, *, subscribers: int, cpu_s: float) -> Turn:
     return turn
 
 
-def forward_turn(name: str, connections: int, seconds: float) -> Turn:
+def forward_turn(server: Server, connections: int, seconds: float) -> Turn:
     """Forwards per CPU second: each connection sends, awaits its confirmation, and repeats."""
     data = {"instruction": filler(160)}
     forward = {"action": "forward", "type": "dev", "project_id": PROJECT, "data": data}
-    start = functools.partial(gateway, False) if name == "gateway" else forward_each
 
     def turn(number: int) -> Iterator[Record]:
-        with start() as running, connected(running, connections) as (load, _):
+        with server.start(False) as running, connected(running, connections) as (load, _):
             text = json.dumps(forward)
             load.forward(seconds / 4, text)
             load.drain()
@@ -235,7 +235,7 @@ def forward_turn(name: str, connections: int, seconds: float) -> Turn:
                 "p50_ms": counted.p50_ms,
                 "p99_ms": counted.p99_ms,
             }
-            yield Record("forwards", name, number, {"connections": connections}, values)
+            yield Record("forwards", server.name, number, {"connections": connections}, values)
 
     return turn
 
@@ -289,55 +289,70 @@ def catch_up_turn(clients: int, *, events: int, size: int) -> Turn:
 # --- The programme ------------------------------------------------------------------------------
 
 
+OWN = [GATEWAY, TOKENS_GATEWAY]  # what all that is to be reached is measured with
+CLOSEST = [WEBSOCKETS, NATS, NCHAN]
+
+
 def programme(effort: Effort) -> list[tuple[str, Turn]]:
     """One round: all turns in the order they are taken, with a label each."""
-    subscribers, cpu_s = effort.subscribers, effort.cpu_s
+    return [
+        *_fan_out_turns(effort),
+        *_projects_turns(effort),
+        *_forward_turns(effort),
+        *_return_turns(effort),
+    ]
+
+
+def _fan_out_turns(effort: Effort) -> list[tuple[str, Turn]]:
     turns: list[tuple[str, Turn]] = []
 
     def fan_out(
         scenario: str, servers: Iterable[Server], bursts: Sequence[int], **how: Any
     ) -> None:
-        how = {"subscribers": subscribers, "size": 200, "deflate": False, "cpu_s": cpu_s, **how}
+        usual = {"subscribers": effort.subscribers, "cpu_s": effort.cpu_s}
+        how = {"size": 200, "deflate": False, **usual, **how}
         for server in servers:
             turn = fan_out_turn(scenario, server, bursts, **how)
             turns.append((f"{scenario}: {server.name}", turn))
 
-    everyone = [GATEWAY, TOKENS_GATEWAY, ASYNCIO_GATEWAY, *PEER_SERVERS]
     deflating = [s for s in PEER_SERVERS if s.deflates and s.name != "websockets on uvloop"]
-    closest = [WEBSOCKETS, NATS, NCHAN]
-    fan_out("fan-out", everyone, (1, 5, 20, 100) if effort.thorough else (1, 20))
+    fan_out("fan-out", [*GATEWAYS, *PEER_SERVERS], (1, 5, 20, 100) if effort.thorough else (1, 20))
     deflated = {"size": 1000, "deflate": True}
-    fan_out(
-        "deflated", [GATEWAY, *(deflating if effort.thorough else closest)], (1, 20), **deflated
-    )
-    fan_out("plain 1 KB", [GATEWAY, WEBSOCKETS], (1, 20), size=1000)
+    fan_out("deflated", [*OWN, *(deflating if effort.thorough else CLOSEST)], (1, 20), **deflated)
+    fan_out("plain 1 KB", [*OWN, WEBSOCKETS], (1, 20), size=1000)
     if effort.thorough:
-        fan_out("4 KB", [GATEWAY, FLOOR, *closest], (1, 20), size=4096)
+        fan_out("4 KB", [GATEWAY, FLOOR, *CLOSEST], (1, 20), size=4096)
+        fan_out("4 KB deflated", [GATEWAY, *CLOSEST], (1, 20), size=4096, deflate=True)
+    fan_out("subscribers", OWN, (1, 20), subscribers=1)
     for count in (100, effort.many // 5, effort.many):
-        fan_out("subscribers", [GATEWAY, WEBSOCKETS], (1, 20), subscribers=count)
-    fan_out("memory", [GATEWAY], (20,), subscribers=effort.many, **deflated)
+        fan_out("subscribers", [*OWN, WEBSOCKETS], (1, 20), subscribers=count)
+    fan_out("memory", OWN, (20,), subscribers=effort.many, **deflated)
+    return turns
+
+
+def _projects_turns(effort: Effort) -> Iterator[tuple[str, Turn]]:
+    cpu_s = effort.cpu_s
     for idle in (0, effort.many):
-        turn = idle_projects_turn(idle, subscribers=subscribers // 2, cpu_s=cpu_s)
-        turns.append((f"idle projects: {idle}", turn))
+        turn = idle_projects_turn(idle, subscribers=effort.subscribers // 2, cpu_s=cpu_s)
+        yield f"idle projects: {idle}", turn
     for projects in (1, 5, 20):
         turn = projects_turn(projects, subscribers=effort.many // 50, cpu_s=cpu_s)
-        turns.append((f"projects: {projects}", turn))
-    for name in ("gateway", "send_message each"):
+        yield f"projects: {projects}", turn
+
+
+def _forward_turns(effort: Effort) -> Iterator[tuple[str, Turn]]:
+    for server in (*OWN, FORWARD_EACH):
         for connections in (1, 100):
-            turn = forward_turn(name, connections, 4 * cpu_s)
-            turns.append((f"forwards: {name}, {connections} clients", turn))
-    storms = [
-        GATEWAY,
-        TOKENS_GATEWAY,
-        WEBSOCKETS,
-        NCHAN,
-        *(s for s in PEER_SERVERS if s.name == "node ws"),
-    ]
-    turns += [(f"storm: {s.name}", storm_turn(s, effort.many)) for s in storms]
+            turn = forward_turn(server, connections, 4 * effort.cpu_s)
+            yield f"forwards: {server.name}, {connections} clients", turn
+
+
+def _return_turns(effort: Effort) -> Iterator[tuple[str, Turn]]:
+    node = [server for server in PEER_SERVERS if server.name == "node ws"]
+    for server in (*OWN, WEBSOCKETS, NCHAN, *node):
+        yield f"storm: {server.name}", storm_turn(server, effort.many)
     for clients in (1, effort.many // 25):
-        turn = catch_up_turn(clients, events=900, size=4096)
-        turns.append((f"catch-up: {clients} clients", turn))
-    return turns
+        yield f"catch-up: {clients} clients", catch_up_turn(clients, events=900, size=4096)
 
 
 def run(effort: Effort, only: str, absent: dict[str, str]) -> Iterator[Record]:

@@ -90,10 +90,14 @@ def stand_in() -> Iterator[dict[str, str]]:
 GENEROUS_LIMITS = {
     "MAX_CONNECTIONS": "1000000",
     "MAX_HANDSHAKES_PER_SECOND": "100000",
+    "MAX_SUBSCRIPTIONS_PER_CONNECTION": "10000",
     "MAX_MESSAGES_PER_SECOND": "100000",
     "MAX_CONNECTIONS_PER_IP": "1000000",
     "MAX_HANDSHAKES_PER_SECOND_PER_IP": "100000",
+    "MAX_FAILED_AUTHENTICATIONS_PER_IP": "100000",
 }
+NO_LIMITS = dict.fromkeys(GENEROUS_LIMITS, "0")
+ORIGIN = "https://console.invalid"
 
 
 @contextlib.contextmanager
@@ -125,9 +129,12 @@ def gateway(
 
 @contextlib.contextmanager
 def gateway_with_tokens(deflate: bool) -> Iterator[Running]:
-    """The same with authentication: every client brings a token that is verified."""
-    with issuer() as (settings, token), gateway(deflate, settings) as running:
-        running.headers = (f"Authorization: Bearer {token}",)
+    """The same with all that can be on: a token is verified for each client, and its origin."""
+    with (
+        issuer() as (settings, token),
+        gateway(deflate, {**settings, "ALLOWED_ORIGINS": ORIGIN}) as running,
+    ):
+        running.headers = (f"Authorization: Bearer {token}", f"Origin: {ORIGIN}")
         yield running
 
 
@@ -201,10 +208,10 @@ def _floor(deflate: bool) -> contextlib.AbstractContextManager[Running]:
 
 
 @contextlib.contextmanager
-def forward_each() -> Iterator[Running]:
+def _forward_each(deflate: bool) -> Iterator[Running]:
     """The plain forwarder: one ``send_message`` a message."""
     command: list[str | Path] = [sys.executable, "-m", "bench.peers.forward_each"]
-    with stand_in() as environment, fed_by_lines(command, False, environment) as running:
+    with stand_in() as environment, fed_by_lines(command, deflate, environment) as running:
         yield running
 
 
@@ -345,8 +352,17 @@ ASYNCIO_GATEWAY = Server(
     _of_packages("websockets", "msgspec", "aiobotocore"),
 )
 TOKENS_GATEWAY = Server("gateway with tokens", gateway_with_tokens, _of_packages("PyJWT"))
+UNLIMITED_GATEWAY = Server(
+    "gateway without limits",
+    functools.partial(gateway, settings=NO_LIMITS),
+    _of_packages("websockets", "msgspec", "aiobotocore", "uvloop"),
+)
+GATEWAYS = [GATEWAY, TOKENS_GATEWAY, UNLIMITED_GATEWAY, ASYNCIO_GATEWAY]
 WEBSOCKETS = Server("websockets", _python("websockets_broadcast"), _of_packages("websockets"))
 FLOOR = Server("C floor", _floor, _floor_version, deflates=False)
+FORWARD_EACH = Server(
+    "send_message each", _forward_each, _of_packages("aiobotocore"), deflates=False
+)
 NATS = Server("nats-server", nats, _nats_version)
 NCHAN = Server("nchan", nchan, _nchan_version)
 PEER_SERVERS = [

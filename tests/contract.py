@@ -567,14 +567,20 @@ CLOSES = {
         "connect again with back-off, and resume",
     ),
     1007: ("a text frame was not UTF-8", "mend the client; do not send that message again"),
-    1008: ("you sent too many messages for too long", "do not connect again by itself"),
+    1008: (
+        "you sent too many messages, or left one unfinished, for too long",
+        "do not connect again by itself",
+    ),
     1009: ("a message was too large", "connect again and resume; do not send that message again"),
     1011: ("a fault of the gateway", "connect again with back-off, and resume"),
     1012: (
         "this server is being replaced",
         "connect again after the `after_ms` of the `reconnect` message before it, and resume",
     ),
-    1013: ("you read too slowly", "connect again with back-off, and resume"),
+    1013: (
+        "you read too slowly, or too much was unfinished",
+        "connect again with back-off, and resume",
+    ),
     server.CLOSE_UNAUTHENTICATED: (
         "the token was refused or has expired, or none came in time",
         "connect again with a fresh token, and resume; after a second refusal, ask the user",
@@ -598,9 +604,19 @@ def examples() -> dict[str, Json]:
 LIMITS: tuple[tuple[str, str | int, str], ...] = (
     ("a message from a client, bytes after inflating", "max_message_bytes", "close 1009"),
     (
-        "messages of a connection, a second; ping frames and fragments count too",
+        "messages of a connection, a second; pings, pongs and fragments count too",
         "max_messages_per_second",
         "`rate_limited`; at more than twice that, close 1008",
+    ),
+    (
+        "time from a message's first byte to its last, seconds",
+        int(server.MESSAGE_TIMEOUT_S),
+        "close 1008",
+    ),
+    (
+        "unfinished messages of all clients, bytes after inflating",
+        server.UNFINISHED_MAX_BYTES,
+        "close 1013, of the one that is unfinished the longest",
     ),
     (
         "subscriptions of a connection",

@@ -60,6 +60,7 @@ from test_server import (
     stand_in,
     task_group,
 )
+from tests.hostile import CLOSE, PONG, frame
 from tests.issuer import (
     AUDIENCE,
     ISSUER,
@@ -184,6 +185,26 @@ async def get(address: tuple[str, int], path: str, **headers: str) -> bytes:
         response = await reader.read()
     writer.close()
     return response
+
+
+async def upgrade(gateway: Gateway, **headers: str) -> bytes:
+    """Status line and headers with which an opening handshake with these headers is answered."""
+    reader, writer = await asyncio.open_connection(*gateway.address)
+    writer.write(upgrade_with(**headers))
+    async with asyncio.timeout(DEADLINE_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+    writer.transport.abort()
+    return head
+
+
+def upgrade_with(**headers: str) -> bytes:
+    """An opening handshake (RFC 6455, section 4.1); ``X_Name="value"`` becomes a header."""
+    fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return (
+        "GET /ws HTTP/1.1\r\nHost: gateway\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        f"{fields}\r\n"
+    ).encode()
 
 
 def agents_say(stand_in: StandIn, *bodies: str) -> None:
@@ -604,15 +625,7 @@ class TestHandshake:
     ) -> None:
         """Bytes that are no text are a bad token."""
         async with guarded(platform, issuer) as gateway:
-            response = await get(
-                gateway.address,
-                "/ws",
-                Upgrade="websocket",
-                Connection="Upgrade",
-                Sec_WebSocket_Version="13",
-                Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZQ==",
-                Authorization="Bearer \u00e9\u20ac.x.y",
-            )
+            response = await upgrade(gateway, Authorization="Bearer \u00e9\u20ac.x.y")
             assert response.startswith(b"HTTP/1.1 401 ")
 
     async def test_user_reaches_the_agent(
@@ -665,6 +678,25 @@ class TestFirstMessage:
         async with self.gateway(platform, issuer) as gateway:
             assert await status_of(gateway, "not-a-token") == 401
             assert await status_of(gateway) == 101
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"Authorization": "Bearer"},
+            {"Authorization": "Bearer "},
+            {"Sec_WebSocket_Protocol": "agenticai.v1, bearer."},
+            {"Sec_WebSocket_Protocol": "agenticai.v1, bearer.A"},
+            {"Sec_WebSocket_Protocol": "bearer._-8"},
+        ],
+        ids=str,
+    )
+    async def test_empty_token(
+        self, platform: bench.aws.Platform, issuer: Issuer, fields: dict[str, str]
+    ) -> None:
+        """A token of which nothing can be read is a bad one, not none."""
+        async with self.gateway(platform, issuer) as gateway:
+            response = await upgrade(gateway, **fields)
+            assert response.startswith(b"HTTP/1.1 401 ")
 
     async def test_nothing_before(
         self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
@@ -814,6 +846,40 @@ class TestSession:
         ):
             await client.send(action="authenticate", token=token_of("bob"))
             assert (await closed_with(client))[0] == 4401
+
+    @pytest.mark.parametrize("first", ["session", "message"])
+    @pytest.mark.parametrize("last", ["close", "nothing"])
+    async def test_nothing_behind_a_refused_token(
+        self,
+        platform: bench.aws.Platform,
+        issuer: Issuer,
+        stand_in: StandIn,
+        first: str,
+        last: str,
+    ) -> None:
+        """What comes in one piece with a token that is refused is dropped, a close frame or not."""
+        token = token_of("bob") if first == "session" else FORGED["another's key"]
+        piece = frame(json.dumps({"action": "authenticate", "token": token}).encode())
+        piece += frame(b'{"action":"forward","type":"dev","data":1}') * 3
+        if last == "close":
+            piece += frame(b"\x03\xe8", CLOSE)
+        opening = authorization(token_of("alice") if first == "session" else None)
+        async with guarded(platform, issuer, auth_first_message=True) as gateway:
+            reader, writer = await asyncio.open_connection(*gateway.address)
+            writer.write(upgrade_with(**opening))
+            async with asyncio.timeout(DEADLINE_S):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+                writer.write(piece)
+                answers = await reader.read()
+            writer.close()
+            assert b"forward_confirmed" not in answers
+            assert not stand_in.queues["agenticai-dev-queue"].messages
+            assert not gateway.metrics.messages_forwarded
+            async with client_of(gateway, token_of("alice")) as client:
+                answer = await client.ask(action="forward", type="dev", data=2)
+                assert answer["type"] == "forward_confirmed"
+            [message] = stand_in.queues["agenticai-dev-queue"].messages
+            assert json.loads(message.body)["data"] == 2
 
     async def test_rights_shrink(
         self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
@@ -1173,6 +1239,27 @@ class TestProjects:
                     answer = await client.ask(action="forward", type="dev", project_id=EVERYONE)
                     assert answer.get("code") == (None if allowed else "forbidden")
 
+    @pytest.mark.parametrize(
+        ("projects", "allowed"), [("", False), ([], False), (None, False), ("p", True), ("*", True)]
+    )
+    async def test_forward_about_no_project(
+        self,
+        platform: bench.aws.Platform,
+        issuer: Issuer,
+        stand_in: StandIn,
+        projects: Any,
+        allowed: bool,
+    ) -> None:
+        """A forward about no project takes a token that grants one at least, whichever."""
+        async with (
+            guarded(platform, issuer) as gateway,
+            client_of(gateway, token_of(projects=projects)) as client,
+        ):
+            answer = await client.ask(action="forward", type="dev", message_id="m", data=1)
+            assert answer["message_id"] == "m"
+            assert answer.get("code") == (None if allowed else "forbidden")
+            assert len(stand_in.queues["agenticai-dev-queue"].messages) == allowed
+
 
 class TestOrigins:
     ALLOWED = ("https://app.example", "http://localhost:3000")
@@ -1302,6 +1389,37 @@ class TestLimits:
             assert await status_of(gateway, token_of(), **here) == 429
             assert await status_of(gateway, token_of(), X_Forwarded_For="203.0.113.2") == 101
 
+    @pytest.mark.parametrize("way", ["header", "message"])
+    async def test_keys_that_are_not_read_yet(
+        self, platform: bench.aws.Platform, issuer: Issuer, way: str
+    ) -> None:
+        """Tokens with a new key, while keys may not be read, do not shut their address out."""
+        limits = {"max_failed_authentications_per_ip": 10, "auth_first_message": True}
+        token = token_of(key_id="key-2")
+        async with guarded(platform, issuer, **limits) as gateway:
+            assert issuer.reads == 1
+            for _ in range(40):
+                if way == "header":
+                    assert await status_of(gateway, token) == 401
+                    continue
+                async with client_of(gateway) as client:
+                    await client.send(action="authenticate", token=token)
+                    assert (await closed_with(client))[0] == 4401
+            assert issuer.reads == 1
+            assert await status_of(gateway, token_of()) == 101
+
+    async def test_keys_that_are_read_in_vain(
+        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A key that is not among those read for it is a failure like any other."""
+        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+        limits = {"max_failed_authentications_per_ip": 3}
+        async with guarded(platform, issuer, **limits) as gateway:
+            for _ in range(3):
+                assert await status_of(gateway, token_of(key_id="key-2")) == 401
+            assert issuer.reads == 4
+            assert await status_of(gateway, token_of()) == 429
+
     async def test_failed_first_messages(
         self, platform: bench.aws.Platform, issuer: Issuer
     ) -> None:
@@ -1345,9 +1463,10 @@ class TestLimits:
             assert (await client.ask(action="ping"))["type"] == "pong"
 
     async def test_pings_and_fragments(self, platform: bench.aws.Platform) -> None:
-        """Frames that are no messages count as well."""
+        """Frames that are no messages count as well, pongs too."""
         flood = {
             "pings": b"\x89\x80\x00\x00\x00\x00" * 2_000,
+            "pongs": frame(b"", PONG) * 2_000,
             "fragments": b"\x01\x80\x00\x00\x00\x00" + b"\x00\x80\x00\x00\x00\x00" * 20_000,
         }
         for frames in flood.values():
@@ -1357,6 +1476,20 @@ class TestLimits:
             ):
                 client.socket.transport.write(frames)
                 assert (await closed_with(client))[0] == 1008
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            f"Those of {server.LARGE_MESSAGE_BYTES:,} bytes count for two",
+            f"has to be read counts for {server.SUBSCRIBE_COUNTS_FOR};",
+            f"may take {server.MESSAGE_TIMEOUT_S:g} seconds",
+            f"may have {server.UNFINISHED_MAX_BYTES:,} bytes together",
+        ],
+    )
+    def test_documented(self, words: str) -> None:
+        """What counts for how much, and what has how long, is in the protocol's own words."""
+        text = (SERVER.parent / "docs" / "PROTOCOL.md").read_text("utf-8")
+        assert words in " ".join(text.split())
 
     async def test_subscriptions(self, platform: bench.aws.Platform) -> None:
         """A connection has so many subscriptions; everyone's own and repeated ones are free."""
@@ -1416,6 +1549,9 @@ async def process_of(environment: dict[str, str]) -> AsyncIterator[asyncio.subpr
         if process.returncode is None:
             process.kill()
         await process.communicate()
+
+
+VERSION = re.compile(rb"(?im)python|websockets/|uvloop|aiohttp|^server:.*\d")
 
 
 class TestNothingLeaks:
@@ -1573,7 +1709,14 @@ class TestNothingLeaks:
                 assert client.socket.response is not None
                 answers.append(str(client.socket.response.headers).encode())
             for answer in answers:
-                assert not re.search(rb"(?i)python|websockets/|uvloop|aiohttp|^server:.*\d", answer)
+                assert not VERSION.search(answer)
+
+    def test_version(self) -> None:
+        """A version is noticed where one can be: among headers, of any case."""
+        head = b"HTTP/1.1 404 Not Found\r\n%s\r\n\r\n"
+        assert VERSION.search(head % b"Server: gateway/1.2")
+        assert VERSION.search(head % b"Date: x\r\nserver: nginx 1")
+        assert not VERSION.search(head % b"Content-Length: 12\r\nX-Server: 7")
 
     async def test_errors_name_no_internals(self, platform: bench.aws.Platform) -> None:
         """An error is a sentence about the message, not about the machine."""
@@ -1591,7 +1734,7 @@ class TestNothingLeaks:
         token = token_of(nickname="remember me")
         async with guarded(platform, issuer) as gateway:
             reader, writer = await asyncio.open_connection(*gateway.address)
-            writer.write(upgrade_with(token))
+            writer.write(upgrade_with(**authorization(token)))
             async with asyncio.timeout(DEADLINE_S):
                 assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
             [connection] = gateway.registry.connections.values()
@@ -1621,14 +1764,6 @@ class TestNothingLeaks:
                     await socket.recv()
                 await eventually(lambda: not connection.in_flight)
                 assert self.MARK not in everything_in(connection, besides=gateway)
-
-
-def upgrade_with(token: str) -> bytes:
-    return (
-        "GET /ws HTTP/1.1\r\nHost: gateway\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-        f"Authorization: Bearer {token}\r\n\r\n"
-    ).encode()
 
 
 def everything_in(root: object, besides: object) -> str:

@@ -15,12 +15,47 @@ SECURITY = ROOT / "docs" / "SECURITY.md"
 HASH = "--hash=sha256:" + "0123456789abcdef" * 4
 
 
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text("utf-8")
+
+
 class TestPins:
     def test_all_have_hashes(self) -> None:
         """Every package that is installed is pinned, and can be proved to be that one."""
         assert pins() == []
-        assert {path.parent.name for path in PINNED} >= {"audit", "conformance", "fuzz"}
+        assert {path.parent.name for path in PINNED} >= {"audit", "bench", "conformance", "fuzz"}
         assert all("==" in path.read_text("utf-8") for path in PINNED)
+
+    def test_makefile_installs_no_other(self) -> None:
+        """What `make` installs is among them, and its hashes are asked for."""
+        rules = re.findall(r"^\S+: (\S+).*((?:\n\t.*)+)", makefile(), re.MULTILINE)
+        installs = [
+            line.replace("$<", needs)
+            for needs, recipe in rules
+            for line in recipe.splitlines()
+            if "pip install" in line
+        ]
+        assert len(installs) >= 4
+        for line in installs:
+            [name] = re.findall(r"--require-hashes (?:-r|--requirement) (\S+)", line)
+            assert ROOT / name in PINNED
+
+    @pytest.mark.parametrize("path", PINNED, ids=lambda path: str(path.relative_to(ROOT)))
+    def test_say_not_where_packages_come_from(self, path: Path) -> None:
+        """Each installation has its own source of packages."""
+        assert "://" not in path.read_text("utf-8")
+
+    def test_peers_are_of_the_same_versions(self) -> None:
+        """Installing the benchmark's packages changes none that the tests run with."""
+        development, peers = (
+            dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", path.read_text("utf-8"), re.MULTILINE))
+            for path in (ROOT / "requirements-dev.txt", ROOT / "bench" / "requirements.txt")
+        )
+        shared = development.keys() & peers.keys()
+        assert len(shared) > 5
+        assert {name: peers[name] for name in shared} == {
+            name: development[name] for name in shared
+        }
 
     @pytest.mark.parametrize(
         ("line", "good"),

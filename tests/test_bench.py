@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import report
 from bench.feeds import event, update
-from bench.processes import BenchError
+from bench.processes import ROOT, BenchError, Process
 from bench.report import Run, Target
-from bench.scenarios import Record
-from bench.servers import Server, present
+from bench.scenarios import FULL, QUICK, Effort, Record, programme
+from bench.servers import GENEROUS_LIMITS, Server, present
+
+FULL_RUN = report.RESULTS / "full.json"
+LEAST_ROUNDS = 5
 
 
 def record(server: str, round_: int, rate: float, burst: int = 20) -> Record:
@@ -59,15 +64,61 @@ def test_fit_finds_the_line() -> None:
 @pytest.mark.parametrize("at_most", [False, True])
 def test_target_met_at_its_limit(run: Run, at_most: bool) -> None:
     """A goal is met by the median, the limit itself included."""
-    target = Target("x", 15, lambda _run: [14.0, 15.0, 16.0], at_most=at_most)
-    assert target.row(run)[-1] == "yes"
+    target = Target("x", 15, lambda _run, _own: [14.0, 15.0, 16.0], at_most=at_most)
+    assert target.row(run)[3::2] == ["yes", "yes"]
 
 
 @pytest.mark.parametrize(("goal", "at_most"), [(15.1, False), (14.9, True)])
 def test_target_missed(run: Run, goal: float, at_most: bool) -> None:
     """A missed goal is said to be missed."""
-    target = Target("x", goal, lambda _run: [14.0, 15.0, 16.0], at_most=at_most)
-    assert target.row(run)[-1] == "**no**"
+    target = Target("x", goal, lambda _run, _own: [14.0, 15.0, 16.0], at_most=at_most)
+    assert target.row(run)[3::2] == ["**no**", "**no**"]
+
+
+def test_target_is_judged_without_and_with_tokens(run: Run) -> None:
+    """Each of the two has its own figure and its own verdict."""
+    figures = {"gateway": [16.0], "gateway with tokens": [14.0]}
+    target = Target("x", 15, lambda _run, own: figures[own])
+    assert target.row(run)[2:] == ["16x (16-16)", "yes", "14x (14-14)", "**no**"]
+    figures["gateway with tokens"] = []
+    assert target.row(run)[4:] == ["not measured", "-"]
+
+
+def cost_record(scenario: str, server: str, subscribers: int, cost: float) -> Record:
+    parameters = {"subscribers": subscribers, "burst": 1}
+    return Record(scenario, server, 1, parameters, {"cpu_us_per_event": cost})
+
+
+def test_fixed_cost_is_measured_and_taken_off() -> None:
+    """Deliveries alone are what is left when the cost of an event to one client is taken off."""
+    records = [
+        cost_record("subscribers", "gateway", 1, 3000),
+        cost_record("subscribers", "gateway", 5000, 43_000),
+        cost_record("subscribers", "websockets", 5000, 60_000),
+        cost_record("fan-out", "gateway", 2000, 11_000),
+        cost_record("fan-out", "C floor", 2000, 6000),
+    ]
+    run = Run("2025-11-24", {"many": 5000}, {}, {}, {}, records)
+    rows = {t.label: t.measured(run, "gateway") for t in report.TARGETS if t.goal in (1.2, 0.85)}
+    assert rows["the same with {many:,} subscribers, without the calls to AWS"] == [1.5]
+    assert rows["the same without the calls to AWS"] == [0.75]
+
+
+def test_idle_projects_are_compared_with_none() -> None:
+    """The ratio, and the memory beyond that of as many connections to one project."""
+    parameters = {"subscribers": 1000}
+    records = [
+        Record("idle projects", "gateway", 1, {"idle_projects": idle, **parameters}, values)
+        for idle, values in (
+            (0, {"cpu_us_per_event": 500.0}),
+            (5000, {"cpu_us_per_event": 550.0, "idle_kb": 4.0}),
+        )
+    ]
+    records.append(
+        Record("subscribers", "gateway", 1, {"subscribers": 5000, "burst": 0}, {"idle_kb": 3.0})
+    )
+    last = report.projects(Run("2025-11-24", {}, {}, {}, {}, records)).splitlines()[-1]
+    assert last.endswith("| 1,000 | 550 (550-550) | 1.1x (1.1-1.1) | 1 (1-1) |")
 
 
 def test_saved_run_is_the_same_run(run: Run, tmp_path: Path) -> None:
@@ -91,6 +142,79 @@ def test_document_names_every_table() -> None:
     """docs/PERFORMANCE.md has a place for each table, and for no other."""
     found = re.findall(r"<!-- bench:([\w-]+) -->", report.DOCUMENT.read_text(encoding="utf-8"))
     assert sorted(found) == sorted(report.TABLES)
+
+
+def test_document_shows_the_full_run() -> None:
+    """What stands in the tables of docs/PERFORMANCE.md is what bench/results/full.json says."""
+    text = report.DOCUMENT.read_text(encoding="utf-8")
+    filled = report.fill(text, Run.load(FULL_RUN))
+    assert filled == text, "docs/PERFORMANCE.md is out of date: `python -m bench --report`"
+
+
+def test_full_run_has_enough_rounds() -> None:
+    """A median with its spread needs several rounds, and the documented run has had them."""
+    run = Run.load(FULL_RUN)
+    rounds = {record.round for record in run.records}
+    assert len(rounds) == run.effort["rounds"] >= LEAST_ROUNDS, (
+        f"bench/results/full.json is a run of {len(rounds)}, not of {LEAST_ROUNDS}: `make bench`"
+    )
+
+
+def test_full_run_has_every_turn() -> None:
+    """What the programme asks for now was measured, but for servers that were absent."""
+    run = Run.load(FULL_RUN)
+    measured = {(record.scenario, record.server) for record in run.records}
+    asked = {tuple(label.partition(",")[0].split(": ")) for label, _ in programme(FULL)}
+    servers = {*run.versions, "send_message each"}
+    missing = {
+        turn
+        for turn in asked - measured
+        if turn[1] in servers and ": ".join(turn) not in run.absent
+    }
+    assert not missing, f"bench/results/full.json lacks {sorted(missing)}: `make bench`"
+
+
+@pytest.mark.parametrize("effort", [FULL, QUICK], ids=["full", "quick"])
+def test_programme_measures_both_for_each_target(effort: Effort) -> None:
+    """Whatever is compared without tokens is compared with them."""
+    labels = {label for label, _ in programme(effort)}
+    for scenario in ("fan-out", "deflated", "plain 1 KB", "subscribers", "memory"):
+        assert {f"{scenario}: gateway", f"{scenario}: gateway with tokens"} <= labels
+    assert "forwards: gateway with tokens, 100 clients" in labels
+
+
+def test_every_limit_is_on() -> None:
+    """The measured gateway has each limit that `server.py` has, and none at 0."""
+    command = [sys.executable, "server.py", "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    limits = re.findall(r"^  (MAX_\w+) .*\b0 is no limit", text, re.MULTILINE)
+    assert sorted(limits) == sorted(GENEROUS_LIMITS)
+    assert all(int(value) > 0 for value in GENEROUS_LIMITS.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="there is no schedstat")
+class TestCpuTime:
+    """A process's CPU time, as read from outside, is what the process itself says."""
+
+    SPIN = "import sys, threading, time\ndef spin(s):\n while time.process_time() < s: pass\n"
+    TELL = "print(time.process_time(), flush=True)\nsys.stdin.read()\n"
+
+    @pytest.mark.parametrize(
+        ("work", "error_s"),
+        [
+            ("spin(0.3)\n", 0.006),
+            ("t = threading.Thread(target=spin, args=(0.3,)); t.start(); t.join()\n", 0.025),
+        ],
+        ids=["living threads", "a thread that has ended"],
+    )
+    def test_is_what_it_says(self, work: str, error_s: float) -> None:
+        process = Process([sys.executable, "-c", self.SPIN + work + self.TELL])
+        try:
+            said = float(process.read_line())
+            assert said > 0.3
+            assert process.cpu_s() == pytest.approx(said, abs=error_s)
+        finally:
+            process.stop()
 
 
 @pytest.mark.parametrize("size", [200, 1000, 4096])

@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
+from typing import Any
 
 import pytest
 
-from tests.hostile import ATTACKS, HONEST, Report, run
+from tests.hostile import ATTACKS, HONEST, P99_MS, Report, Row, run
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="memory is read from /proc"
 )
 
-P99_MS = 250
-BUSY_FACTOR = 8  # a machine that is busy with something else is slow for the honest anyway
-GROWTH_MB = 64  # half of it are 2,000 sockets at once
+BUSY_MS = 4 * P99_MS  # where other tests have the machine too, everything takes its time
+BUSY_FACTOR = 8  # and it may be slow for the honest before anybody attacks
+GROWTH_MB = 128  # half of it are unfinished messages, which may have 64 MB; a quarter 2,000 sockets
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +36,49 @@ def test_honest_clients_stay(report: Report) -> None:
 
 
 def test_attacks_happen(report: Report) -> None:
-    """Every attack is really made."""
-    assert not [row.name for row in report.rows if ATTACKS[row.name][0] and not row.acts]
+    """Every attack is really made, and answered as such an attack should be."""
+    assert report.idle == []
+    assert report.missed == []
 
 
 def test_honest_clients_are_answered(report: Report) -> None:
-    """The honest hardly notice: 99 of 100 answers come within a quarter of a second."""
+    """Of the honest's answers 99 of 100 come within a second, or 8 times what they take in calm.
+
+    That is wide, for machines that do something else at the same time, and finds what stops the
+    gateway; ``python -m tests.hostile``, on a machine of its own, holds it to 250 ms.
+    """
     calm = next(row for row in report.rows if row.name == "nobody attacks")
-    bound_ms = max(P99_MS, BUSY_FACTOR * calm.p99_ms)
+    bound_ms = max(BUSY_MS, BUSY_FACTOR * calm.p99_ms)
     assert {row.name: row.p99_ms for row in report.rows if row.p99_ms > bound_ms} == {}
 
 
 def test_memory_is_bounded(report: Report) -> None:
-    """No attack makes the gateway take much memory, nor keep it."""
+    """No attack makes the gateway take 128 MB more, nor keep more than half of it."""
     assert report.peak_mb < report.before_mb + GROWTH_MB
-    assert report.after_mb < report.before_mb + GROWTH_MB
+    assert report.after_mb <= report.kept_at_most_mb
+
+
+FINE = Row("forged tokens", 9, {}, 900, 5.0, 90.0, 99.0, 0, 0, 80.0)
+BAD_ROWS: tuple[dict[str, Any], ...] = (
+    {"acts": 0},
+    {"misses": {"101 rather than 401": 1}},
+    {"p99_ms": P99_MS + 1.0},
+    {"lost": 1},
+    {"gaps": 1},
+)
+BAD_REPORTS: tuple[dict[str, Any], ...] = (
+    *({"rows": [dataclasses.replace(FINE, **bad)]} for bad in BAD_ROWS),
+    {"after_mb": 200.0},
+    {"errors": ["a traceback"]},
+)
+
+
+@pytest.mark.parametrize("bad", BAD_REPORTS, ids=str)
+def test_faults_are_found(bad: dict[str, Any]) -> None:
+    """What ``python -m tests.hostile`` ends with exit code 1 for is each found by itself."""
+    fine = Report([FINE], before_mb=80.0, peak_mb=90.0, after_mb=100.0, errors=[])
+    assert fine.faults() == []
+    assert len(dataclasses.replace(fine, **bad).faults()) == 1
 
 
 def test_nothing_is_an_error(report: Report) -> None:

@@ -29,6 +29,7 @@ from websockets.sync.client import connect
 from websockets.sync.server import Server, ServerConnection, serve
 
 from tests import template
+from tests.test_template import rules_hold
 
 ROOT = template.PATH.parent
 TEMPLATE = template.load()
@@ -306,6 +307,14 @@ class TestSyntax:
         assert any(node.type in NEWER_SYNTAX or node.type == "ERROR" for node in walk(newer))
 
 
+OVERRIDE = re.compile(r"(?<=[{;] )(\w+) = '([^']*)'")
+"""A parameter of the template, and its value, in an example's hash table."""
+
+
+def examples_in(script: Script) -> list[str]:
+    return re.findall(r"^\.EXAMPLE\n(.+)\n", script.main.help, re.MULTILINE)
+
+
 class TestHelp:
     @each_script
     def test_script(self, script: Script) -> None:
@@ -323,8 +332,7 @@ class TestHelp:
     @each_script
     def test_examples(self, script: Script) -> None:
         """The examples call the script with parameters it has, and parse."""
-        examples = re.findall(r"^\.EXAMPLE\n(.+)\n", script.main.help, re.MULTILINE)
-        for example in examples:
+        for example in examples_in(script):
             # The grammar does not know that a command may begin with a dot.
             root = PARSER.parse(example.removeprefix("./").encode()).root_node
             assert not root.has_error, example
@@ -333,6 +341,14 @@ class TestHelp:
             assert command.name == script.path.name
             unknown = set(command.arguments) - set(script.main.parameters) - COMMON_PARAMETERS
             assert not unknown, example
+
+    def test_examples_pass_the_rules(self) -> None:
+        """What an example sets of the template's parameters, the template's rules let through."""
+        overrides = [dict(OVERRIDE.findall(example)) for example in examples_in(DEPLOY)]
+        assert sum("AuthJwksUrl" in override for override in overrides) >= 1
+        for override in overrides:
+            assert override.keys() <= TEMPLATE["Parameters"].keys()
+            assert rules_hold(template.Stack(**override)), override
 
     @each_script
     def test_binding(self, script: Script) -> None:

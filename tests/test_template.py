@@ -8,6 +8,7 @@ account of that. Nothing here needs the network or credentials.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import http.server
 import json
 import os
@@ -25,11 +26,14 @@ import boto3
 import botocore.session
 import pytest
 from botocore import xform_name
+from hypothesis import given
+from hypothesis import strategies as st
 from moto import mock_aws
 from moto.elbv2.models import FakeLoadBalancer, FakeTargetGroup
 
 import server
 from tests import template
+from tests.generated import shown
 from tests.template import Stack, iam_actions
 
 ROOT = template.PATH.parent
@@ -54,6 +58,34 @@ NOT_CREATED_BY_MOTO = {
     "AWS::WAFv2::WebACLAssociation",
 }
 """Types that moto skips with a warning: each is asserted on the evaluated template below."""
+
+
+def variables() -> dict[str, str]:
+    """Parameter to the variable of the container that is nothing but its value."""
+    (container,) = RESOURCES["TaskDefinition"]["Properties"]["ContainerDefinitions"]
+    return {
+        item["Value"]["Ref"]: item["Name"]
+        for item in container["Environment"]
+        if isinstance(item["Value"], dict) and item["Value"].get("Ref") in PARAMETERS
+    }
+
+
+VARIABLES = variables()
+
+PATTERNS = [name for name in VARIABLES if "AllowedPattern" in PARAMETERS[name]]
+"""Parameters that become settings, and whose values are text of some form."""
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, str]:
+    """Variables with which the server starts, tokens and all."""
+    stack = Stack(
+        ContainerImage=IMAGE,
+        AuthJwksUrl="https://issuer.example.com/keys.json",
+        AuthIssuer="https://issuer.example.com",
+        AuthAudience="gateway",
+    )
+    return realistic(stack.container_environment())
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +185,11 @@ class TestParameters:
 
     @pytest.mark.parametrize("name", PARAMETERS)
     def test_is_constrained(self, name: str) -> None:
-        """A wrong value is refused before anything is made; only free text has no form to check."""
+        """A wrong value is refused before anything is made."""
         parameter = PARAMETERS[name]
         by_type = "AWS::" in parameter["Type"]
         by_rule = parameter.keys() & {"AllowedPattern", "AllowedValues", "MinValue"}
-        free_text = name in {"AuthIssuer", "AuthAudience", "AllowedOrigins"}
-        assert bool(by_type or by_rule) != free_text
+        assert by_type or by_rule
         assert ("AllowedPattern" in parameter) == ("ConstraintDescription" in parameter)
 
     @pytest.mark.parametrize("name", PARAMETERS)
@@ -184,6 +215,17 @@ class TestParameters:
             ("MinTasks", "0"),
             ("DrainSeconds", "120"),
             ("AuthJwksUrl", "http://issuer.example.com/keys"),
+            ("AuthJwksUrl", "https:///keys"),
+            ("AuthIssuer", " "),
+            ("AuthDeadlineSeconds", "0"),
+            ("AuthDeadlineSeconds", "301"),
+            ("AllowedOrigins", "*"),
+            ("AllowedOrigins", "app.example.com"),
+            ("AllowedOrigins", "https://app.example.com/"),
+            ("AllowedOrigins", "https://app.example.com https://admin.example.com"),
+            ("MaxHandshakesPerSecond", "100001"),
+            ("MaxMessagesPerSecond", "999999"),
+            ("MaxSubscriptionsPerConnection", "10001"),
             ("NotificationEmail", "on call"),
         ],
     )
@@ -801,6 +843,36 @@ class TestService:
         for value in map(str, extremes):
             stack = Stack(ContainerImage=IMAGE, **{name: value})
             server.Settings.from_mapping(realistic(stack.container_environment()))
+
+    @pytest.mark.parametrize("name", PATTERNS)
+    @given(data=st.data())
+    def test_server_accepts_what_a_pattern_does(
+        self, whole: dict[str, str], name: str, data: st.DataObject
+    ) -> None:
+        """No text that CloudFormation takes ends the container with exit code 2."""
+        pattern = re.compile(PARAMETERS[name]["AllowedPattern"], re.ASCII)  # as in Java
+        value = data.draw(st.from_regex(pattern, fullmatch=True))
+        assert value or "Default" in PARAMETERS[name]
+        if value or name not in ("AuthIssuer", "AuthAudience"):  # needed with keys: a rule says so
+            server.Settings.from_mapping({**whole, VARIABLES[name]: value})
+
+    @pytest.mark.parametrize("name", PATTERNS)
+    def test_server_accepts_every_number_a_pattern_does(
+        self, whole: dict[str, str], name: str
+    ) -> None:
+        """The highest ones above all, which random text hardly ever is."""
+        powers = {10**digits + more for digits in range(9) for more in (-1, 0, 1)}
+        accepted = [n for n in {*range(1_100), *powers} if accepts(PARAMETERS[name], str(n))]
+        assert accepted or not name.startswith("Max")
+        for number in accepted:
+            server.Settings.from_mapping({**whole, VARIABLES[name]: str(number)})
+
+    @pytest.mark.parametrize("name", PATTERNS)
+    def test_default_of_the_setting_can_be_given(self, name: str) -> None:
+        """What the documents name as the default is no worse than leaving it out."""
+        default = server.Settings.__dataclass_fields__[VARIABLES[name].lower()].default
+        required = default is dataclasses.MISSING
+        assert required or accepts(PARAMETERS[name], shown(default).strip("`"))
 
     def test_every_variable_is_a_setting(self, full: Stack) -> None:
         """A name that server.py does not read would promise what it does not do."""

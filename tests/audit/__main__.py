@@ -21,6 +21,8 @@ DEPLOYED = ROOT / "requirements.txt"
 PINNED = (
     DEPLOYED,
     ROOT / "requirements-dev.txt",
+    ROOT / "bench" / "requirements.txt",
+    REQUIREMENTS.with_name("uv.txt"),
     *sorted((ROOT / "tests").glob("*/requirements.txt")),
 )
 PRODUCTION = ("server.py",)

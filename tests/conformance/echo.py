@@ -15,7 +15,7 @@ from websockets.http11 import Request
 
 import server
 from bench.servers import stand_in
-from server import Connection, Event, Gateway, Progress, Settings, deflate, frame
+from server import Chunk, Connection, Event, Gateway, Progress, Settings, deflate, frame
 
 BINARY = 0x82
 BINARY_DEFLATED = 0xC2
@@ -44,7 +44,7 @@ class EchoGateway(Gateway):
         self._admission.entered(connection.address)
 
     def message(self, connection: Connection, payload: bytes) -> None:
-        connection.send_events([Event("echo", None, payload)])
+        connection.send_chunk(Chunk([Event("echo", 0, payload)]))
 
 
 READY_S = 30.0
