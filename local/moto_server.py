@@ -7,7 +7,8 @@ This module runs in the process of the embedded AWS only (`python -m local.aws`)
   whole table each time; here it saves the items that it touches.
 - Long polls answered late and kept their thread busy. Here `ReceiveMessage` waits outside the lock
   and is woken by whatever changes a queue; a poll whose client has gone takes no message with it.
-- A FIFO group whose messages were received together and timed out came back out of order.
+- A FIFO group whose messages were received together and timed out came back out of order. So did
+  one whose first message was hidden again, after its time, by whoever had received it before.
 - One deleted queue behind an SNS topic failed the publication for all the others.
 - Each message received cost a look at all messages of its queue, by a slow clock, and each request
   a look at moto's directory.
@@ -38,7 +39,7 @@ from moto.moto_server.werkzeug_app import (
     create_backend_app,
 )
 from moto.sns.models import Subscription
-from moto.sqs.exceptions import QueueDoesNotExist
+from moto.sqs.exceptions import QueueDoesNotExist, ReceiptHandleIsInvalid
 from moto.sqs.models import Message, Queue, SQSBackend
 from werkzeug.serving import BaseWSGIServer, make_server
 
@@ -140,6 +141,21 @@ def _release_timed_out(queue: Queue) -> None:
         queue.pending_messages.remove(message)
 
 
+_change_visibility = SQSBackend.change_message_visibility
+
+
+@functools.wraps(_change_visibility)
+def _change_message_visibility(
+    backend: SQSBackend, queue_name: str, receipt_handle: str, visibility_timeout: int
+) -> None:
+    """Change it for a message in flight, by the receipt of its latest receive, as SQS does."""
+    for message in backend.get_queue(queue_name)._messages:
+        late = message.visible or message.receipt_handle != receipt_handle
+        if message.had_receipt_handle(receipt_handle) and late:
+            raise ReceiptHandleIsInvalid
+    _change_visibility(backend, queue_name, receipt_handle, visibility_timeout)
+
+
 def _seconds_to_next_visible(queue: Queue) -> float:
     now_ms = _now_ms()
     times = (max(message.visible_at, message.delayed_until) for message in queue._messages)
@@ -220,6 +236,7 @@ def _put_back(
 
 CORRECTIONS: list[tuple[object, str, object]] = [
     (SQSBackend, "receive_message", _receive_message),
+    (SQSBackend, "change_message_visibility", _change_message_visibility),
     (SQSBackend, "is_message_valid_based_on_retention_period", _is_within_retention_period),
     (moto.sqs.models, "unix_time_millis", _now_ms),
     (moto.backends, "list_of_moto_modules", _moto_modules),

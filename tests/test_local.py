@@ -184,6 +184,30 @@ class TestQueues:
         assert bodies(sqs.receive_message(VisibilityTimeout=1, **receive)) == ["1", "2", "3"]
         assert bodies(sqs.receive_message(**receive)) == ["1", "2", "3"]
 
+    @pytest.mark.parametrize("received_again", [False, True])
+    def test_a_late_change_of_visibility_is_refused(
+        self, fifo_platform: Platform, received_again: bool
+    ) -> None:
+        """It would hide the first message of a group, and let the others overtake it."""
+        sqs, url = fifo_platform.client("sqs"), fifo_platform.queue_urls["updates"]
+        for body in "ab":
+            sqs.send_message(QueueUrl=url, MessageBody=body, MessageGroupId="proj")
+        [first] = sqs.receive_message(QueueUrl=url, VisibilityTimeout=0)["Messages"]
+        if received_again:
+            sqs.receive_message(QueueUrl=url, VisibilityTimeout=60)
+        answer = sqs.change_message_visibility_batch(
+            QueueUrl=url,
+            Entries=[{"Id": "0", "ReceiptHandle": first["ReceiptHandle"], "VisibilityTimeout": 60}],
+        )
+        assert [failed["Id"] for failed in answer["Failed"]] == ["0"]
+        with pytest.raises(sqs.exceptions.ClientError):
+            sqs.change_message_visibility(
+                QueueUrl=url, ReceiptHandle=first["ReceiptHandle"], VisibilityTimeout=60
+            )
+        messages = sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages", [])
+        bodies = [message["Body"] for message in messages]
+        assert bodies == ([] if received_again else ["a", "b"])
+
     def test_fifo_holds_a_group_back_while_one_of_it_is_in_work(
         self, fifo_platform: Platform
     ) -> None:
