@@ -16,6 +16,7 @@ This module runs in the process of the embedded AWS only (`python -m local.aws`)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -23,7 +24,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +88,29 @@ def _moto_modules() -> tuple[str, ...]:
 # --- SQS ---
 
 
-def _now_ms() -> float:
-    """Stand in for moto's clock, which goes through a datetime: it is read for each message."""
-    return time.time() * 1000
+class _Clock:
+    """Stand in for moto's clock, which goes through a datetime: it is read for each message.
+
+    During a receive it stands still. Else the time of a FIFO group's messages, received together,
+    ends one after the other while moto looks at them: the first is found hidden, the last is not.
+    """
+
+    def __init__(self) -> None:
+        self._still_ms: float | None = None
+
+    def __call__(self) -> float:
+        return time.time() * 1000 if self._still_ms is None else self._still_ms
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        self._still_ms = self()
+        try:
+            yield
+        finally:
+            self._still_ms = None
+
+
+_now_ms = _Clock()
 
 
 _receive_now = SQSBackend.receive_message
@@ -109,10 +130,11 @@ def _receive_message(
         if _client_has_gone():
             return []
         queue = backend.get_queue(queue_name)  # again each time: it may be deleted meanwhile
-        _release_timed_out(queue)
-        messages = _receive_now(
-            backend, queue_name, count, 0, visibility_timeout, message_attribute_names
-        )
+        with _now_ms.standing_still():
+            _release_timed_out(queue)
+            messages = _receive_now(
+                backend, queue_name, count, 0, visibility_timeout, message_attribute_names
+            )
         remaining = deadline - time.monotonic()
         if messages or remaining <= 0:
             return messages

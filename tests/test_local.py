@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,11 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import moto.sqs.models
 import pytest
 from botocore.exceptions import ClientError
+from moto.sqs.models import SQSBackend
 from websockets.sync.client import ClientConnection, connect
 
-from local import agents
+from local import agents, moto_server
 from local.__main__ import log_line
 from local.aws import EmbeddedAws, EmbeddedAwsError, Platform
 from local.event_source import deliver_batch, find_queue_arn
@@ -183,6 +186,28 @@ class TestQueues:
         receive = {"QueueUrl": url, "MaxNumberOfMessages": 10, "WaitTimeSeconds": 5}
         assert bodies(sqs.receive_message(VisibilityTimeout=1, **receive)) == ["1", "2", "3"]
         assert bodies(sqs.receive_message(**receive)) == ["1", "2", "3"]
+
+    @pytest.mark.parametrize("late_ms", [step / 4 for step in range(-20, 8)])
+    def test_fifo_keeps_a_group_in_order_while_its_timeout_ends(
+        self, monkeypatch: pytest.MonkeyPatch, late_ms: float
+    ) -> None:
+        """At whatever moment it is looked at, the first message comes first, or none comes."""
+        ticks = itertools.count(0, 0.000_1)  # seconds: some time passes between two looks
+        began_at, late_s = time.time(), 0.0
+        monkeypatch.setattr(moto.sqs.models, "unix_time_millis", moto_server._now_ms)
+        monkeypatch.setattr(moto_server, "_client_has_gone", lambda: False)
+        backend = SQSBackend("us-east-1", "123456789012")
+        queue = backend.create_queue("q.fifo", {}, FifoQueue="true")
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: began_at + late_s + next(ticks))
+            for body in "123456":
+                backend.send_message("q.fifo", body, group_id="g", deduplication_id=body)
+            first = moto_server._receive_message(backend, "q.fifo", 10, 0, 2)
+            assert [message.body for message in first] == list("123456")
+            last_ms = queue._messages[-1].visible_at + late_ms
+            late_s = last_ms / 1000 - began_at - next(ticks)
+            again = moto_server._receive_message(backend, "q.fifo", 10, 0, 2)
+        assert [message.body for message in again] in ([], list("123456"))
 
     @pytest.mark.parametrize("received_again", [False, True])
     def test_a_late_change_of_visibility_is_refused(
