@@ -1521,7 +1521,7 @@ class PlainJson:
     """Encodes parameters and decodes answers that are JSON as they stand.
 
     The SDK walks its model of the operation for every value in them, to find the few that JSON
-    cannot hold: a quarter of a call with ten messages.
+    cannot hold: a fifth of a call with ten messages.
     """
 
     @staticmethod
