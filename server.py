@@ -184,7 +184,7 @@ CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEEP_INTERVAL_S = 1.0
 FORGOTTEN_AT_ONCE = 4_096  # addresses looked at, each second
-PINGS_PER_TURN = 200
+SWEPT_PER_TURN = 200  # connections, before the others get their turn
 DISCARDED_MAX_BYTES = 1_048_576  # after the end of what is read of a connection
 LARGE_MESSAGE_BYTES = 32_768  # counts for two, twice as much for three, in the pace
 TURN_BYTES = 4_096  # of one connection's input, before the others get their turn
@@ -3865,6 +3865,14 @@ def unwelcome(protocol: ServerProtocol, status: int, why: str) -> Response:
     return response
 
 
+async def in_turns(connections: Sequence[Connection]) -> AsyncIterator[Connection]:
+    """One after the other, and others have their turn in between: there may be thousands."""
+    for i, connection in enumerate(connections):
+        yield connection
+        if i % SWEPT_PER_TURN == SWEPT_PER_TURN - 1:
+            await asyncio.sleep(0)
+
+
 def peer_of(connection: Connection) -> str:
     """Who the socket says it is from; nothing once the peer has gone."""
     peer = connection.transport.get_extra_info("peername")
@@ -4439,9 +4447,9 @@ class Gateway:
         next_line = time.monotonic() + 60
         while True:
             await asyncio.sleep(interval_s)
-            for connection in [c for c in self.pending if c.deadline <= self.now()]:
+            async for connection in self._overdue(self.pending):
                 connection.transport.abort()
-            for connection in [c for c in self._nameless if c.deadline <= self.now()]:
+            async for connection in self._overdue(self._nameless):
                 connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
             for connection in [c for c in self._unfinished if c.unfinished_until <= self.now()]:
                 connection.close(CloseCode.POLICY_VIOLATION, "a message was not finished in time")
@@ -4457,6 +4465,12 @@ class Gateway:
             if time.monotonic() >= next_line:
                 next_line += 60
                 metrics_logger.info("metrics", extra=self.metrics.line())
+
+    async def _overdue(self, waiting: Mapping[Connection, None]) -> AsyncIterator[Connection]:
+        """Those whose deadline has passed, and who still wait when it is their turn."""
+        async for connection in in_turns([c for c in waiting if c.deadline <= self.now()]):
+            if connection in waiting and connection.deadline <= self.now():
+                yield connection
 
     def _end_sessions(self) -> None:
         """Warn who has a token that is about to expire, and close who has one that did."""
@@ -4474,13 +4488,11 @@ class Gateway:
         """Ping who said nothing for ``interval_s``; drop who has not answered the last ping."""
         now = self.now()
         quiet = [c for c in self.registry.connections.values() if now - c.heard_at >= interval_s]
-        for i, connection in enumerate(quiet):
+        async for connection in in_turns(quiet):
             if connection.pinged_at <= connection.heard_at:
                 connection.ping()
             elif now - connection.pinged_at >= interval_s and connection.transport.is_reading():
                 connection.transport.abort()
-            if i % PINGS_PER_TURN == PINGS_PER_TURN - 1:
-                await asyncio.sleep(0)
 
     async def _drain(self, loops: list[asyncio.Task[Any]]) -> None:
         """Leave in order; every step is bounded, and all of them by the platform's stop timeout."""

@@ -6808,7 +6808,7 @@ class TestGateway:
         self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A sweep over many lets the loop turn in between."""
-        monkeypatch.setattr(server, "PINGS_PER_TURN", 2)
+        monkeypatch.setattr(server, "SWEPT_PER_TURN", 2)
         async with (
             running_gateway(platform, ping_interval_seconds=0.1) as gateway,
             contextlib.AsyncExitStack() as stack,
@@ -6816,6 +6816,27 @@ class TestGateway:
             peers = [await stack.enter_async_context(peer_of(gateway)) for _ in range(5)]
             for peer in peers:
                 assert [frame.opcode for frame in await peer.rest()] == [Opcode.PING]
+
+    async def test_many_half_open(self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Thousands that never finish their handshake are not all cut in one turn of the loop."""
+        monkeypatch.setattr(server, "SWEPT_PER_TURN", 2)
+        left: list[int] = []
+
+        async def watch() -> None:
+            while True:
+                left.append(len(gateway.pending))
+                await asyncio.sleep(0)
+
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(10):
+                await stack.enter_async_context(dialled(gateway))
+            await eventually(lambda: len(gateway.pending) == 10)
+            for connection in gateway.pending:
+                connection.deadline = 0.0
+            watching = asyncio.ensure_future(watch())
+            await eventually(lambda: not gateway.pending)
+            watching.cancel()
+        assert max(before - after for before, after in itertools.pairwise(left)) <= 2
 
     @pytest.mark.usefixtures("impatient")
     async def test_paused_peer_is_not_silent(
