@@ -3546,8 +3546,9 @@ class Connection(asyncio.Protocol):
             self.fail(exc)
 
     def eof_received(self) -> bool:
-        self.protocol.receive_eof()
-        self._write_out()
+        if self.progress is not Progress.HANDSHAKE:  # of thousands half open, all may go at once
+            self.protocol.receive_eof()
+            self._write_out()
         return False  # asyncio closes the transport, after what is still to be written
 
     def pause_writing(self) -> None:
