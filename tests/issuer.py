@@ -126,7 +126,7 @@ def forged_tokens() -> dict[str, str]:
             claims_of(), private_key("key-1"), "RS256", {"kid": "key-1", "crit": ["x"], "x": 1}
         ),
         "expired": token_of(valid_s=-60),
-        "not yet valid": token_of(86_400, nbf=int(time.time()) + 43_200),
+        "not yet valid": token_of(valid_s=86_400, nbf=int(time.time()) + 43_200),
         "without end": token_of(exp=None),
         "endless": token_of(exp=10**400),
         "end of no kind": token_of(exp="tomorrow"),
