@@ -163,6 +163,7 @@ CLOSE_UNAUTHENTICATED = 4401  # from the range for applications (RFC 6455, secti
 ID_MAX_CHARS = 256
 SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
 WEBSOCKET_PATHS = ("/", "/ws")
+COMPLAINT_MAX_CHARS = 200
 
 # Access.
 TOKEN_LEEWAY_S = 30.0
@@ -906,13 +907,18 @@ class Event:
         return self._deflated
 
 
-def explain(payload: bytes | bytearray, complaint: str) -> BadMessage:
+def brief(exc: BaseException) -> str:
+    """What a parser complains of, cut short: the path to it is as deep as somebody has nested."""
+    return str(exc)[:COMPLAINT_MAX_CHARS]
+
+
+def explain(payload: bytes | bytearray, complaint: msgspec.ValidationError) -> BadMessage:
     """Why valid JSON is no client message; ``complaint`` is msgspec's word for it."""
     try:
         content = msgspec.json.decode(payload)
     except UNREADABLE_JSON as exc:
         return BadMessage(
-            ErrorCode.INVALID_JSON, f"The message is not JSON that can be read: {exc}."
+            ErrorCode.INVALID_JSON, f"The message is not JSON that can be read: {brief(exc)}."
         )
     if not isinstance(content, dict):
         return BadMessage(ErrorCode.INVALID_MESSAGE, "The message must be a JSON object.")
@@ -926,11 +932,11 @@ def explain(payload: bytes | bytearray, complaint: str) -> BadMessage:
         return BadMessage(
             ErrorCode.INVALID_MESSAGE, f'The message has no "action": {actions}.', **context
         )
-    if "`$.action`" in complaint:
+    if "`$.action`" in str(complaint):
         return BadMessage(
             ErrorCode.UNKNOWN_ACTION, f'This "action" is not known; use {actions}.', **context
         )
-    return BadMessage(ErrorCode.INVALID_FIELD, f"{complaint.replace('`', '')}.", **context)
+    return BadMessage(ErrorCode.INVALID_FIELD, f"{brief(complaint).replace('`', '')}.", **context)
 
 
 def decode_message(payload: bytes | bytearray) -> ClientMessage:
@@ -942,9 +948,9 @@ def decode_message(payload: bytes | bytearray) -> ClientMessage:
     try:
         return cast("ClientMessage", Decoders.client_message.decode(payload))
     except msgspec.ValidationError as exc:
-        raise explain(payload, str(exc)) from None
+        raise explain(payload, exc) from None
     except UNREADABLE_JSON as exc:
-        sentence = f"The message is not JSON that can be read: {exc}."
+        sentence = f"The message is not JSON that can be read: {brief(exc)}."
         raise BadMessage(ErrorCode.INVALID_JSON, sentence) from None
 
 
@@ -970,7 +976,7 @@ def decode_update(body: str) -> Update:
     try:
         update = Decoders.update.decode(body.encode())
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as exc:
-        raise UnreadableUpdate(str(exc)) from None
+        raise UnreadableUpdate(brief(exc)) from None
     if update.type in RESERVED_TYPES:
         raise UnreadableUpdate(f"the type {update.type!r} is reserved for the server")
     if len(bytes(update.data)) > EVENT_MAX_BYTES:
