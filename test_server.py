@@ -1,6 +1,6 @@
 """The tests of server.py: a class a section, in its order, over real sockets on free ports.
 
-AWS comes in two kinds. ``stand_in`` (bench/aws) runs in the test's own event loop, is fast and
+AWS comes in two kinds. ``stand_in`` (aws_standin) runs in the test's own event loop, is fast and
 fails on command: it serves where calls go wrong. ``embedded_aws`` (local/aws.py) is moto in a
 process of its own, somebody else's reading of the documentation: it serves where AWS's own
 behaviour matters. Nothing waits for a fixed time: ``eventually`` waits for a condition.
@@ -75,10 +75,10 @@ from websockets.protocol import State
 from websockets.uri import parse_uri
 from websockets.utils import apply_mask
 
-import bench.aws
+import aws_standin
 import local.aws
 import server
-from bench.aws import Call, Fault, StandIn, Table
+from aws_standin import Call, Fault, StandIn, Table
 from local.aws import EmbeddedAws, without_aws
 from server import (
     EVERYONE,
@@ -126,7 +126,7 @@ from tests.issuer import key_set, public_jwk, running_issuer, token_of
 
 T = TypeVar("T")
 Json = dict[str, Any]
-Platform = bench.aws.Platform | local.aws.Platform
+Platform = aws_standin.Platform | local.aws.Platform
 
 DEADLINE_S = 20.0  # for what takes milliseconds, on a machine with better things to do
 hypothesis_settings.register_profile("busy machine", deadline=None)
@@ -152,7 +152,7 @@ async def stand_in() -> AsyncIterator[StandIn]:
 
 
 @pytest.fixture
-def platform(stand_in: StandIn) -> bench.aws.Platform:
+def platform(stand_in: StandIn) -> aws_standin.Platform:
     """The queues, the topic and the tables that a gateway expects, in the stand-in."""
     return stand_in.create_platform()
 
@@ -164,7 +164,7 @@ prefixes = (f"server{number}" for number in itertools.count(1))
 def either_platform(request: pytest.FixtureRequest) -> Platform:
     """A platform in the stand-in, and once more one in moto."""
     if request.param == "stand-in":
-        return cast("bench.aws.Platform", request.getfixturevalue("platform"))
+        return cast("aws_standin.Platform", request.getfixturevalue("platform"))
     aws: EmbeddedAws = request.getfixturevalue("embedded_aws")
     return aws.create_platform(prefix=next(prefixes))
 
@@ -190,7 +190,7 @@ async def aws_clients(platform: Platform) -> AsyncIterator[Aws]:
 
 
 @pytest.fixture
-async def aws(platform: bench.aws.Platform) -> AsyncIterator[Aws]:
+async def aws(platform: aws_standin.Platform) -> AsyncIterator[Aws]:
     """The clients of the stand-in's platform."""
     async with aws_clients(platform) as clients:
         yield clients
@@ -1796,7 +1796,7 @@ class TestClients:
             assert request.headers["Authorization"] == expected
             assert request.headers["X-Amz-Security-Token"] == identity.frozen.token
 
-    async def test_every_call_is_signed(self, platform: bench.aws.Platform, aws: Aws) -> None:
+    async def test_every_call_is_signed(self, platform: aws_standin.Platform, aws: Aws) -> None:
         """What goes over the wire carries the SDK's own signature, once, for every service."""
         sent: list[tuple[str, AWSPreparedRequest]] = []
 
@@ -1823,7 +1823,7 @@ class TestClients:
             assert request.headers["Authorization"] == expected
 
     async def test_without_credentials(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Where there are none, the SDK says so."""
         monkeypatch.setattr(AioSession, "get_credentials", AsyncMock(return_value=None))
@@ -1874,7 +1874,7 @@ class TestClients:
         assert found == answer
         assert response["body"] == b"{}"
 
-    async def test_errors_are_the_sdks(self, platform: bench.aws.Platform, aws: Aws) -> None:
+    async def test_errors_are_the_sdks(self, platform: aws_standin.Platform, aws: Aws) -> None:
         """What AWS refuses is raised with all that it says of it."""
         key = {"PK": {"S": "a"}, "SK": {"S": "b"}}
         with pytest.raises(ClientError) as caught:
@@ -1896,7 +1896,7 @@ class TestClients:
 
     @each_passing_fault
     async def test_one_attempt(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn, fault: Fault
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn, fault: Fault
     ) -> None:
         """The SDK asks nobody whether to retry, and does not."""
         stand_in.fault = always("ReceiveMessage", fault)
@@ -2085,7 +2085,7 @@ class TestBatcher:
 
 class TestForwarder:
     async def test_confirmed(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """A forward is confirmed with the id that SQS gave the message in the queue."""
         async with desk_of(platform, aws) as desk:
@@ -2121,7 +2121,9 @@ class TestForwarder:
         assert received == settled
         assert set(received) == set(message_ids)
 
-    async def test_batches(self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn) -> None:
+    async def test_batches(
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
+    ) -> None:
         """A lone forward goes at once, and what comes while a call is under way goes together."""
         stand_in.fault = always("SendMessageBatch", Fault(delay_s=0.05))
         async with desk_of(platform, aws) as desk:
@@ -2133,7 +2135,7 @@ class TestForwarder:
         assert stand_in.calls["sqs", "SendMessageBatch"] == 4  # 1 + 10 + 10 + 5
 
     async def test_batch_bytes(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """A batch never exceeds SQS's megabyte."""
         async with desk_of(platform, aws) as desk:
@@ -2144,7 +2146,7 @@ class TestForwarder:
     @each_passing_fault
     @pytest.mark.usefixtures("impatient")
     async def test_passing_fault(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn, fault: Fault
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn, fault: Fault
     ) -> None:
         """A call that fails in passing is made again, and every forward confirmed."""
         stand_in.fault = faults("SendMessageBatch", fault, fault, fault)
@@ -2173,7 +2175,7 @@ class TestForwarder:
     )
     @pytest.mark.usefixtures("impatient")
     async def test_answer_of_no_use(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn, answer: bytes
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn, answer: bytes
     ) -> None:
         """An answer that does not say what became of a message confirms nothing."""
         stand_in.fault = faults("SendMessageBatch", Fault(garbage=answer))
@@ -2185,7 +2187,7 @@ class TestForwarder:
 
     @pytest.mark.usefixtures("impatient")
     async def test_partial_failure(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """Of a batch, what SQS could not take is retried and what it would not take refused."""
         stand_in.fault = faults(
@@ -2200,7 +2202,7 @@ class TestForwarder:
 
     @pytest.mark.usefixtures("impatient")
     async def test_one_bad_entry(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """One message that makes SQS refuse the whole batch does not take the others along."""
 
@@ -2221,7 +2223,7 @@ class TestForwarder:
         assert not any(isinstance(each, BadMessage) for each in settled.values())
 
     async def test_no_answer(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """A queue that never answers is an error within the deadline.
 
@@ -2240,7 +2242,7 @@ class TestForwarder:
         "fault", [THROTTLED, Fault(status=429, code="Slow")], ids=["throttled", "429"]
     )
     async def test_throttled_to_the_end(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn, fault: Fault
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn, fault: Fault
     ) -> None:
         """A queue that takes nothing is an error within the deadline, and worth another try."""
         stand_in.fault = always("SendMessageBatch", fault)
@@ -2254,7 +2256,7 @@ class TestForwarder:
             assert error.context == {"retryable": True}
 
     async def test_unreachable(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """An SQS that cannot be reached is an error within the deadline."""
         await stand_in.stop()
@@ -2266,7 +2268,7 @@ class TestForwarder:
         assert desk.metrics.forward_errors == 11
 
     async def test_back_in_time(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """An outage shorter than the deadline costs nothing but time."""
         port = int(stand_in.endpoint_url.rpartition(":")[2])
@@ -2279,7 +2281,7 @@ class TestForwarder:
         assert sorted(sent_ids(stand_in)) == message_ids
 
     async def test_queues_do_not_share_troubles(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """A queue that is down, and one that is gone, leave the others alone."""
 
@@ -2298,7 +2300,7 @@ class TestForwarder:
 
     async def test_overloaded(
         self,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         aws: Aws,
         stand_in: StandIn,
         monkeypatch: pytest.MonkeyPatch,
@@ -2319,7 +2321,7 @@ class TestForwarder:
         assert len(sent_ids(stand_in)) == 21
 
     async def test_overloaded_bytes(
-        self, platform: bench.aws.Platform, aws: Aws, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, aws: Aws, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What waits is bounded in bytes as well."""
         monkeypatch.setattr(server, "FORWARDS_WAITING_BYTES", 10_000)
@@ -2332,14 +2334,14 @@ class TestForwarder:
             assert await desk.codes() == {}
 
     async def test_too_large(
-        self, platform: bench.aws.Platform, aws: Aws, stand_in: StandIn
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
     ) -> None:
         """A message that is too large for SQS is refused; one byte less is taken."""
         async with desk_of(platform, aws) as desk:
             desk.submit("m1")
             await desk.settled()
             [message] = stand_in.queues["agenticai-dev-queue"].messages
-            attributes = bench.aws.model.attributes_bytes(message.attributes)
+            attributes = aws_standin.model.attributes_bytes(message.attributes)
             room = 1_048_576 - (len(message.body) - 1) - attributes
             with pytest.raises(BadMessage, match="1048576 bytes") as caught:
                 desk.submit("m2", data=b'"%s"' % (b"x" * (room - 1)))
@@ -2349,7 +2351,9 @@ class TestForwarder:
             assert await desk.codes() == {}
 
     @pytest.mark.parametrize("character", ["\uffff", "\ufffe", "\x00", "\x0b"])
-    async def test_character(self, platform: bench.aws.Platform, aws: Aws, character: str) -> None:
+    async def test_character(
+        self, platform: aws_standin.Platform, aws: Aws, character: str
+    ) -> None:
         """A character that SQS refuses is named; one beside it passes."""
         async with desk_of(platform, aws) as desk:
             with pytest.raises(BadMessage, match=f"U\\+{ord(character):04X}") as caught:
@@ -2359,7 +2363,7 @@ class TestForwarder:
             desk.submit("m2", data='"\t\ufffd\ud7ff\ue000\U0010ffff\x7f"'.encode())
             assert await desk.codes() == {}
 
-    async def test_process_is_ending(self, platform: bench.aws.Platform, aws: Aws) -> None:
+    async def test_process_is_ending(self, platform: aws_standin.Platform, aws: Aws) -> None:
         """A forward that comes while the process ends for another reason does not hide that."""
 
         async def ending() -> None:
@@ -2372,7 +2376,7 @@ class TestForwarder:
             await ending()
         await asyncio.sleep(0)
 
-    async def test_idle_when_nothing_waits(self, platform: bench.aws.Platform, aws: Aws) -> None:
+    async def test_idle_when_nothing_waits(self, platform: aws_standin.Platform, aws: Aws) -> None:
         """A forwarder without work is idle."""
         async with desk_of(platform, aws) as desk:
             assert await desk.settled() == {}
@@ -2424,7 +2428,7 @@ class TestForwarder:
     async def test_ten_thousand(
         self,
         stand_in: StandIn,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
@@ -2462,7 +2466,7 @@ class TestForwarder:
         assert 5_000 < confirmed < 10_000  # faults are met, and are not all that is met
 
 
-def fifo_platform(stand_in: StandIn) -> bench.aws.Platform:
+def fifo_platform(stand_in: StandIn) -> aws_standin.Platform:
     """A platform whose queue of the Dev agent is a FIFO queue."""
     platform = stand_in.create_platform()
     stand_in.sqs.create("dev.fifo", {"FifoQueue": "true"})
@@ -2572,7 +2576,7 @@ class TestEventLog:
             yield LogKit(aws, either_platform)
 
     @pytest.fixture
-    def kit(self, aws: Aws, platform: bench.aws.Platform) -> LogKit:
+    def kit(self, aws: Aws, platform: aws_standin.Platform) -> LogKit:
         """A table in the stand-in."""
         return LogKit(aws, platform)
 
@@ -3906,7 +3910,7 @@ async def received_in_order(client: Client, *numbers: int) -> list[Json]:
 
 
 @contextlib.asynccontextmanager
-async def receiver_of(platform: bench.aws.Platform, aws: Aws) -> AsyncIterator[Receiver]:
+async def receiver_of(platform: aws_standin.Platform, aws: Aws) -> AsyncIterator[Receiver]:
     """A receiver for the updates queue, whose polls end with the test."""
     async with task_group() as tasks:
         url = platform.queue_urls["updates"]
@@ -3922,7 +3926,7 @@ class TestReceiver:
     @pytest.mark.usefixtures("patient")
     @pytest.mark.parametrize("count", [1, 9, 10, 25])
     async def test_takes_what_is_there(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, count: int
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws, count: int
     ) -> None:
         """What is in a queue comes in one piece, in order."""
         push(stand_in, *news(*range(count)))
@@ -3931,7 +3935,7 @@ class TestReceiver:
 
     @pytest.mark.usefixtures("patient")
     async def test_takes_no_more_than_a_transaction(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
     ) -> None:
         """A long queue is taken in pieces that fit one transaction."""
         push(stand_in, *news(*range(250)))
@@ -3940,7 +3944,7 @@ class TestReceiver:
         assert max(sizes) <= server.TRANSACTION_EVENTS
         assert sum(sizes) > 200
 
-    async def test_waits(self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws) -> None:
+    async def test_waits(self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws) -> None:
         """An empty queue is waited for, and a message taken as soon as it is there."""
         async with receiver_of(platform, aws) as receiver:
             receiving = asyncio.ensure_future(receiver.messages())
@@ -3959,7 +3963,7 @@ class TestReceiver:
 
     @pytest.mark.usefixtures("patient")
     async def test_no_call_for_nothing(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
     ) -> None:
         """A burst is taken by as many calls as it fills; the poll behind it waits for the next."""
         async with receiver_of(platform, aws) as receiver:
@@ -3971,7 +3975,7 @@ class TestReceiver:
 
     @pytest.mark.parametrize("latency_s", [0.001, 0.015, 0.03])
     async def test_learns_how_long_polls_take(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, latency_s: float
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws, latency_s: float
     ) -> None:
         """However far away SQS is, bursts come in one piece after a few that did not."""
         stand_in.fault = always("ReceiveMessage", Fault(delay_s=latency_s))
@@ -3989,7 +3993,7 @@ class TestReceiver:
     async def test_patience_ends(
         self,
         stand_in: StandIn,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         aws: Aws,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -4004,7 +4008,7 @@ class TestReceiver:
     async def test_cancelled(
         self,
         stand_in: StandIn,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         aws: Aws,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -4022,7 +4026,7 @@ class TestReceiver:
             assert poll.cancelled()
 
     async def test_late_answer(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
     ) -> None:
         """What was received keeps nobody waiting for a call that hangs, whose answer counts too."""
         push(stand_in, *news(*range(15)))
@@ -4036,7 +4040,7 @@ class TestReceiver:
     @each_passing_fault
     @pytest.mark.usefixtures("impatient")
     async def test_passing_fault(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, fault: Fault
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws, fault: Fault
     ) -> None:
         """A call that fails in passing is made again, and loses nothing."""
         for queue in stand_in.queues.values():
@@ -4047,7 +4051,7 @@ class TestReceiver:
             assert numbers(await receiver.messages()) == [1]
 
     async def test_error_with_messages_in_hand(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
     ) -> None:
         """What was received is not kept waiting by an error of the next call."""
         push(stand_in, *news(*range(10)))
@@ -4056,7 +4060,7 @@ class TestReceiver:
             assert numbers(await receiver.messages()) == list(range(10))
 
     async def test_does_not_spin(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
     ) -> None:
         """Answers that come at once and say nothing are not asked for without pause."""
         stand_in.fault = always("ReceiveMessage", GARBAGE)
@@ -4068,7 +4072,7 @@ class TestReceiver:
         assert stand_in.calls["sqs", "ReceiveMessage"] < 50
 
     async def test_stopping(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
     ) -> None:
         """Nothing more is asked for when the task is to end, and what came is not lost."""
         async with receiver_of(platform, aws) as receiver:
@@ -4079,7 +4083,7 @@ class TestReceiver:
             assert not receiver.polling
 
     async def test_stopping_during_a_poll(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
     ) -> None:
         """A poll that is under way when the task is to end is seen through."""
         async with receiver_of(platform, aws) as receiver:
@@ -4092,7 +4096,7 @@ class TestReceiver:
 
     @pytest.mark.parametrize("in_hand", [0, 10])
     async def test_lost_queue(
-        self, stand_in: StandIn, platform: bench.aws.Platform, aws: Aws, in_hand: int
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws, in_hand: int
     ) -> None:
         """A queue that is gone ends the process, whoever waits for it."""
         push(stand_in, *news(*range(in_hand)))
@@ -4113,14 +4117,14 @@ class TestReceiver:
 class TestRelay:
     @pytest.fixture
     def relay_of(
-        self, aws: Aws, platform: bench.aws.Platform
+        self, aws: Aws, platform: aws_standin.Platform
     ) -> Callable[[asyncio.TaskGroup, str], Relay]:
         def relay_of(tasks: asyncio.TaskGroup, task_id: str) -> Relay:
             return Relay(tasks, aws.sqs, aws.sns, platform.topic_arn, task_id, 0.2)
 
         return relay_of
 
-    async def test_own_queue(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_own_queue(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A task's queue has its policy, retention and sign of life from the start.
 
         It is subscribed raw, and at the end both are gone.
@@ -4164,7 +4168,7 @@ class TestRelay:
         "operation", ["CreateQueue", "Subscribe", "Publish", "ReceiveMessage", "DeleteMessageBatch"]
     )
     async def test_passing_faults(
-        self, stand_in: StandIn, platform: bench.aws.Platform, operation: str
+        self, stand_in: StandIn, platform: aws_standin.Platform, operation: str
     ) -> None:
         """Whatever call fails in passing, events come across once, in order."""
         passing = [fault for fault in PASSING_FAULTS.values() if fault is not GARBAGE]
@@ -4217,7 +4221,7 @@ class TestRelay:
             assert "QueueUrls" not in queues
 
     async def test_everything_crosses(
-        self, stand_in: StandIn, platform: bench.aws.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """Events, broadcasts, ephemeral ones and those for one client reach the other task."""
         async with (
@@ -4252,7 +4256,9 @@ class TestRelay:
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
             assert await here.has_nothing_more()
 
-    async def test_topic_misbehaves(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_topic_misbehaves(
+        self, stand_in: StandIn, platform: aws_standin.Platform
+    ) -> None:
         """What the topic doubles, reorders and drops comes to clients once, in order."""
         chance = random.Random(7)
         stand_in.fault = always(
@@ -4281,7 +4287,7 @@ class TestRelay:
             for client in (here, there):
                 assert await client.has_nothing_more()
 
-    async def test_large_updates(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_large_updates(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """Updates of the largest size fit the topic, however many come at once."""
         size = server.EVENT_MAX_BYTES - 2
         async with (
@@ -4298,7 +4304,7 @@ class TestRelay:
                 assert [each["seq"] for each in events] == list(range(1, 13))
 
     async def test_unreadable_carrier(
-        self, stand_in: StandIn, platform: bench.aws.Platform, caplog: pytest.LogCaptureFixture
+        self, stand_in: StandIn, platform: aws_standin.Platform, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A message of the topic that cannot be read is logged and deleted; the next one comes."""
         queue = "agenticai-updates-task-task-1"
@@ -4318,7 +4324,7 @@ class TestRelay:
         unreadable = [each for each in caplog.messages if "cannot be read" in each]
         assert len(unreadable) == 3
 
-    async def test_reaping(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_reaping(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """What killed tasks have left is removed; what is alive, or somebody else's, is not."""
         now, prefix = int(time.time()), "agenticai-updates-task-"
         old, young = {"heartbeat": str(now - 10_000)}, {"heartbeat": str(now + 10_000)}
@@ -4354,7 +4360,9 @@ class TestRelay:
             assert kept <= set(stand_in.queues)
             assert len(subscriptions(stand_in)) == 3
 
-    async def test_two_reap_at_once(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_two_reap_at_once(
+        self, stand_in: StandIn, platform: aws_standin.Platform
+    ) -> None:
         """What another task has removed in the meantime is no error, and neither is a throttle."""
         name = "agenticai-updates-task-dead"
         stand_in.sqs.create(name, tags={"heartbeat": "1"})
@@ -4364,7 +4372,7 @@ class TestRelay:
             await eventually(lambda: name not in stand_in.queues)
             assert gateway.health() == "ok"
 
-    async def test_heartbeat(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_heartbeat(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A task shows that it lives, again and again."""
         async with running_gateway(platform, topic=True, task_heartbeat_seconds=0.2):
             tags = stand_in.queues["agenticai-updates-task-task-1"].tags
@@ -4372,7 +4380,7 @@ class TestRelay:
             await eventually(lambda: float(tags["heartbeat"]) > time.time() - 60)
 
     @pytest.mark.parametrize("lost", ["queue", "subscription", "topic"])
-    async def test_lost(self, stand_in: StandIn, platform: bench.aws.Platform, lost: str) -> None:
+    async def test_lost(self, stand_in: StandIn, platform: aws_standin.Platform, lost: str) -> None:
         """Without its queue, its subscription or the topic a task would miss events: it ends."""
 
         def lose(call: Call) -> None:
@@ -4391,7 +4399,7 @@ class TestRelay:
         assert (await how_it_ends(gateway)).startswith("fan-out: ")
 
     async def test_not_ready_before_the_subscription(
-        self, stand_in: StandIn, platform: bench.aws.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """A task that does not get events yet says that it is starting."""
         stand_in.fault = always("Subscribe", THROTTLED)
@@ -4413,7 +4421,7 @@ class TestRelay:
             await running
 
     async def test_close_fails(
-        self, stand_in: StandIn, platform: bench.aws.Platform, caplog: pytest.LogCaptureFixture
+        self, stand_in: StandIn, platform: aws_standin.Platform, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A queue that cannot be removed at the end is left for others, with a warning."""
         async with running_gateway(platform, topic=True):
@@ -4428,7 +4436,7 @@ class TestRelay:
             await relay.flushed()
 
 
-def subscriptions(stand_in: StandIn) -> list[bench.aws.sns.Subscription]:
+def subscriptions(stand_in: StandIn) -> list[aws_standin.sns.Subscription]:
     return list(stand_in.sns.subscriptions.values())
 
 
@@ -4441,7 +4449,7 @@ UNREADABLE = [
 
 
 class TestIntake:
-    async def test_order(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_order(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """Updates of many projects come in order, with a seq each, and leave the queue."""
         async with (
             running_gateway(platform) as gateway,
@@ -4483,7 +4491,7 @@ class TestIntake:
             await received_in_order(client, 9)
 
     async def test_unreadable_without_dead_letter_queue(
-        self, stand_in: StandIn, platform: bench.aws.Platform, caplog: pytest.LogCaptureFixture
+        self, stand_in: StandIn, platform: aws_standin.Platform, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Without a dead-letter queue an unreadable update is logged whole and deleted.
 
@@ -4500,7 +4508,7 @@ class TestIntake:
         assert stand_in.calls["sqs", "ChangeMessageVisibility"] == 4
 
     async def test_unreadable_cannot_be_given_back(
-        self, stand_in: StandIn, platform: bench.aws.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """An unreadable update that cannot be given back comes again by itself."""
         stand_in.queues["agenticai-updates"].attributes["VisibilityTimeout"] = "1"
@@ -4549,7 +4557,7 @@ class TestIntake:
         ],
     )
     async def test_passing_faults(
-        self, stand_in: StandIn, platform: bench.aws.Platform, operation: str
+        self, stand_in: StandIn, platform: aws_standin.Platform, operation: str
     ) -> None:
         """Whatever call fails in passing, every update comes once, in order."""
         stand_in.queues["agenticai-updates"].attributes["VisibilityTimeout"] = "1"
@@ -4567,7 +4575,7 @@ class TestIntake:
             assert await client.has_nothing_more()
 
     async def test_publish_comes_before_delete(
-        self, stand_in: StandIn, platform: bench.aws.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """An update stays in the queue until the topic has it."""
         stand_in.fault = always("Publish", SERVER_ERROR)
@@ -4585,7 +4593,7 @@ class TestIntake:
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
 
     async def test_delete_fails_in_part(
-        self, stand_in: StandIn, platform: bench.aws.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """What SQS could not delete is deleted by the next call."""
         stand_in.fault = faults("DeleteMessageBatch", Fault(failed={0: False}))
@@ -4595,7 +4603,7 @@ class TestIntake:
         assert stand_in.calls["sqs", "DeleteMessageBatch"] == 2
 
     async def test_deletes_wait_for_company(
-        self, stand_in: StandIn, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Updates that come one by one are deleted together, ten at once, and all by the end."""
         monkeypatch.setattr(server, "DELETES_LINGER_S", 3_600.0)
@@ -4611,7 +4619,7 @@ class TestIntake:
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
         assert stand_in.calls["sqs", "DeleteMessageBatch"] == 1
 
-    async def test_lingering_ends(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_lingering_ends(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """An update without company is deleted all the same."""
         async with running_gateway(platform):
             push(stand_in, *news(1))
@@ -4629,7 +4637,7 @@ class TestIntake:
             push(stand_in, *news(1), queue=queue)
             await eventually(lambda: not bodies(stand_in, queue))
 
-    async def test_same_event_id(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_same_event_id(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """An agent that sends an update twice under one event id is heard once."""
         async with (
             running_gateway(platform) as gateway,
@@ -4643,7 +4651,7 @@ class TestIntake:
             assert [(each["data"], each["seq"]) for each in events] == [(1, 1), (2, 2), (4, 3)]
 
     async def test_old_ids_are_forgotten(
-        self, stand_in: StandIn, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An event id that comes again after its window is another update's."""
         for window in ("EVENT_ID_WINDOW_S", "CLOCK_SKEW_S"):
@@ -4658,7 +4666,7 @@ class TestIntake:
                 await received_in_order(client, number)
 
     async def test_projects_do_not_wait_for_each_other(
-        self, stand_in: StandIn, platform: bench.aws.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """A project whose log is held up holds up no other, and is not given back meanwhile."""
         stand_in.queues["agenticai-updates"].attributes["VisibilityTimeout"] = "1"
@@ -4689,7 +4697,7 @@ class TestIntake:
         assert not bodies(stand_in, "agenticai-updates-dlq")
 
     async def test_renewal_fails(
-        self, stand_in: StandIn, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An update whose visibility could not be renewed comes again, and is recognised."""
         monkeypatch.setattr(server, "UPDATE_VISIBILITY_S", 1)
@@ -4716,7 +4724,7 @@ class TestIntake:
             assert await client.has_nothing_more()
 
     async def test_room(
-        self, stand_in: StandIn, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A task takes no more updates in hand than it has room for, and then goes on."""
         monkeypatch.setattr(server, "UPDATES_IN_HAND", 20)
@@ -4735,7 +4743,7 @@ class TestIntake:
             await eventually(lambda: not queue.bodies)
 
     @pytest.mark.parametrize("lost", ["queue", "table"])
-    async def test_lost(self, stand_in: StandIn, platform: bench.aws.Platform, lost: str) -> None:
+    async def test_lost(self, stand_in: StandIn, platform: aws_standin.Platform, lost: str) -> None:
         """A queue or a table that is gone ends the process, with a sentence that names it."""
         push(stand_in, *news(1))
 
@@ -4749,7 +4757,7 @@ class TestIntake:
         sentence = await how_it_ends(running_gateway(platform))
         assert sentence.startswith({"queue": "updates queue: ", "table": "event log: "}[lost])
 
-    async def test_delete_refused(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_delete_refused(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A task that may not delete updates would repeat them for ever: it ends."""
         stand_in.fault = always("DeleteMessageBatch", Fault(status=403, code="AccessDenied"))
         push(stand_in, *news(1))
@@ -4757,7 +4765,7 @@ class TestIntake:
         assert sentence.startswith("updates queue: DeleteMessageBatch failed for good")
 
     async def test_drain_finishes_what_is_in_hand(
-        self, stand_in: StandIn, platform: bench.aws.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """Updates in hand at the end are brought through, and no others taken."""
         stand_in.fault = always("TransactWriteItems", Fault(delay_s=0.2))
@@ -4770,7 +4778,7 @@ class TestIntake:
             assert await log.head("p") == 2
         assert gateway.health() == "draining"
 
-    async def test_snapshot(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_snapshot(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A snapshot is the platform's own item of the project, without its keys, as JSON."""
         item: Json = {
             "PK": {"S": "PROJECT#p"},
@@ -4802,7 +4810,7 @@ class TestIntake:
             assert (await client.receive())["type"] == "subscription_confirmed"
             assert (await client.receive())["data"] is None
 
-    async def test_no_snapshot(self, stand_in: StandIn, platform: bench.aws.Platform) -> None:
+    async def test_no_snapshot(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """Without the platform's table there are no snapshots, but events all the same."""
         del stand_in.tables[platform.table_name]
         async with running_gateway(platform) as gateway, client_of(gateway) as client:
@@ -5099,7 +5107,7 @@ async def gateway_in_a_task(platform: Platform) -> AsyncIterator[Gateway]:
 
 
 @pytest.fixture
-async def gateway(platform: bench.aws.Platform) -> AsyncIterator[Gateway]:
+async def gateway(platform: aws_standin.Platform) -> AsyncIterator[Gateway]:
     """A gateway without limits of rate, and with the stand-in for AWS."""
     async with gateway_in_a_task(platform) as gateway:
         yield gateway
@@ -5216,7 +5224,7 @@ class TestConnection:
             assert (await peer.receive())["type"] == "pong"
 
     @pytest.mark.parametrize("fragments", [1, 2, 5])
-    async def test_largest_message(self, platform: bench.aws.Platform, fragments: int) -> None:
+    async def test_largest_message(self, platform: aws_standin.Platform, fragments: int) -> None:
         """A message of exactly `MAX_MESSAGE_BYTES` is taken, in however many fragments."""
         message = json.dumps({"action": "ping"}).encode().ljust(2_000)
         size = len(message) // fragments
@@ -5233,7 +5241,7 @@ class TestConnection:
             assert (await peer.receive())["type"] == "pong"
 
     @pytest.mark.parametrize("sizes", [[2_001], [1_000, 1_001], [0, 500, 500, 500, 501]])
-    async def test_too_large(self, platform: bench.aws.Platform, sizes: list[int]) -> None:
+    async def test_too_large(self, platform: aws_standin.Platform, sizes: list[int]) -> None:
         """Server closes with 1009 what exceeds the bound, be it over many fragments."""
         async with (
             running_gateway(platform, max_message_bytes=2_000) as gateway,
@@ -5404,7 +5412,7 @@ class TestConnection:
 
     @pytest.mark.parametrize("begun", [b"", b"GET /ws HTTP/1.1\r\nHost: a"], ids=["mute", "slow"])
     async def test_slow_handshake(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch, begun: bytes
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch, begun: bytes
     ) -> None:
         """A peer that does not finish its request is dropped."""
         monkeypatch.setattr(server, "HANDSHAKE_TIMEOUT_S", 0.1)
@@ -5467,7 +5475,7 @@ class TestConnection:
             await eventually(lambda: not gateway.pending)
 
     async def test_close_is_not_answered(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A peer that does not answer a close frame is cut off after a while."""
         monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
@@ -5577,7 +5585,7 @@ class TestConnection:
         async with peer_of(standing, opening) as peer:
             assert await peer.is_answered()
 
-    async def test_compression_off(self, platform: bench.aws.Platform) -> None:
+    async def test_compression_off(self, platform: aws_standin.Platform) -> None:
         """With `COMPRESSION=off` nothing is negotiated."""
         async with (
             running_gateway(platform, compression=False) as gateway,
@@ -5699,7 +5707,7 @@ class TestConnection:
 
     # Back-pressure.
 
-    async def test_slow_reader(self, platform: bench.aws.Platform) -> None:
+    async def test_slow_reader(self, platform: aws_standin.Platform) -> None:
         """Who reads too slowly is closed with 1013, and costs the others nothing."""
         async with (
             running_gateway(platform, max_backlog_bytes=200_000) as gateway,
@@ -5717,7 +5725,7 @@ class TestConnection:
             assert await quick.has_nothing_more()
 
     async def test_slow_reader_never_reads(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A slow reader that does not even read its close frame is cut off."""
         monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
@@ -5741,7 +5749,7 @@ class TestConnection:
         ids=["messages", "ping frames"],
     )
     async def test_asks_and_never_listens(
-        self, platform: bench.aws.Platform, question: bytes
+        self, platform: aws_standin.Platform, question: bytes
     ) -> None:
         """Answers that are not read count as any backlog."""
         async with (
@@ -5999,7 +6007,7 @@ class TestGateway:
         assert len(set(message_ids)) == len(answers)
         assert sent_ids(stand_in, f"agenticai-{agent}-queue") == [str(each) for each in message_ids]
 
-    async def test_forward_too_large_for_sqs(self, platform: bench.aws.Platform) -> None:
+    async def test_forward_too_large_for_sqs(self, platform: aws_standin.Platform) -> None:
         """What SQS would refuse is an error that names the limit."""
         limit = server.SQS_BATCH_BYTES
         async with (
@@ -6031,7 +6039,9 @@ class TestGateway:
             confirmed = await client.receive_many(2)
             assert {each["message_id"] for each in confirmed} == {"m0", "m1"}
 
-    async def test_forward_times_out(self, platform: bench.aws.Platform, stand_in: StandIn) -> None:
+    async def test_forward_times_out(
+        self, platform: aws_standin.Platform, stand_in: StandIn
+    ) -> None:
         """A forward that SQS does not take in time is an error that says so."""
         stand_in.fault = always("SendMessageBatch", Fault(silent=True))
         async with (
@@ -6046,7 +6056,7 @@ class TestGateway:
             )
             assert await client.has_nothing_more()
 
-    async def test_rate_limit(self, platform: bench.aws.Platform) -> None:
+    async def test_rate_limit(self, platform: aws_standin.Platform) -> None:
         """Who sends too fast is told when to go on, and closed with 1008 if that does not help."""
         async with (
             running_gateway(platform, max_messages_per_second=5) as gateway,
@@ -6069,7 +6079,7 @@ class TestGateway:
         ],
         ids=["pings", "pongs", "fragments"],
     )
-    async def test_rate_limit_of_frames(self, platform: bench.aws.Platform, frame: bytes) -> None:
+    async def test_rate_limit_of_frames(self, platform: aws_standin.Platform, frame: bytes) -> None:
         """Ping and pong frames and fragments count as messages do."""
         async with (
             running_gateway(platform, max_messages_per_second=5) as gateway,
@@ -6079,7 +6089,7 @@ class TestGateway:
             peer.write(frame * 100)
             assert await peer.close_code() == CloseCode.POLICY_VIOLATION
 
-    async def test_rate_limit_of_the_log(self, platform: bench.aws.Platform) -> None:
+    async def test_rate_limit_of_the_log(self, platform: aws_standin.Platform) -> None:
         """A subscription for which the log is asked counts for several messages."""
         async with (
             running_gateway(platform, max_messages_per_second=5) as gateway,
@@ -6121,7 +6131,7 @@ class TestGateway:
 
     @pytest.mark.usefixtures("impatient")
     async def test_health_while_starting(
-        self, platform: bench.aws.Platform, stand_in: StandIn
+        self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """Until the log can be read a task is alive, not healthy, and lets nobody in."""
         stand_in.fault = always("GetItem", THROTTLED)
@@ -6145,7 +6155,7 @@ class TestGateway:
 
     @pytest.mark.usefixtures("impatient")
     async def test_drained_while_starting(
-        self, platform: bench.aws.Platform, stand_in: StandIn
+        self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """A task that is told to end before it was ready ends."""
         stand_in.fault = always("GetItem", THROTTLED)
@@ -6229,7 +6239,7 @@ class TestGateway:
 
     # Admission.
 
-    async def test_max_connections(self, platform: bench.aws.Platform) -> None:
+    async def test_max_connections(self, platform: aws_standin.Platform) -> None:
         """Beyond `MAX_CONNECTIONS` it is 503 with a time to come back, until somebody leaves."""
         async with running_gateway(platform, max_connections=2) as gateway:
             async with client_of(gateway), client_of(gateway), dialled(gateway) as peer:
@@ -6241,7 +6251,7 @@ class TestGateway:
             async with client_of(gateway):
                 pass
 
-    async def test_max_connections_per_ip(self, platform: bench.aws.Platform) -> None:
+    async def test_max_connections_per_ip(self, platform: aws_standin.Platform) -> None:
         """Beyond `MAX_CONNECTIONS_PER_IP` it is 429 for that address, and for no other."""
         async with (
             running_gateway(platform, max_connections_per_ip=1) as gateway,
@@ -6258,7 +6268,7 @@ class TestGateway:
         [("max_handshakes_per_second", 503), ("max_handshakes_per_second_per_ip", 429)],
     )
     async def test_max_handshakes(
-        self, platform: bench.aws.Platform, limit: str, refused: int
+        self, platform: aws_standin.Platform, limit: str, refused: int
     ) -> None:
         """Beyond so many handshakes a second clients are told when to come back."""
         statuses = Counter[int]()
@@ -6278,7 +6288,7 @@ class TestGateway:
         [("https://app.example", 101), ("https://evil.example", 403), ("null", 403), (None, 101)],
     )
     async def test_origin(
-        self, platform: bench.aws.Platform, origin: str | None, status: int
+        self, platform: aws_standin.Platform, origin: str | None, status: int
     ) -> None:
         """Pages of other origins may not connect; programs without an origin may."""
         headers = {"Origin": origin} if origin else {}
@@ -6371,7 +6381,7 @@ class TestGateway:
             assert (await client.receive())["code"] == "invalid_field"
             assert await client.has_nothing_more()
 
-    async def test_subscription_limit(self, platform: bench.aws.Platform) -> None:
+    async def test_subscription_limit(self, platform: aws_standin.Platform) -> None:
         """A connection may have so many subscriptions; the same again is no further one."""
         async with (
             running_gateway(platform, max_subscriptions_per_connection=2) as gateway,
@@ -6414,7 +6424,7 @@ class TestGateway:
         await eventually(lambda: not stand_in.queues["agenticai-updates"].messages)
 
     async def test_snapshot(
-        self, gateway: Gateway, stand_in: StandIn, platform: bench.aws.Platform
+        self, gateway: Gateway, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """The platform's own state of a project comes as JSON: numbers, sets and all."""
         key = ("PROJECT#p", "METADATA")
@@ -6444,7 +6454,7 @@ class TestGateway:
             await client.receive()
             assert (await client.receive())["data"] is None
 
-    async def test_several_tasks(self, platform: bench.aws.Platform, stand_in: StandIn) -> None:
+    async def test_several_tasks(self, platform: aws_standin.Platform, stand_in: StandIn) -> None:
         """Clients of every task get what agents say, whichever task received it."""
         async with (
             running_gateway(platform, "task-1", topic=True) as one,
@@ -6464,7 +6474,7 @@ class TestGateway:
             for client in (first, second):
                 assert await client.has_nothing_more()
 
-    async def test_without_updates(self, platform: bench.aws.Platform) -> None:
+    async def test_without_updates(self, platform: aws_standin.Platform) -> None:
         """Without an updates queue a task forwards and serves what is in the log."""
         async with running_gateway(platform, sqs_queue_url_updates=None) as gateway:
             await fill_log(gateway, 1)
@@ -6475,7 +6485,7 @@ class TestGateway:
 
     # Tokens.
 
-    async def test_token(self, platform: bench.aws.Platform, stand_in: StandIn) -> None:
+    async def test_token(self, platform: aws_standin.Platform, stand_in: StandIn) -> None:
         """A token in the handshake says who the client is and what it may use."""
         async with running_issuer() as issuer:
             token = token_of("alice", projects=["p"])
@@ -6495,7 +6505,7 @@ class TestGateway:
                         status, headers, _ = await stranger.response()
                         assert (status, headers["www-authenticate"]) == (401, "Bearer")
 
-    async def test_too_many_wrong_tokens(self, platform: bench.aws.Platform) -> None:
+    async def test_too_many_wrong_tokens(self, platform: aws_standin.Platform) -> None:
         """An address that keeps trying tokens is told to wait."""
         async with (
             running_issuer() as issuer,
@@ -6510,7 +6520,7 @@ class TestGateway:
                     statuses.append((await peer.response())[0])
         assert statuses == [401, 401, 429]
 
-    async def test_token_as_first_message(self, platform: bench.aws.Platform) -> None:
+    async def test_token_as_first_message(self, platform: aws_standin.Platform) -> None:
         """Where it is allowed, a token may come as a message, before which nothing is answered."""
         async with (
             running_issuer() as issuer,
@@ -6532,7 +6542,7 @@ class TestGateway:
             wrong.send(action="authenticate", token="x.y.z")
             assert await wrong.close_code() == server.CLOSE_UNAUTHENTICATED
 
-    async def test_no_token_in_time(self, platform: bench.aws.Platform) -> None:
+    async def test_no_token_in_time(self, platform: aws_standin.Platform) -> None:
         """Who does not say who it is in time is closed with 4401."""
         options: Json = {"auth_first_message": True, "auth_deadline_seconds": 0.1}
         async with (
@@ -6545,7 +6555,7 @@ class TestGateway:
             assert await peer.close_code() == server.CLOSE_UNAUTHENTICATED
 
     async def test_token_ends(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A token's end is announced, and is the session's end unless a fresh one came."""
         monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
@@ -6568,7 +6578,7 @@ class TestGateway:
             assert await peer.is_answered()
 
     async def test_new_key(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A token signed with a new key is good once the keys were read again."""
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 0)
@@ -6588,7 +6598,7 @@ class TestGateway:
     @pytest.mark.parametrize("leaves", [False, True], ids=["talks", "leaves"])
     async def test_does_not_wait_for_its_answer(
         self,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
         leaves: bool,
@@ -6616,7 +6626,7 @@ class TestGateway:
         assert not errors_logged(caplog)
 
     async def test_drained_before_its_token_is_checked(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody comes in for whom keys were still read when the drain began."""
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 0)
@@ -6633,7 +6643,7 @@ class TestGateway:
             assert (await peer.response())[0] == 503
 
     async def test_keys_not_there_at_first(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A task is not ready before it has keys, and reads them again every so often."""
         monkeypatch.setattr(server, "full_jitter_s", lambda *_: 0.01)
@@ -6654,7 +6664,7 @@ class TestGateway:
                 await running
 
     async def test_key_set_without_end(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A key set larger than any is not read to its end; the keys from before stay."""
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 0)
@@ -6678,7 +6688,7 @@ class TestGateway:
     # Catching up.
 
     async def test_resume_after_slow_reading(
-        self, platform: bench.aws.Platform, stand_in: StandIn
+        self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """Who was closed with 1013 gets by `since` what was missed; the others miss nothing."""
         count = 40
@@ -6704,7 +6714,7 @@ class TestGateway:
                 missed = await seqs_until(again, count)
             assert seen + missed == list(range(1, count + 1))
 
-    async def test_long_catch_up(self, platform: bench.aws.Platform, stand_in: StandIn) -> None:
+    async def test_long_catch_up(self, platform: aws_standin.Platform, stand_in: StandIn) -> None:
         """A catch-up of many pages and more than a backlog goes at the client's own pace."""
         count, size = 230, 20_000
         backlog = 65_536
@@ -6733,7 +6743,7 @@ class TestGateway:
             assert gateway.metrics.slow_consumers_closed == 0
 
     async def test_stalled_catch_up(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A client that stops reading in its catch-up is closed with 1013."""
         monkeypatch.setattr(server, "CATCHUP_STALL_S", 0.1)
@@ -6788,7 +6798,7 @@ class TestGateway:
 
     # Time.
 
-    async def test_silent_peer(self, platform: bench.aws.Platform) -> None:
+    async def test_silent_peer(self, platform: aws_standin.Platform) -> None:
         """Who says nothing is pinged; who does not answer that is dropped, who does stays."""
         async with (
             running_gateway(platform, ping_interval_seconds=0.1) as gateway,
@@ -6805,7 +6815,7 @@ class TestGateway:
             assert len(gateway.registry.connections) == 1
 
     async def test_many_silent_peers(
-        self, platform: bench.aws.Platform, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A sweep over many lets the loop turn in between."""
         monkeypatch.setattr(server, "SWEPT_PER_TURN", 2)
@@ -6840,7 +6850,7 @@ class TestGateway:
 
     @pytest.mark.usefixtures("impatient")
     async def test_paused_peer_is_not_silent(
-        self, platform: bench.aws.Platform, stand_in: StandIn
+        self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """Who cannot be heard, because of forwards that wait for SQS, is not dropped for it."""
         go_on = hold_back(stand_in)
@@ -6865,7 +6875,7 @@ class TestGateway:
 
     async def test_metrics_line(
         self,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
@@ -6884,7 +6894,7 @@ class TestGateway:
     # Draining.
 
     async def test_drain(
-        self, platform: bench.aws.Platform, stand_in: StandIn, caplog: pytest.LogCaptureFixture
+        self, platform: aws_standin.Platform, stand_in: StandIn, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A drain sends each client away with a delay of its own and 1012; no new ones come in."""
         async with (
@@ -6918,7 +6928,7 @@ class TestGateway:
             await eventually(lambda: fan_out_queue not in stand_in.queues)
         assert not errors_logged(caplog)
 
-    async def test_drain_in_a_hurry(self, platform: bench.aws.Platform) -> None:
+    async def test_drain_in_a_hurry(self, platform: aws_standin.Platform) -> None:
         """A drain that is hurried does not wait for the spread, nor for who does not answer."""
         async with aws_clients(platform) as aws, task_group() as tasks:
             gateway = Gateway(settings(platform, drain_seconds=100), tasks, aws, "task-1")
@@ -6938,7 +6948,7 @@ class TestGateway:
     @pytest.mark.parametrize("taken", [True, False])
     @pytest.mark.usefixtures("impatient")
     async def test_drain_answers_forwards(
-        self, platform: bench.aws.Platform, stand_in: StandIn, taken: bool
+        self, platform: aws_standin.Platform, stand_in: StandIn, taken: bool
     ) -> None:
         """A forward that is in flight when a drain begins is confirmed, or answered by an error."""
         go_on = hold_back(stand_in)
@@ -6960,7 +6970,7 @@ class TestGateway:
 
     @pytest.mark.usefixtures("impatient")
     async def test_drain_flushes_forwards(
-        self, platform: bench.aws.Platform, stand_in: StandIn
+        self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """What was taken before a drain reaches the queue, also of a client that left."""
         go_on = hold_back(stand_in)
@@ -6977,7 +6987,7 @@ class TestGateway:
 
     async def test_health_checks_gone(
         self,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
@@ -7092,7 +7102,7 @@ class TestMain:
     @posix
     @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
     async def test_from_start_to_end(
-        self, platform: bench.aws.Platform, stand_in: StandIn, tmp_path: Path, loop: str
+        self, platform: aws_standin.Platform, stand_in: StandIn, tmp_path: Path, loop: str
     ) -> None:
         """A task serves, is told to end, sends its clients away and exits with 0, on any loop."""
         environment = platform.environment() | {"DRAIN_SECONDS": "0"}
@@ -7119,7 +7129,7 @@ class TestMain:
         assert all({"time", "level", "message"} <= line.keys() for line in process.log)
 
     @posix
-    async def test_second_signal(self, platform: bench.aws.Platform, stand_in: StandIn) -> None:
+    async def test_second_signal(self, platform: aws_standin.Platform, stand_in: StandIn) -> None:
         """A second signal ends a drain that would take long."""
         async with process_of(platform.environment(), DRAIN_SECONDS="100") as process:
             await process.listening()
@@ -7132,7 +7142,7 @@ class TestMain:
 
     @posix
     async def test_signal_while_starting(
-        self, platform: bench.aws.Platform, stand_in: StandIn
+        self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """A task that still waits for AWS ends as well."""
         stand_in.fault = always("GetItem", THROTTLED)
@@ -7159,7 +7169,7 @@ class TestMain:
 
     @pytest.mark.parametrize("when", ["at the start", "later"])
     async def test_lost_table(
-        self, platform: bench.aws.Platform, stand_in: StandIn, when: str
+        self, platform: aws_standin.Platform, stand_in: StandIn, when: str
     ) -> None:
         """A table that is not there ends the process: exit code 1, one sentence that names it."""
         if when == "at the start":
@@ -7176,7 +7186,7 @@ class TestMain:
         assert "ResourceNotFoundException" in process.log[-1]["message"]
         assert "exception" not in process.log[-1]
 
-    async def test_port_in_use(self, platform: bench.aws.Platform) -> None:
+    async def test_port_in_use(self, platform: aws_standin.Platform) -> None:
         """A port that is taken is said in one sentence, with exit code 1."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
@@ -7205,7 +7215,7 @@ class TestMain:
         assert len(caplog.messages) == 1
 
     @posix
-    async def test_terminal(self, platform: bench.aws.Platform) -> None:
+    async def test_terminal(self, platform: aws_standin.Platform) -> None:
         """On a terminal the lines are for people."""
         import pty
 
@@ -7230,7 +7240,7 @@ class TestMain:
     @posix
     async def test_ecs(
         self,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         stand_in: StandIn,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:

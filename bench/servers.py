@@ -77,7 +77,7 @@ class Server:
 @contextlib.contextmanager
 def stand_in() -> Iterator[dict[str, str]]:
     """The AWS stand-in in a process of its own; yields the settings of a gateway on it."""
-    process = Process([sys.executable, "-m", "bench.aws"])
+    process = Process([sys.executable, "-m", "aws_standin"])
     try:
         process.read_line()
         environment: dict[str, str] = process.read_json()

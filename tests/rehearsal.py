@@ -44,7 +44,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.aws import StandIn
+from aws_standin import StandIn
 from local.aws import EmbeddedAws
 from tests.chaos.checker import Event, first_divergence, log_faults
 from tests.chaos.clients import Client

@@ -30,9 +30,9 @@ from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
-import bench.aws
+import aws_standin
 import server
-from bench.aws import StandIn
+from aws_standin import StandIn
 from server import (
     EVERYONE,
     Admission,
@@ -88,7 +88,7 @@ async def issuer() -> AsyncIterator[Issuer]:
 
 
 def guarded(
-    platform: bench.aws.Platform, issuer: Issuer, **overrides: Any
+    platform: aws_standin.Platform, issuer: Issuer, **overrides: Any
 ) -> contextlib.AbstractAsyncContextManager[Gateway]:
     """A gateway that wants this issuer's tokens."""
     return running_gateway(platform, **{**issuer.settings, **overrides})
@@ -96,7 +96,7 @@ def guarded(
 
 @contextlib.asynccontextmanager
 async def starting(
-    platform: bench.aws.Platform, issuer: Issuer, **overrides: Any
+    platform: aws_standin.Platform, issuer: Issuer, **overrides: Any
 ) -> AsyncIterator[Gateway]:
     """The same from its first moment on, when it may not be ready yet."""
     async with aws_clients(platform) as aws, task_group() as tasks:
@@ -574,12 +574,12 @@ class TestVerifier:
 
 
 class TestHandshake:
-    async def test_header(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_header(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """A good token in the header lets a client in."""
         async with guarded(platform, issuer) as gateway, client_of(gateway, token_of()) as client:
             assert await client.has_nothing_more()
 
-    async def test_subprotocol(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_subprotocol(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """A browser sends it as a subprotocol, and is echoed only the protocol's name."""
         offers = ["agenticai.v1", "bearer." + base64url(token_of().encode())]
         async with guarded(platform, issuer) as gateway:
@@ -591,7 +591,7 @@ class TestHandshake:
                 assert await client.has_nothing_more()
             assert await status_of(gateway, offers=["agenticai.v1", "bearer.bm8"]) == 401
 
-    async def test_none(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_none(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """Without a token there is no upgrade."""
         async with guarded(platform, issuer) as gateway:
             status, headers, body = await refusal_of(gateway)
@@ -601,14 +601,14 @@ class TestHandshake:
 
     @pytest.mark.parametrize("name", ["token", "access_token", "bearer", "authorization", "jwt"])
     async def test_query_string(
-        self, platform: bench.aws.Platform, issuer: Issuer, name: str
+        self, platform: aws_standin.Platform, issuer: Issuer, name: str
     ) -> None:
         """A token in the URL is no token."""
         async with guarded(platform, issuer) as gateway:
             path = f"/ws?{name}={token_of()}"
             assert (await refusal_of(gateway, path=path))[0] == 401
 
-    async def test_forged(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_forged(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """No forged token lets anybody in, nor does the answer say what was wrong with it."""
         limits = {"max_failed_authentications_per_ip": 0}
         async with guarded(platform, issuer, **limits) as gateway:
@@ -621,7 +621,7 @@ class TestHandshake:
             assert await status_of(gateway, token_of()) == 101
 
     async def test_header_of_no_encoding(
-        self, platform: bench.aws.Platform, issuer: Issuer
+        self, platform: aws_standin.Platform, issuer: Issuer
     ) -> None:
         """Bytes that are no text are a bad token."""
         async with guarded(platform, issuer) as gateway:
@@ -629,7 +629,7 @@ class TestHandshake:
             assert response.startswith(b"HTTP/1.1 401 ")
 
     async def test_user_reaches_the_agent(
-        self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
+        self, platform: aws_standin.Platform, issuer: Issuer, stand_in: StandIn
     ) -> None:
         """An agent learns whose message it has: the token's subject, not what the client says."""
         async with (
@@ -642,7 +642,7 @@ class TestHandshake:
             assert json.loads(message.body)["user"] == "alice"
 
     async def test_off(
-        self, platform: bench.aws.Platform, caplog: pytest.LogCaptureFixture, stand_in: StandIn
+        self, platform: aws_standin.Platform, caplog: pytest.LogCaptureFixture, stand_in: StandIn
     ) -> None:
         """Without keys everybody may do everything, and one warning at start-up says so."""
         caplog.set_level(logging.WARNING, "gateway")
@@ -660,11 +660,11 @@ class TestHandshake:
 
 class TestFirstMessage:
     def gateway(
-        self, platform: bench.aws.Platform, issuer: Issuer, **overrides: Any
+        self, platform: aws_standin.Platform, issuer: Issuer, **overrides: Any
     ) -> contextlib.AbstractAsyncContextManager[Gateway]:
         return guarded(platform, issuer, auth_first_message=True, **overrides)
 
-    async def test_token(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_token(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """A token as the first message opens what was closed before."""
         async with self.gateway(platform, issuer) as gateway, client_of(gateway) as client:
             answer = await client.ask(action="authenticate", token=token_of())
@@ -673,7 +673,9 @@ class TestFirstMessage:
             answer = await client.ask(action="subscribe", project_id="p")
             assert answer["type"] == "subscription_confirmed"
 
-    async def test_only_where_it_is_on(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_only_where_it_is_on(
+        self, platform: aws_standin.Platform, issuer: Issuer
+    ) -> None:
         """A bad token in the handshake is refused there, also in this mode."""
         async with self.gateway(platform, issuer) as gateway:
             assert await status_of(gateway, "not-a-token") == 401
@@ -691,7 +693,7 @@ class TestFirstMessage:
         ids=str,
     )
     async def test_empty_token(
-        self, platform: bench.aws.Platform, issuer: Issuer, fields: dict[str, str]
+        self, platform: aws_standin.Platform, issuer: Issuer, fields: dict[str, str]
     ) -> None:
         """A token of which nothing can be read is a bad one, not none."""
         async with self.gateway(platform, issuer) as gateway:
@@ -699,7 +701,7 @@ class TestFirstMessage:
             assert response.startswith(b"HTTP/1.1 401 ")
 
     async def test_nothing_before(
-        self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
+        self, platform: aws_standin.Platform, issuer: Issuer, stand_in: StandIn
     ) -> None:
         """Before its token a client can do nothing, whatever it asks for."""
         asked: tuple[Json, ...] = (
@@ -722,7 +724,7 @@ class TestFirstMessage:
             assert not gateway.registry.subscriptions
 
     async def test_no_broadcasts_before(
-        self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
+        self, platform: aws_standin.Platform, issuer: Issuer, stand_in: StandIn
     ) -> None:
         """What is for everyone is for everyone who has a token."""
         everyone = [json.dumps({"type": "notice", "data": number}) for number in (1, 2)]
@@ -739,7 +741,7 @@ class TestFirstMessage:
             assert (await outside.receive())["data"] == 2
 
     async def test_deadline(
-        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who sends no token in time is closed with 4401; messages do not gain time."""
         monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
@@ -764,7 +766,7 @@ class TestFirstMessage:
 
     @each_forged_token
     async def test_bad_token(
-        self, platform: bench.aws.Platform, issuer: Issuer, token: str
+        self, platform: aws_standin.Platform, issuer: Issuer, token: str
     ) -> None:
         """A forged token as a message ends the connection."""
         async with self.gateway(platform, issuer) as gateway, client_of(gateway) as client:
@@ -773,7 +775,7 @@ class TestFirstMessage:
             assert not gateway.metrics.messages_forwarded
 
     async def test_pipelined(
-        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What a client sends right behind its token is done after it, also with a new key."""
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
@@ -787,7 +789,7 @@ class TestFirstMessage:
 
 class TestSession:
     async def test_ends_with_the_token(
-        self, platform: bench.aws.Platform, issuer: Issuer, clock: Clock
+        self, platform: aws_standin.Platform, issuer: Issuer, clock: Clock
     ) -> None:
         """A client is warned a minute before its token's end, and closed half a minute after."""
         async with (
@@ -806,7 +808,7 @@ class TestSession:
             assert await closed_with(client) == (4401, "the token has expired")
 
     async def test_fresh_token(
-        self, platform: bench.aws.Platform, issuer: Issuer, clock: Clock
+        self, platform: aws_standin.Platform, issuer: Issuer, clock: Clock
     ) -> None:
         """A fresh token of the same subject goes on with the session, and is warned of again."""
         async with (
@@ -827,7 +829,7 @@ class TestSession:
             assert (await closed_with(client))[0] == 4401
 
     async def test_shorter_token(
-        self, platform: bench.aws.Platform, issuer: Issuer, clock: Clock
+        self, platform: aws_standin.Platform, issuer: Issuer, clock: Clock
     ) -> None:
         """The last token counts, also if it ends sooner."""
         async with (
@@ -838,7 +840,7 @@ class TestSession:
             clock.ahead_s = 640
             assert (await closed_with(client))[0] == 4401
 
-    async def test_other_subject(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_other_subject(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """Another subject's token ends the session: two people do not share one."""
         async with (
             guarded(platform, issuer) as gateway,
@@ -851,7 +853,7 @@ class TestSession:
     @pytest.mark.parametrize("last", ["close", "nothing"])
     async def test_nothing_behind_a_refused_token(
         self,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         issuer: Issuer,
         stand_in: StandIn,
         first: str,
@@ -882,7 +884,7 @@ class TestSession:
             assert json.loads(message.body)["data"] == 2
 
     async def test_rights_shrink(
-        self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
+        self, platform: aws_standin.Platform, issuer: Issuer, stand_in: StandIn
     ) -> None:
         """What a fresh token no longer grants is unsubscribed; the rest stays."""
         async with (
@@ -907,7 +909,7 @@ class TestSession:
             assert answer["code"] == "forbidden"
 
     async def test_rights_shrink_in_the_middle_of_a_catch_up(
-        self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
+        self, platform: aws_standin.Platform, issuer: Issuer, stand_in: StandIn
     ) -> None:
         """A subscription that is still being served ends as well."""
         async with (
@@ -922,7 +924,7 @@ class TestSession:
             agents_say(stand_in, '{"type":"x","project_id":"p1"}', '{"type":"x"}')
             assert (await client.receive())["project_id"] == EVERYONE
 
-    async def test_rights_grow(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_rights_grow(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """What a fresh token grants can be used at once."""
         async with (
             guarded(platform, issuer) as gateway,
@@ -976,7 +978,7 @@ class TestKeys:
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
 
     async def starts_after(
-        self, platform: bench.aws.Platform, issuer: Issuer, mend: Callable[[], Any]
+        self, platform: aws_standin.Platform, issuer: Issuer, mend: Callable[[], Any]
     ) -> None:
         """It says that it is starting, for two attempts and more, until ``mend`` was called."""
         async with starting(platform, issuer) as gateway:
@@ -994,7 +996,7 @@ class TestKeys:
 
     @each_junk
     async def test_junk_at_the_start(
-        self, platform: bench.aws.Platform, issuer: Issuer, junk: bytes
+        self, platform: aws_standin.Platform, issuer: Issuer, junk: bytes
     ) -> None:
         """A gateway without a key lets nobody in, and starts as soon as it has one."""
         good, issuer.answer = issuer.answer, junk
@@ -1002,18 +1004,20 @@ class TestKeys:
 
     @each_head
     async def test_errors_at_the_start(
-        self, platform: bench.aws.Platform, issuer: Issuer, head: bytes
+        self, platform: aws_standin.Platform, issuer: Issuer, head: bytes
     ) -> None:
         """So it does where the endpoint has nothing but errors."""
         good, issuer.head = issuer.head, head
         await self.starts_after(platform, issuer, lambda: setattr(issuer, "head", good))
 
-    async def test_down_at_the_start(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_down_at_the_start(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """So it does where there is no endpoint."""
         await issuer.stop()
         await self.starts_after(platform, issuer, issuer.start)
 
-    async def test_silent_at_the_start(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_silent_at_the_start(
+        self, platform: aws_standin.Platform, issuer: Issuer
+    ) -> None:
         """So it does where the endpoint never answers."""
         good, issuer.answer = issuer.answer, None
         await self.starts_after(platform, issuer, lambda: setattr(issuer, "answer", good))
@@ -1025,7 +1029,7 @@ class TestKeys:
 
     @each_junk
     async def test_junk_later(
-        self, platform: bench.aws.Platform, issuer: Issuer, junk: bytes
+        self, platform: aws_standin.Platform, issuer: Issuer, junk: bytes
     ) -> None:
         """The last good keys are kept where the endpoint has none that can be used."""
         async with guarded(platform, issuer) as gateway:
@@ -1035,7 +1039,7 @@ class TestKeys:
 
     @each_head
     async def test_errors_later(
-        self, platform: bench.aws.Platform, issuer: Issuer, head: bytes
+        self, platform: aws_standin.Platform, issuer: Issuer, head: bytes
     ) -> None:
         """They are kept while the endpoint has nothing but errors."""
         async with guarded(platform, issuer) as gateway:
@@ -1043,7 +1047,7 @@ class TestKeys:
             await self.still_works(gateway)
             assert issuer.reads >= 2
 
-    async def test_down_later(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_down_later(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """They are kept while the endpoint is down, and the new ones taken when it is back."""
         async with guarded(platform, issuer) as gateway:
             await issuer.stop()
@@ -1052,7 +1056,7 @@ class TestKeys:
             await issuer.start()
             assert await status_of(gateway, token_of(key_id="key-2")) == 101
 
-    async def test_silent_later(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_silent_later(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """While the endpoint does not answer, nobody waits for it but who needs it."""
         async with guarded(platform, issuer, auth_first_message=True) as gateway:
             issuer.answer = None
@@ -1065,7 +1069,7 @@ class TestKeys:
             assert await status_of(gateway, token_of()) == 101
 
     async def test_gone_while_waiting(
-        self, platform: bench.aws.Platform, issuer: Issuer, caplog: pytest.LogCaptureFixture
+        self, platform: aws_standin.Platform, issuer: Issuer, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A client that leaves while keys are read for it leaves nothing behind."""
         async with guarded(platform, issuer, auth_first_message=True) as gateway:
@@ -1080,7 +1084,7 @@ class TestKeys:
             assert await status_of(gateway, token_of()) == 101
         assert not [record for record in caplog.records if record.exc_info]
 
-    async def test_rotation(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_rotation(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """A token with a key that is new gets in at once, in every way to bring one."""
         async with guarded(platform, issuer, auth_first_message=True) as gateway:
             for number, way in enumerate(("header", "message", "session"), 2):
@@ -1097,7 +1101,7 @@ class TestKeys:
             assert issuer.reads == 4
 
     async def test_withdrawn(
-        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A key that the issuer has withdrawn is believed no longer than its lifetime."""
         monkeypatch.setattr(server, "KEYS_LIFETIME_S", 0.1)
@@ -1109,7 +1113,7 @@ class TestKeys:
             assert await status_of(gateway, token_of()) == 401
 
     async def test_read_at_most_once_a_minute(
-        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whoever invents key ids does not have the endpoint read for each."""
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 60.0)
@@ -1122,7 +1126,7 @@ class TestKeys:
             assert await status_of(gateway, token_of(key_id="key-2")) == 101
 
     async def test_read_once_for_many(
-        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Fifty who come at once with a new key all get in, by one read."""
         monkeypatch.setattr(server, "CALL_TIMEOUT_S", DEADLINE_S)
@@ -1137,7 +1141,7 @@ class TestKeys:
             assert issuer.reads == 2
 
     async def test_authenticating_again_and_again(
-        self, platform: bench.aws.Platform, issuer: Issuer
+        self, platform: aws_standin.Platform, issuer: Issuer
     ) -> None:
         """A client cannot pile up tokens in memory while the endpoint hangs."""
         async with (
@@ -1158,7 +1162,7 @@ class TestKeys:
 
 class TestProjects:
     async def test_forbidden(
-        self, platform: bench.aws.Platform, issuer: Issuer, stand_in: StandIn
+        self, platform: aws_standin.Platform, issuer: Issuer, stand_in: StandIn
     ) -> None:
         """What the token does not grant is refused, without a look at what there is."""
         asked: tuple[Json, ...] = (
@@ -1194,7 +1198,7 @@ class TestProjects:
             assert (await other.receive())["seq"] == 2
             assert await client.has_nothing_more()
 
-    async def test_in_the_url(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_in_the_url(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """A project in the URL is asked for like any other."""
         async with (
             guarded(platform, issuer) as gateway,
@@ -1216,7 +1220,7 @@ class TestProjects:
         ],
     )
     async def test_granted(
-        self, platform: bench.aws.Platform, issuer: Issuer, claims: Json, settings_: Json
+        self, platform: aws_standin.Platform, issuer: Issuer, claims: Json, settings_: Json
     ) -> None:
         """What the token grants, in whatever form, can be used."""
         async with (
@@ -1229,7 +1233,7 @@ class TestProjects:
             answer = await client.ask(action="forward", type="dev", project_id="mine")
             assert answer["type"] == "forward_confirmed"
 
-    async def test_everyones_project(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_everyones_project(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """All may hear what is for everyone; only who may use all projects may have it said."""
         async with guarded(platform, issuer) as gateway:
             for projects, allowed in ((["mine"], False), ("*", True)):
@@ -1244,7 +1248,7 @@ class TestProjects:
     )
     async def test_forward_about_no_project(
         self,
-        platform: bench.aws.Platform,
+        platform: aws_standin.Platform,
         issuer: Issuer,
         stand_in: StandIn,
         projects: Any,
@@ -1278,17 +1282,17 @@ class TestOrigins:
             ("", 403),
         ],
     )
-    async def test_exact(self, platform: bench.aws.Platform, origin: str, status: int) -> None:
+    async def test_exact(self, platform: aws_standin.Platform, origin: str, status: int) -> None:
         """A page's origin is on the list, letter for letter, or the page stays outside."""
         async with running_gateway(platform, allowed_origins=self.ALLOWED) as gateway:
             assert await status_of(gateway, Origin=origin) == status
 
-    async def test_programs(self, platform: bench.aws.Platform) -> None:
+    async def test_programs(self, platform: aws_standin.Platform) -> None:
         """Who is no browser has no origin, and needs none."""
         async with running_gateway(platform, allowed_origins=self.ALLOWED) as gateway:
             assert await status_of(gateway) == 101
 
-    async def test_two(self, platform: bench.aws.Platform) -> None:
+    async def test_two(self, platform: aws_standin.Platform) -> None:
         """A second origin does not come in with the first."""
         async with running_gateway(platform, allowed_origins=self.ALLOWED) as gateway:
             headers = [("Origin", "https://app.example"), ("Origin", "https://evil.example")]
@@ -1299,7 +1303,7 @@ class TestOrigins:
                     pass
             assert refused.value.response.status_code == 403
 
-    async def test_before_the_token(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_before_the_token(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """A good token does not help a page from elsewhere."""
         async with guarded(platform, issuer, allowed_origins=self.ALLOWED) as gateway:
             assert await status_of(gateway, token_of(), Origin="https://evil.example") == 403
@@ -1309,7 +1313,7 @@ class TestOrigins:
 
 
 class TestLimits:
-    async def test_connections_per_address(self, platform: bench.aws.Platform) -> None:
+    async def test_connections_per_address(self, platform: aws_standin.Platform) -> None:
         """An address has its connections, behind a proxy too; one more is told when to come."""
         async with running_gateway(platform, max_connections_per_ip=2) as gateway:
             here = {"X_Forwarded_For": "10.0.0.1, 203.0.113.1"}
@@ -1324,7 +1328,7 @@ class TestLimits:
                 await eventually(lambda: len(gateway.registry.connections) == 1)
                 assert await status_of(gateway, **here) == 101
 
-    async def test_connections_per_ipv6_customer(self, platform: bench.aws.Platform) -> None:
+    async def test_connections_per_ipv6_customer(self, platform: aws_standin.Platform) -> None:
         """The addresses of one /64 count as one."""
         async with (
             running_gateway(platform, max_connections_per_ip=1) as gateway,
@@ -1333,7 +1337,7 @@ class TestLimits:
             assert await status_of(gateway, X_Forwarded_For="2001:db8::2") == 429
             assert await status_of(gateway, X_Forwarded_For="2001:db8:0:1::2") == 101
 
-    async def test_connections_in_all(self, platform: bench.aws.Platform) -> None:
+    async def test_connections_in_all(self, platform: aws_standin.Platform) -> None:
         """A full task says so, and has room again when somebody leaves."""
         async with running_gateway(platform, max_connections=1) as gateway:
             async with client_of(gateway):
@@ -1344,7 +1348,7 @@ class TestLimits:
             assert await status_of(gateway) == 101
 
     async def test_connections_that_wait_for_keys(
-        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who had to wait for a new key does not get in over the limit."""
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
@@ -1367,7 +1371,7 @@ class TestLimits:
                 assert sorted(await asyncio.gather(*coming)) == [101] * 3 + [429] * 7
                 assert len(gateway.registry.connections) == 3
 
-    async def test_handshakes(self, platform: bench.aws.Platform) -> None:
+    async def test_handshakes(self, platform: aws_standin.Platform) -> None:
         """Who comes too often is told to wait; another address is not."""
         async with running_gateway(platform, max_handshakes_per_second_per_ip=1) as gateway:
             for _ in range(30):
@@ -1378,7 +1382,7 @@ class TestLimits:
             assert await status_of(gateway, X_Forwarded_For="203.0.113.2") == 101
 
     async def test_failed_authentications(
-        self, platform: bench.aws.Platform, issuer: Issuer
+        self, platform: aws_standin.Platform, issuer: Issuer
     ) -> None:
         """After so many bad tokens in a minute an address is not even listened to."""
         limits = {"max_failed_authentications_per_ip": 3}
@@ -1391,7 +1395,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("way", ["header", "message"])
     async def test_keys_that_are_not_read_yet(
-        self, platform: bench.aws.Platform, issuer: Issuer, way: str
+        self, platform: aws_standin.Platform, issuer: Issuer, way: str
     ) -> None:
         """Tokens with a new key, while keys may not be read, do not shut their address out."""
         limits = {"max_failed_authentications_per_ip": 10, "auth_first_message": True}
@@ -1409,7 +1413,7 @@ class TestLimits:
             assert await status_of(gateway, token_of()) == 101
 
     async def test_keys_that_are_read_in_vain(
-        self, platform: bench.aws.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A key that is not among those read for it is a failure like any other."""
         monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
@@ -1421,7 +1425,7 @@ class TestLimits:
             assert await status_of(gateway, token_of()) == 429
 
     async def test_failed_first_messages(
-        self, platform: bench.aws.Platform, issuer: Issuer
+        self, platform: aws_standin.Platform, issuer: Issuer
     ) -> None:
         """Bad tokens in messages count like those in handshakes."""
         limits = {"max_failed_authentications_per_ip": 2, "auth_first_message": True}
@@ -1432,7 +1436,7 @@ class TestLimits:
                     assert (await closed_with(client))[0] == 4401
             assert await status_of(gateway, token_of()) == 429
 
-    async def test_messages(self, platform: bench.aws.Platform) -> None:
+    async def test_messages(self, platform: aws_standin.Platform) -> None:
         """Over its rate a client is told how long to wait, and closed with 1008 if it does not."""
         async with (
             running_gateway(platform, max_messages_per_second=10) as gateway,
@@ -1449,7 +1453,7 @@ class TestLimits:
             assert all(0 < answer["retry_after_ms"] <= 100 for answer in limited)
             assert await other.has_nothing_more()
 
-    async def test_patience(self, platform: bench.aws.Platform) -> None:
+    async def test_patience(self, platform: aws_standin.Platform) -> None:
         """Who waits as long as it was told is served again."""
         async with (
             running_gateway(platform, max_messages_per_second=5) as gateway,
@@ -1462,7 +1466,7 @@ class TestLimits:
             await asyncio.sleep(answers[-1]["retry_after_ms"] / 1000 + 0.01)
             assert (await client.ask(action="ping"))["type"] == "pong"
 
-    async def test_pings_and_fragments(self, platform: bench.aws.Platform) -> None:
+    async def test_pings_and_fragments(self, platform: aws_standin.Platform) -> None:
         """Frames that are no messages count as well, pongs too."""
         flood = {
             "pings": b"\x89\x80\x00\x00\x00\x00" * 2_000,
@@ -1491,7 +1495,7 @@ class TestLimits:
         text = (SERVER.parent / "docs" / "PROTOCOL.md").read_text("utf-8")
         assert words in " ".join(text.split())
 
-    async def test_subscriptions(self, platform: bench.aws.Platform) -> None:
+    async def test_subscriptions(self, platform: aws_standin.Platform) -> None:
         """A connection has so many subscriptions; everyone's own and repeated ones are free."""
         async with (
             running_gateway(platform, max_subscriptions_per_connection=2) as gateway,
@@ -1506,7 +1510,7 @@ class TestLimits:
             answer = await client.ask(action="subscribe", project_id="p3")
             assert answer["type"] == "subscription_confirmed"
 
-    async def test_off(self, platform: bench.aws.Platform) -> None:
+    async def test_off(self, platform: aws_standin.Platform) -> None:
         """Each limit is off at 0."""
         names = (
             "max_connections", "max_connections_per_ip", "max_handshakes_per_second",
@@ -1627,7 +1631,7 @@ class TestNothingLeaks:
     @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
     @pytest.mark.parametrize("log_level", ["INFO", "DEBUG"])
     async def test_logs(
-        self, platform: bench.aws.Platform, stand_in: StandIn, issuer: Issuer, log_level: str
+        self, platform: aws_standin.Platform, stand_in: StandIn, issuer: Issuer, log_level: str
     ) -> None:
         """No token, payload or data is in what the process writes, and nobody writes lines."""
         environment = {
@@ -1678,7 +1682,7 @@ class TestNothingLeaks:
             ({"x_forwarded_for": "::1"}, 404),
         ],
     )
-    async def test_stats(self, platform: bench.aws.Platform, headers: Json, status: int) -> None:
+    async def test_stats(self, platform: aws_standin.Platform, headers: Json, status: int) -> None:
         """Figures are for who is on the machine, not for who comes through the balancer."""
         async with running_gateway(platform) as gateway:
             response = await get(gateway.address, "/stats", **headers)
@@ -1686,7 +1690,7 @@ class TestNothingLeaks:
             assert (b"ActiveConnections" in response) == (status == 200)
 
     async def test_stats_and_gone(
-        self, platform: bench.aws.Platform, caplog: pytest.LogCaptureFixture
+        self, platform: aws_standin.Platform, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Who asks for figures and vanishes is no traceback."""
         async with running_gateway(platform) as gateway:
@@ -1698,7 +1702,7 @@ class TestNothingLeaks:
             await eventually(lambda: not gateway.pending)
         assert not [record for record in caplog.records if record.exc_info]
 
-    async def test_no_versions(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_no_versions(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """No answer says what it was made with."""
         async with guarded(platform, issuer) as gateway:
             answers = [
@@ -1718,7 +1722,7 @@ class TestNothingLeaks:
         assert VERSION.search(head % b"Date: x\r\nserver: nginx 1")
         assert not VERSION.search(head % b"Content-Length: 12\r\nX-Server: 7")
 
-    async def test_errors_name_no_internals(self, platform: bench.aws.Platform) -> None:
+    async def test_errors_name_no_internals(self, platform: aws_standin.Platform) -> None:
         """An error is a sentence about the message, not about the machine."""
         async with running_gateway(platform) as gateway, client_of(gateway) as client:
             for message in ("{", "[]", '{"action":"forward"}', '{"action":"subscribe"}', "x" * 99):
@@ -1729,7 +1733,9 @@ class TestNothingLeaks:
                     str(error),
                 )
 
-    async def test_tokens_are_not_kept(self, platform: bench.aws.Platform, issuer: Issuer) -> None:
+    async def test_tokens_are_not_kept(
+        self, platform: aws_standin.Platform, issuer: Issuer
+    ) -> None:
         """After the handshake there is no token in memory that a dump could show."""
         token = token_of(nickname="remember me")
         async with guarded(platform, issuer) as gateway:
@@ -1743,7 +1749,7 @@ class TestNothingLeaks:
 
     @pytest.mark.parametrize("compression", ["deflate", None])
     async def test_messages_are_not_kept(
-        self, platform: bench.aws.Platform, compression: str | None
+        self, platform: aws_standin.Platform, compression: str | None
     ) -> None:
         """What a client has sent is not in memory for as long as it then stays quiet."""
         async with (

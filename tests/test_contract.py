@@ -26,8 +26,8 @@ from websockets.typing import Subprotocol
 
 import local.aws
 import server
-from bench.aws import Fault as AwsFault
-from bench.aws import StandIn
+from aws_standin import Fault as AwsFault
+from aws_standin import StandIn
 from server import ErrorCode, Gateway
 from test_server import THROTTLED, always, running_gateway, stand_in
 from tests import contract

@@ -21,7 +21,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from moto.server import ThreadedMotoServer
 
-from bench.aws import Call, Fault, Platform, Queue, StandIn
+from aws_standin import Call, Fault, Platform, Queue, StandIn
 
 Json = dict[str, Any]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import pytest
 from websockets.asyncio.client import connect
 
-from bench.aws import StandIn
+from aws_standin import StandIn
 from tests.chaos.fleet import Fleet, server_environment, task_metadata
 from tests.chaos.plan import Scale, make_plan
 from tests.chaos.run import run_on_stand_in

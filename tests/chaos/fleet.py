@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Platform(Protocol):
-    """What ``local.aws`` and ``bench.aws`` alike call a platform: the queues, topic and tables."""
+    """What ``local.aws`` and ``aws_standin`` both call a platform: the queues, topic and tables."""
 
     @property
     def endpoint_url(self) -> str: ...

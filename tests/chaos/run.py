@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.aws import StandIn
+from aws_standin import StandIn
 from local.aws import EmbeddedAws
 from tests.chaos.checker import Event, first_divergence, log_faults
 from tests.chaos.clients import Client

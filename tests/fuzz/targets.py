@@ -22,7 +22,7 @@ from websockets.protocol import State
 from websockets.uri import parse_uri
 
 import server
-from bench.aws import AwsError, StandIn
+from aws_standin import AwsError, StandIn
 from server import (
     AgentMessage,
     Aws,

@@ -15,7 +15,7 @@ In a test, inside a running event loop::
     ...
     await stand_in.stop()
 
-Alone: ``python -m bench.aws --port 4100`` prints the endpoint and a platform's environment.
+Alone: ``python -m aws_standin --port 4100`` prints the endpoint and a platform's environment.
 
 Nothing is ever really secret or durable here: signatures are not checked, all is lost on exit.
 """
@@ -29,12 +29,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from bench.aws.dynamodb import DynamoDb, Table
-from bench.aws.model import ACCOUNT, NO_FAULT, REGION, AwsError, Call, Fault, Json
-from bench.aws.queues import Message, Poll, Queue
-from bench.aws.sns import Sns
-from bench.aws.sqs import Sqs
-from bench.aws.wire import Connection
+from aws_standin.dynamodb import DynamoDb, Table
+from aws_standin.model import ACCOUNT, NO_FAULT, REGION, AwsError, Call, Fault, Json
+from aws_standin.queues import Message, Poll, Queue
+from aws_standin.sns import Sns
+from aws_standin.sqs import Sqs
+from aws_standin.wire import Connection
 
 __all__ = ["AwsError", "Call", "Fault", "Message", "Platform", "Queue", "StandIn", "Table"]
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Final
 
-from bench.aws.model import (
+from aws_standin.model import (
     ACCOUNT,
     MAX_BATCH_ENTRIES,
     REGION,
@@ -21,8 +21,8 @@ from bench.aws.model import (
     attributes_bytes,
     handler_name,
 )
-from bench.aws.queues import Queue
-from bench.aws.sqs import Sqs
+from aws_standin.queues import Queue
+from aws_standin.sqs import Sqs
 
 MAX_SNS_BYTES: Final = 262_144
 MAX_RAW_ATTRIBUTES: Final = 10

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from bench.aws.model import (
+from aws_standin.model import (
     ACCOUNT,
     MAX_BATCH_ENTRIES,
     SQS_QUERY_CODES,
@@ -20,7 +20,7 @@ from bench.aws.model import (
     attributes_bytes,
     handler_name,
 )
-from bench.aws.queues import DEFAULT_QUEUE_ATTRIBUTES, MAX_SQS_BYTES, Message, Poll, Queue
+from aws_standin.queues import DEFAULT_QUEUE_ATTRIBUTES, MAX_SQS_BYTES, Message, Poll, Queue
 
 DELETED_NAME_BLOCKED_S: Final = 60.0
 

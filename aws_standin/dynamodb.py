@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from bench.aws.expressions import (
+from aws_standin.expressions import (
     COMPARATORS,
     Expressions,
     Item,
@@ -18,7 +18,7 @@ from bench.aws.expressions import (
     read_condition,
     read_projection,
 )
-from bench.aws.model import ACCOUNT, REGION, AwsError, Json, handler_name
+from aws_standin.model import ACCOUNT, REGION, AwsError, Json, handler_name
 
 MAX_ITEM_BYTES: Final = 409_600
 MAX_TRANSACTION_BYTES: Final = 4_194_304

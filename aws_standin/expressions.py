@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from bench.aws.model import AwsError, Json
+from aws_standin.model import AwsError, Json
 
 # Of DynamoDB's 573 reserved words, those that a table of projects and events comes near.
 RESERVED_WORDS: Final = frozenset(

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 
-from bench.aws import StandIn
+from aws_standin import StandIn
 
 
 async def _serve_forever(port: int, prefix: str, fifo_updates: bool) -> None:
@@ -20,7 +20,7 @@ async def _serve_forever(port: int, prefix: str, fifo_updates: bool) -> None:
 
 def main() -> None:
     """Run until interrupted; the first line printed is the endpoint, the second an environment."""
-    parser = argparse.ArgumentParser(prog="python -m bench.aws", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m aws_standin", description=main.__doc__)
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
     parser.add_argument("--prefix", default="agenticai", help="of the names of queues and tables")
     parser.add_argument("--fifo-updates", action="store_true", help="a FIFO updates queue")

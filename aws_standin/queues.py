@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from typing import Final
 
-from bench.aws.model import ACCOUNT, REGION, AwsError, Json
+from aws_standin.model import ACCOUNT, REGION, AwsError, Json
 
 MAX_SQS_BYTES: Final = 1_048_576
 DEDUPLICATION_WINDOW_S: Final = 300.0

@@ -12,11 +12,11 @@ from xml.sax.saxutils import escape
 
 import msgspec
 
-from bench.aws.model import NO_FAULT, SQS_QUERY_CODES, AwsError, Call, Fault, Json, Service
-from bench.aws.queues import Message, Poll, Queue
+from aws_standin.model import NO_FAULT, SQS_QUERY_CODES, AwsError, Call, Fault, Json, Service
+from aws_standin.queues import Message, Poll, Queue
 
 if TYPE_CHECKING:
-    from bench.aws import StandIn
+    from aws_standin import StandIn
 
 MAX_HEAD_BYTES: Final = 65_536
 MAX_BODY_BYTES: Final = 16_777_216
