@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -34,9 +35,10 @@ from aws_standin.model import ACCOUNT, NO_FAULT, REGION, AwsError, Call, Fault, 
 from aws_standin.queues import Message, Poll, Queue
 from aws_standin.sns import Sns
 from aws_standin.sqs import Sqs
+from aws_standin.usage import Usage
 from aws_standin.wire import Connection
 
-__all__ = ["AwsError", "Call", "Fault", "Message", "Platform", "Queue", "StandIn", "Table"]
+__all__ = ["AwsError", "Call", "Fault", "Message", "Platform", "Queue", "StandIn", "Table", "Usage"]
 
 
 class StandIn:
@@ -46,14 +48,19 @@ class StandIn:
         queues: by name; their `bodies` and `messages` can be looked at, and `push` and `wake` used.
         fault: asked about every call; None or `None` from it is the ordinary course.
         calls: how many calls there were, by service and operation.
+        usage: what AWS would bill of them.
+        latency_s: least and most that every call takes; half of it passes before the call takes
+            effect, half before its answer arrives.
     """
 
     def __init__(self) -> None:
         self.sqs = Sqs()
         self.sns = Sns(self.sqs)
-        self.dynamodb = DynamoDb()
+        self.usage = Usage()
+        self.dynamodb = DynamoDb(self.usage)
         self.fault: Callable[[Call], Fault | None] | None = None
         self.calls: Counter[tuple[str, str]] = Counter()
+        self.latency_s = (0.0, 0.0)
         self.connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
 
@@ -90,6 +97,11 @@ class StandIn:
             self._server = None
         for queue in self.queues.values():
             queue.close()
+
+    def half_latency_s(self) -> float:
+        """How long a call is under way, this time."""
+        least, most = self.latency_s
+        return random.uniform(least, most) / 2 if most else 0.0
 
     def perform(self, call: Call, fault: Fault = NO_FAULT) -> Json | Poll:
         """Do one call without the wire; raises `AwsError`."""

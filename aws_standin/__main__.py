@@ -6,27 +6,65 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 
 from aws_standin import StandIn
 
 
-async def _serve_forever(port: int, prefix: str, fifo_updates: bool) -> None:
-    stand_in = await StandIn().start(port)
+async def _serve_forever(
+    port: int, prefix: str, fifo_updates: bool, latency_s: tuple[float, float]
+) -> None:
+    stand_in = StandIn()
+    stand_in.latency_s = latency_s
+    await stand_in.start(port)
     platform = stand_in.create_platform(fifo_updates=fifo_updates, prefix=prefix)
     print(stand_in.endpoint_url, flush=True)
     print(json.dumps(platform.environment()), flush=True)
+    with contextlib.suppress(OSError, ValueError):  # /dev/null and files cannot be waited on
+        asyncio.get_running_loop().add_reader(0, _tell_usage, stand_in)
     await asyncio.Event().wait()
 
 
+def _tell_usage(stand_in: StandIn) -> None:
+    """Answer a line on standard input with what AWS would bill so far."""
+    if os.read(0, 4096):
+        print(json.dumps(stand_in.usage.as_json()), flush=True)
+    else:
+        asyncio.get_running_loop().remove_reader(0)
+
+
+def _latency_s(text: str) -> tuple[float, float]:
+    """Milliseconds, ``5-10`` or ``5``, as seconds."""
+    least, _, most = text.partition("-")
+    return float(least) / 1e3, float(most or least) / 1e3
+
+
 def main() -> None:
-    """Run until interrupted; the first line printed is the endpoint, the second an environment."""
-    parser = argparse.ArgumentParser(prog="python -m aws_standin", description=main.__doc__)
+    """Run until interrupted; the first line printed is the endpoint, the second an environment.
+
+    Each line on standard input is answered with what AWS would bill so far, as JSON.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m aws_standin",
+        description=main.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
     parser.add_argument("--prefix", default="agenticai", help="of the names of queues and tables")
     parser.add_argument("--fifo-updates", action="store_true", help="a FIFO updates queue")
+    parser.add_argument(
+        "--latency-ms",
+        type=_latency_s,
+        default=(0.0, 0.0),
+        metavar="5-10",
+        help="what every call takes, half of it before it takes effect",
+    )
     arguments = parser.parse_args()
+    serving = _serve_forever(
+        arguments.port, arguments.prefix, arguments.fifo_updates, arguments.latency_ms
+    )
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve_forever(arguments.port, arguments.prefix, arguments.fifo_updates))
+        asyncio.run(serving)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from aws_standin.expressions import (
     read_projection,
 )
 from aws_standin.model import ACCOUNT, REGION, AwsError, Json, handler_name
+from aws_standin.usage import Usage
 
 MAX_ITEM_BYTES: Final = 409_600
 MAX_TRANSACTION_BYTES: Final = 4_194_304
@@ -95,8 +96,9 @@ class Table:
 class DynamoDb:
     """The operations of DynamoDB. Each runs to its end at once, so all are atomic."""
 
-    def __init__(self) -> None:
+    def __init__(self, usage: Usage | None = None) -> None:
         self.tables: dict[str, Table] = {}
+        self.usage = usage or Usage()
         self._tokens: dict[str, tuple[float, bytes]] = {}
 
     def perform(self, operation: str, request: Json, failed: Mapping[int, bool]) -> Json:
@@ -150,8 +152,14 @@ class DynamoDb:
     def _do_get_item(self, request: Json) -> Json:
         table = self._table(request)
         item = table.get(table.key(request["Key"], exact=True))
+        self._read(request, item)
         expressions = Expressions(request)
         return {"Item": _projected(request, expressions, item)} if item is not None else {}
+
+    def _read(self, request: Json, *items: Item | None) -> None:
+        """Count a read of these items together."""
+        size = sum(_item_bytes(item) for item in items if item is not None)
+        self.usage.read(size, consistent=bool(request.get("ConsistentRead")))
 
     def _do_put_item(self, request: Json) -> Json:
         return self._write("Put", request)
@@ -164,6 +172,7 @@ class DynamoDb:
 
     def _write(self, action: str, request: Json) -> Json:
         write = Write(self._table(request), action, request)
+        self.usage.wrote(write.item_bytes(), transaction=False)
         if not write.allowed:
             fields: Json = {"Item": write.old} if write.shows_old else {}
             raise AwsError(
@@ -193,6 +202,8 @@ class DynamoDb:
             raise invalid("Transaction request cannot include multiple operations on one item")
         if sum(_item_bytes(w.new) for w in writes if w.new) > MAX_TRANSACTION_BYTES:
             raise invalid("Member must have total size less than or equal to 4194304 bytes")
+        for write in writes:
+            self.usage.wrote(write.item_bytes(), transaction=True)
         if not all(w.allowed for w in writes):
             codes = ["None" if w.allowed else "ConditionalCheckFailed" for w in writes]
             raise AwsError(
@@ -236,8 +247,11 @@ class DynamoDb:
                 if index in failed:
                     left = unprocessed.setdefault(name, {**wanted, "Keys": []})
                     left["Keys"].append(given)
-                elif (item := table.get(key)) is not None:
-                    found.append(_projected(wanted, expressions, item))
+                else:
+                    item = table.get(key)
+                    self._read(wanted, item)
+                    if item is not None:
+                        found.append(_projected(wanted, expressions, item))
                 index += 1
         if not 1 <= index <= MAX_BATCH_GET_KEYS:
             raise invalid("Too many items requested for the BatchGetItem call")
@@ -255,7 +269,7 @@ class DynamoDb:
             backward = request.get("ScanIndexForward") is False
             keys = [k for k in keys if (k < after if backward else k > after)]
         items = (table.get((partition, key)) or {} for key in keys)
-        return _page(
+        return self._page(
             table, request, expressions, (i for i in items if expressions.holds(condition, i))
         )
 
@@ -267,7 +281,15 @@ class DynamoDb:
             for item in items:
                 if table.key(item, exact=False) == after:
                     break
-        return _page(table, request, Expressions(request), items)
+        return self._page(table, request, Expressions(request), items)
+
+    def _page(
+        self, table: Table, request: Json, expressions: Expressions, items: Iterator[Item]
+    ) -> Json:
+        looked_at: list[Item] = []
+        answer = _page(table, request, expressions, items, looked_at)
+        self._read(request, *looked_at)
+        return answer
 
 
 class Write:
@@ -294,6 +316,10 @@ class Write:
             self.new = expressions.update(request, self.old or dict(request["Key"]))
         if self.new is not None and _item_bytes(self.new) > MAX_ITEM_BYTES:
             raise invalid("Item size has exceeded the maximum allowed size")
+
+    def item_bytes(self) -> int:
+        """What the write is billed for: the larger of the item before and after."""
+        return max(_item_bytes(item) if item else 0 for item in (self.old, self.new))
 
     def apply(self) -> None:
         """Take effect."""
@@ -326,7 +352,13 @@ def _item_bytes(item: Item) -> int:
             return sum(len(k.encode()) + size(v) for k, v in value.items())
         return 1
 
-    return sum(len(name.encode()) + size(next(iter(v.values()))) for name, v in item.items())
+    def attribute(kind: str, value: Any) -> int:
+        # Two digits a byte and one more; binary values travel in base64.
+        return {"N": len(str(value)) // 2 + 2, "B": len(str(value)) * 3 // 4}.get(kind) or size(
+            value
+        )
+
+    return sum(len(n.encode()) + attribute(*next(iter(v.items()))) for n, v in item.items())
 
 
 def _projected(request: Json, expressions: Expressions, item: Item) -> Item:
@@ -371,7 +403,13 @@ def _key_range(
     return partition, low, high, node
 
 
-def _page(table: Table, request: Json, expressions: Expressions, items: Iterator[Item]) -> Json:
+def _page(
+    table: Table,
+    request: Json,
+    expressions: Expressions,
+    items: Iterator[Item],
+    looked_at: list[Item],
+) -> Json:
     """One page of a query or scan: `Limit` items or 1 MB looked at, whichever comes first."""
     limit = int(request.get("Limit") or 1 << 31)
     keep = request.get("FilterExpression")
@@ -383,6 +421,7 @@ def _page(table: Table, request: Json, expressions: Expressions, items: Iterator
             break
         scanned += 1
         size += _item_bytes(item)
+        looked_at.append(item)
         last = item
         if not keep or expressions.holds(read_condition(keep), item):
             found.append(_projected(request, expressions, item))

@@ -195,10 +195,11 @@ class Connection(asyncio.Protocol):
             self._answer(write_error("sqs", error))
             return
         self._stand_in.calls[call.service, call.operation] += 1
+        self._stand_in.usage.called(call)
         hook = self._stand_in.fault
         fault = (hook(call) if hook else None) or NO_FAULT
-        if fault.delay_s:
-            asyncio.get_running_loop().call_later(fault.delay_s, self._perform, call, fault)
+        if delay_s := fault.delay_s + self._stand_in.half_latency_s():
+            asyncio.get_running_loop().call_later(delay_s, self._perform, call, fault)
         else:
             self._perform(call, fault)
 
@@ -218,6 +219,8 @@ class Connection(asyncio.Protocol):
             self._finish(call, fault, write_error(call.service, malformed))
             return
         if not isinstance(result, Poll):
+            if call.operation == "ReceiveMessage":
+                self._stand_in.usage.answered(call, result.get("Messages") or [])
             self._finish(call, fault, write_answer(call, result))
         elif self._transport:
             result.answer = functools.partial(self._polled, call, fault)
@@ -226,6 +229,7 @@ class Connection(asyncio.Protocol):
     def _polled(self, call: Call, fault: Fault, messages: list[Message]) -> None:
         self._waiting = None
         answer = self._stand_in.sqs.received(call.request, messages)
+        self._stand_in.usage.answered(call, answer.get("Messages") or [])
         self._finish(call, fault, write_answer(call, answer))
 
     def _finish(self, call: Call, fault: Fault, response: bytes) -> None:
@@ -241,6 +245,12 @@ class Connection(asyncio.Protocol):
             self._answer(response)
 
     def _answer(self, response: bytes) -> None:
+        if delay_s := self._stand_in.half_latency_s():
+            asyncio.get_running_loop().call_later(delay_s, self._send, response)
+        else:
+            self._send(response)
+
+    def _send(self, response: bytes) -> None:
         if self._transport:
             self._transport.write(response)
         self._busy = False

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -933,3 +935,106 @@ class TestFaults:
             receive(sqs, url)
         running.do(lambda: running.stand_in.start(port))
         assert bodies(receive(sqs, url)) == ["a"]
+
+
+class TestUsage:
+    """What AWS would bill is counted by AWS's own rules."""
+
+    @pytest.fixture
+    def table(self, dynamodb: Any) -> str:
+        return make_table(dynamodb, "usage")
+
+    @pytest.mark.parametrize(
+        ("size", "alone", "in_transaction"), [(900, 1, 2), (1024, 1, 2), (1025, 2, 4)]
+    )
+    def test_write_units(
+        self,
+        stand_in: StandIn,
+        dynamodb: Any,
+        table: str,
+        size: int,
+        alone: int,
+        in_transaction: int,
+    ) -> None:
+        """A unit is a started KB of the whole item, twice that in a transaction."""
+        item = {"PK": {"S": "p"}, "SK": {"S": "1"}, "filler": {"S": "x" * (size - 12)}}
+        before = stand_in.usage.write_units
+        dynamodb.put_item(TableName=table, Item=item)
+        assert stand_in.usage.write_units - before == alone
+        item["SK"] = {"S": "2"}
+        dynamodb.transact_write_items(TransactItems=[{"Put": {"TableName": table, "Item": item}}])
+        assert stand_in.usage.write_units - before == alone + in_transaction
+
+    def test_an_overwritten_item_counts_by_its_larger_side(
+        self, stand_in: StandIn, dynamodb: Any, table: str
+    ) -> None:
+        """Making an item small is billed for what it was."""
+        key = {"PK": {"S": "p"}, "SK": {"S": "s"}}
+        dynamodb.put_item(TableName=table, Item={**key, "filler": {"S": "x" * 3000}})
+        before = stand_in.usage.write_units
+        dynamodb.put_item(TableName=table, Item=key)
+        assert stand_in.usage.write_units - before == 3
+
+    def test_read_units(self, stand_in: StandIn, dynamodb: Any, table: str) -> None:
+        """A query is billed for the sum of what it looked at; a missing item costs half a unit."""
+        for n in range(10):
+            item = {"PK": {"S": "p"}, "SK": {"S": str(n)}, "filler": {"S": "x" * 990}}
+            dynamodb.put_item(TableName=table, Item=item)
+        query = {
+            "TableName": table,
+            "KeyConditionExpression": "PK = :p",
+            "ExpressionAttributeValues": {":p": {"S": "p"}},
+        }
+        for call, request, units in (
+            (dynamodb.query, query, 1.5),
+            (dynamodb.query, {**query, "ConsistentRead": True}, 3),
+            (dynamodb.query, {**query, "Limit": 4}, 0.5),
+            (
+                dynamodb.get_item,
+                {"TableName": table, "Key": {"PK": {"S": "none"}, "SK": {"S": "none"}}},
+                0.5,
+            ),
+        ):
+            before = stand_in.usage.read_units
+            call(**request)
+            assert stand_in.usage.read_units - before == units
+
+    def test_requests_are_of_64_kb(
+        self, stand_in: StandIn, platform: Platform, sqs: Any, sns: Any
+    ) -> None:
+        """What is sent, received or published is billed for each started 64 KB."""
+        url, name = platform.queue_urls["dev"], platform.queue_names["dev"]
+        sqs.send_message(QueueUrl=url, MessageBody="x" * 65_536)
+        assert stand_in.usage.requests[f"sqs SendMessage {name}"] == 1
+        entries = [{"Id": str(n), "MessageBody": "x" * 50_000} for n in range(3)]
+        sqs.send_message_batch(QueueUrl=url, Entries=entries)
+        assert stand_in.usage.requests[f"sqs SendMessageBatch {name}"] == 3
+        received = 0
+        while received < 4:
+            messages = receive(sqs, url, MaxNumberOfMessages=10)
+            received += len(messages)
+        assert stand_in.usage.requests[f"sqs ReceiveMessage {name}"] == 4
+        sns.publish(TopicArn=platform.topic_arn, Message="x" * 70_000)
+        topic = platform.topic_arn.rpartition(":")[2]
+        assert stand_in.usage.requests[f"sns Publish {topic}"] == 2
+        assert stand_in.usage.calls[f"sns Publish {topic}"] == 1
+
+    def test_a_process_tells_its_usage_and_keeps_its_latency(self) -> None:
+        """A line on standard input is answered with the counts; a call takes what was asked for."""
+        command = [sys.executable, "-m", "aws_standin", "--latency-ms", "40-50"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                endpoint = process.stdout.readline().strip()
+                process.stdout.readline()
+                started = time.monotonic()
+                client(endpoint, "sqs").list_queues()
+                assert time.monotonic() - started >= 0.04
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert json.loads(process.stdout.readline())["calls"] == {"sqs ListQueues": 1}
+            finally:
+                process.kill()
