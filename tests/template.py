@@ -20,6 +20,7 @@ PSEUDO_PARAMETERS = {
     "AWS::AccountId": "123456789012",
     "AWS::Partition": "aws",
     "AWS::Region": "us-east-1",
+    "AWS::URLSuffix": "amazonaws.com",
     "AWS::StackName": "agenticai-websocket-stack",
 }
 
@@ -65,11 +66,21 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("!", _Loader.short_form)
 
 
+def parse(text: str) -> dict[str, Any]:
+    """A template's text, short forms written out."""
+    template: dict[str, Any] = yaml.load(text, _Loader)
+    return template
+
+
 @functools.cache
 def load() -> dict[str, Any]:
     """The whole template, short forms written out. Not to be changed: it is shared."""
-    template: dict[str, Any] = yaml.load(PATH.read_text("utf-8"), _Loader)
-    return template
+    return parse(PATH.read_text("utf-8"))
+
+
+def without_comments(text: str) -> str:
+    """A template as ``deploy-ecs.ps1`` sends it: comments and empty lines taken off."""
+    return re.sub(r"(?m)^\s*#.*\n|  +# .*$|^\n", "", text)
 
 
 class Stack:
@@ -164,6 +175,8 @@ class Stack:
             case "Fn::Contains":
                 members, member = map(self, argument)
                 return member in members
+            case "Fn::Join":
+                return self(argument[0]).join(self(argument[1]))
             case "Fn::Select":
                 return self(argument[1])[int(argument[0])]
             case "Fn::Split":
@@ -180,7 +193,8 @@ class Stack:
             return PSEUDO_PARAMETERS[name]
         if name in self._template["Parameters"]:
             value = self.parameters[name]
-            is_list = self._template["Parameters"][name]["Type"].startswith("List<")
+            kind = self._template["Parameters"][name]["Type"]
+            is_list = kind.startswith("List<") or kind == "CommaDelimitedList"
             return value.split(",") if is_list else value
         if not self._exists(self._template["Resources"][name]):
             raise ValueError(f"{name} is referred to where it does not exist")
