@@ -1,7 +1,7 @@
 """The tests of server.py: a class a section, in its order, over real sockets on free ports.
 
 AWS comes in two kinds. ``stand_in`` (aws_standin) runs in the test's own event loop, is fast and
-fails on command: it serves where calls go wrong. ``embedded_aws`` (local/aws.py) is moto in a
+fails on command: it serves where calls go wrong. ``moto_aws`` (tests/moto_aws.py) is moto in a
 process of its own, somebody else's reading of the documentation: it serves where AWS's own
 behaviour matters. Nothing waits for a fixed time: ``eventually`` waits for a condition.
 """
@@ -76,10 +76,9 @@ from websockets.uri import parse_uri
 from websockets.utils import apply_mask
 
 import aws_standin
-import local.aws
 import server
-from aws_standin import Call, Fault, StandIn, Table
-from local.aws import EmbeddedAws, without_aws
+import tests.moto_aws
+from aws_standin import Call, Fault, StandIn, Table, without_aws
 from server import (
     EVERYONE,
     AgentMessage,
@@ -123,10 +122,11 @@ from server import (
     deflate,
 )
 from tests.issuer import key_set, public_jwk, running_issuer, token_of
+from tests.moto_aws import MotoAws
 
 T = TypeVar("T")
 Json = dict[str, Any]
-Platform = aws_standin.Platform | local.aws.Platform
+Platform = aws_standin.Platform | tests.moto_aws.Platform
 
 DEADLINE_S = 20.0  # for what takes milliseconds, on a machine with better things to do
 hypothesis_settings.register_profile("busy machine", deadline=None)
@@ -137,9 +137,9 @@ hypothesis_settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")
-def embedded_aws() -> Iterator[EmbeddedAws]:
+def moto_aws() -> Iterator[MotoAws]:
     """The AWS that moto plays, for the whole run."""
-    with EmbeddedAws.start() as aws:
+    with MotoAws.start() as aws:
         yield aws
 
 
@@ -165,7 +165,7 @@ def either_platform(request: pytest.FixtureRequest) -> Platform:
     """A platform in the stand-in, and once more one in moto."""
     if request.param == "stand-in":
         return cast("aws_standin.Platform", request.getfixturevalue("platform"))
-    aws: EmbeddedAws = request.getfixturevalue("embedded_aws")
+    aws: MotoAws = request.getfixturevalue("moto_aws")
     return aws.create_platform(prefix=next(prefixes))
 
 
@@ -2100,9 +2100,9 @@ class TestForwarder:
         assert message.attributes["Timestamp"]["StringValue"] == sent_at
         assert (desk.metrics.messages_forwarded, desk.metrics.forward_errors) == (1, 0)
 
-    async def test_on_moto(self, embedded_aws: EmbeddedAws) -> None:
+    async def test_on_moto(self, moto_aws: MotoAws) -> None:
         """A batch arrives whole in a queue of somebody else's making."""
-        platform = embedded_aws.create_platform(prefix=next(prefixes))
+        platform = moto_aws.create_platform(prefix=next(prefixes))
         async with aws_clients(platform) as aws, desk_of(platform, aws) as desk:
             message_ids = desk.submit_many(11, data='{"caf\u00e9":[1.50]}'.encode())
             settled = await desk.settled()
@@ -4191,10 +4191,10 @@ class TestRelay:
                 assert await client.has_nothing_more()
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
 
-    async def test_on_moto(self, embedded_aws: EmbeddedAws) -> None:
+    async def test_on_moto(self, moto_aws: MotoAws) -> None:
         """Two tasks see each other's events through queues and a topic of somebody else's."""
         for fifo in (False, True):
-            platform = embedded_aws.create_platform(prefix=next(prefixes), fifo_updates=fifo)
+            platform = moto_aws.create_platform(prefix=next(prefixes), fifo_updates=fifo)
             send = functools.partial(
                 platform.client("sqs").send_message, QueueUrl=platform.queue_urls["updates"]
             )

@@ -25,10 +25,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import random
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from aws_standin.dynamodb import DynamoDb, Table
 from aws_standin.model import ACCOUNT, NO_FAULT, REGION, AwsError, Call, Fault, Json
@@ -38,7 +39,29 @@ from aws_standin.sqs import Sqs
 from aws_standin.usage import Usage
 from aws_standin.wire import Connection
 
-__all__ = ["AwsError", "Call", "Fault", "Message", "Platform", "Queue", "StandIn", "Table", "Usage"]
+__all__ = [
+    "AGENTS",
+    "AwsError",
+    "Call",
+    "Fault",
+    "Message",
+    "Platform",
+    "Queue",
+    "StandIn",
+    "Table",
+    "Usage",
+    "without_aws",
+]
+
+AGENTS: Final = ("pm", "dev", "qa", "ops")
+
+
+def without_aws(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` without a person's own AWS settings.
+
+    A profile, or the endpoint of one service, would take precedence over those of a platform.
+    """
+    return {k: v for k, v in environment.items() if not k.upper().startswith("AWS_")}
 
 
 class StandIn:
@@ -117,7 +140,7 @@ class StandIn:
         """Make what a gateway expects to find: queues, topic and tables."""
         dead_letters = f"{prefix}-updates-dlq" + (".fifo" if fifo_updates else "")
         fifo = {"FifoQueue": "true"} if fifo_updates else {}
-        names = {agent: f"{prefix}-{agent}-queue" for agent in ("pm", "dev", "qa", "ops")}
+        names = {agent: f"{prefix}-{agent}-queue" for agent in AGENTS}
         for name in names.values():
             self.sqs.create(name)
         redrive = {
@@ -159,7 +182,7 @@ class Platform:
     def environment(self, port: int = 0, *, topic: bool = True) -> dict[str, str]:
         """The settings of one ``server.py`` on this platform, without what the shell has."""
         urls = self.queue_urls
-        environment = {f"SQS_QUEUE_URL_{k.upper()}": urls[k] for k in ("pm", "dev", "qa", "ops")}
+        environment = {f"SQS_QUEUE_URL_{k.upper()}": urls[k] for k in AGENTS}
         environment |= {
             "SQS_QUEUE_URL_UPDATES": urls["updates"],
             "DYNAMODB_TABLE_NAME": self.table_name,
@@ -172,6 +195,11 @@ class Platform:
             "AWS_DEFAULT_REGION": REGION,
             "AWS_ACCESS_KEY_ID": "local",
             "AWS_SECRET_ACCESS_KEY": "local",
+            # Neither a person's own AWS profiles nor a company's proxy have a say in this.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "no_proxy": "127.0.0.1,localhost",
         }
         if topic:
             environment["UPDATES_TOPIC_ARN"] = self.topic_arn

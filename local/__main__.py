@@ -21,7 +21,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 try:
-    from local.aws import ACCESS_KEY, REGION, EmbeddedAws, EmbeddedAwsError, Platform, without_aws
+    from aws_standin import Platform, without_aws
+    from aws_standin.model import REGION
+    from aws_standin.thread import ThreadedStandIn
 except ModuleNotFoundError as error:
     sys.exit(
         f"{error}. `make run` sets up all that is needed, or: pip install -r requirements-dev.txt"
@@ -122,12 +124,10 @@ def banner(platform: Platform, console: str, ports: list[int]) -> str:
     if platform.queue_urls["updates"].endswith(".fifo"):
         arguments += ["--message-group-id", "proj_123"]
     if sys.platform == "win32":
-        credentials = (
-            f"set AWS_ACCESS_KEY_ID={ACCESS_KEY}&& set AWS_SECRET_ACCESS_KEY={ACCESS_KEY}&&"
-        )
+        credentials = "set AWS_ACCESS_KEY_ID=local&& set AWS_SECRET_ACCESS_KEY=local&&"
         aws_cli = subprocess.list2cmdline(arguments)
     else:
-        credentials = f"AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={ACCESS_KEY}"
+        credentials = "AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
         aws_cli = shlex.join(arguments)
     return f"""
 {colored(f"Ready: {', '.join(urls)}", "banner")}
@@ -160,7 +160,7 @@ class Local:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.lines: SimpleQueue[tuple[Child, str | None]] = SimpleQueue()
-        self.aws: EmbeddedAws | None = None
+        self.aws: ThreadedStandIn | None = None
         self.platform: Platform | None = None
         self.in_this_process = contextlib.ExitStack()
         self.agents: Child | None = None
@@ -193,8 +193,8 @@ class Local:
         for port, option in [(options.aws_port, "--aws-port"), *((p, "--port") for p in ports)]:
             require_free(port, option)
         print("Starting an embedded AWS, the sample agents and the server ...", flush=True)
-        self.aws = EmbeddedAws.start(options.aws_port)
-        self.platform = self.aws.create_platform(fifo_updates=options.fifo)
+        self.aws = aws = ThreadedStandIn(options.aws_port)
+        self.platform = aws.call(lambda: aws.stand_in.create_platform(fifo_updates=options.fifo))
         environment = without_aws(os.environ) | self.platform.environment()
         self.agents = Child("agents", ["-m", "local.event_source"], environment, self.lines)
         for number, port in enumerate(ports, start=1):
@@ -213,9 +213,6 @@ class Local:
 
     def show_next_line(self) -> None:
         """Print the next line, if one comes soon. Raises LocalError when something has ended."""
-        assert self.aws is not None
-        if self.aws.process.poll() is not None:
-            raise LocalError("The embedded AWS ended by itself; see above.")
         child = self.show_line()
         if child in self.ended:
             self.replace(child)
@@ -273,7 +270,7 @@ class Local:
                 print(f"{child.name} did not end in time, and was killed.", flush=True)
             child.kill()
         if self.aws is not None:
-            self.aws.stop()
+            self.aws.close()
         self.in_this_process.close()
 
 
@@ -377,7 +374,7 @@ def main() -> int:
             local.run()
         except KeyboardInterrupt:
             print("\nStopping; Ctrl-C again to stop at once ...", flush=True)
-        except (LocalError, EmbeddedAwsError) as failure:
+        except LocalError as failure:
             print(f"\n{colored(str(failure), 'ERROR')}", file=sys.stderr, flush=True)
             status = 1
         local.stop()

@@ -43,7 +43,7 @@ def lambda_handler(event: dict[str, Any], context: object) -> dict[str, Any]:  #
 
 def work_on(record: dict[str, Any]) -> None:
     """Do what one message of an agent's queue orders, and report each step."""
-    agent = record["eventSourceARN"].removesuffix(".fifo").rpartition("-")[2]
+    agent = agent_of(record["eventSourceARN"])
     order = json.loads(record["body"])
     logger.info("%s works on %s", agent, order["message_id"])
     steps = STEPS[agent]
@@ -67,6 +67,12 @@ def work_on(record: dict[str, Any]) -> None:
         else:  # an order without a project is nobody's business but the sender's
             update["connection_id"] = order["connection_id"]
         send(update)
+
+
+def agent_of(queue_arn: str) -> str:
+    """Return whose queue it is: its name has the agent as one of its words."""
+    name = queue_arn.rpartition(":")[2].removesuffix(".fifo")
+    return next(word for word in re.split("[-_]", name.lower()) if word in STEPS)
 
 
 def send(update: dict[str, Any]) -> None:

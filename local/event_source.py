@@ -19,8 +19,8 @@ from typing import Any
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
+from aws_standin import AGENTS
 from local import agents
-from local.aws import AGENTS
 from local.child import end_with_stdin
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""An embedded AWS for the whole run, and a platform of its own for each test."""
+"""One moto for the whole run, and a platform of its own for each test."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator
 
 import pytest
 
-from local.aws import EmbeddedAws, Platform
+from tests.moto_aws import MotoAws, Platform
 
 prefixes = (f"test{number}" for number in itertools.count(1))
 
 
 @pytest.fixture(scope="session")
-def embedded_aws() -> Iterator[EmbeddedAws]:
-    with EmbeddedAws.start() as aws:
+def moto_aws() -> Iterator[MotoAws]:
+    with MotoAws.start() as aws:
         yield aws
 
 
 @pytest.fixture
-def platform(embedded_aws: EmbeddedAws) -> Platform:
-    return embedded_aws.create_platform(prefix=next(prefixes))
+def platform(moto_aws: MotoAws) -> Platform:
+    return moto_aws.create_platform(prefix=next(prefixes))
 
 
 @pytest.fixture
-def fifo_platform(embedded_aws: EmbeddedAws) -> Platform:
+def fifo_platform(moto_aws: MotoAws) -> Platform:
     """A platform whose updates queue is a FIFO queue."""
-    return embedded_aws.create_platform(prefix=next(prefixes), fifo_updates=True)
+    return moto_aws.create_platform(prefix=next(prefixes), fifo_updates=True)

@@ -359,7 +359,7 @@ class FaultProxy:
         try:
             return await self._answer(request, body, call, fault, dice)
         except aiohttp.ClientError:
-            # The embedded AWS hung up: the caller sees just that.
+            # moto hung up: the caller sees just that.
             return _hang_up(request)
 
     async def _answer(

@@ -3,7 +3,7 @@
     python -m tests.rehearsal                                 # the full one: a minute and a half
     python -m tests.rehearsal --clients 50 --events 100 --drain-seconds 5 --trigger sigterm
 
-Two ``server.py`` processes on an embedded AWS stand behind haproxy or nginx as they stand behind
+Two ``server.py`` processes on moto stand behind haproxy or nginx as they stand behind
 the load balancer in production: new connections go to the task with the fewest, each task's
 ``/health`` is asked again and again by ``ELB-HealthChecker/2.0``. While an agent publishes numbered
 events, the new task is registered and the old one deregistered: it gets no new connections and no
@@ -45,12 +45,12 @@ from typing import Any
 import aiohttp
 
 from aws_standin import StandIn
-from local.aws import EmbeddedAws
 from tests.chaos.checker import Event, first_divergence, log_faults
 from tests.chaos.clients import Client
 from tests.chaos.fleet import Fleet, Platform, Task, server_environment, task_metadata
 from tests.chaos.plan import Deed, Update
 from tests.chaos.run import read_heads, read_log
+from tests.moto_aws import MotoAws
 
 HEALTH_CHECKER = "ELB-HealthChecker/2.0"
 CHECKS_GONE_SECONDS = 20.0  # without health checks for so long, a task drains: server.py's own
@@ -879,8 +879,8 @@ async def rehearse(
 async def rehearse_on_moto(
     scenario: Scenario, balancer: str, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Hold one rehearsal on an embedded AWS of its own."""
-    with await asyncio.to_thread(EmbeddedAws.start) as aws:
+    """Hold one rehearsal on a moto of its own."""
+    with await asyncio.to_thread(MotoAws.start) as aws:
         platform = await asyncio.to_thread(aws.create_platform, fifo_updates=True)
         return await rehearse(scenario, platform, balancer, aws="on moto", say=say)
 
@@ -924,7 +924,7 @@ def main() -> int:
         "--aws",
         default="moto",
         choices=["moto", "standin"],
-        help="the embedded AWS (the default), or the fast stand-in of the benchmarks",
+        help="moto (the default), or the fast stand-in",
     )
     options = parser.parse_args()
     balancer = options.proxy or next(iter(installed_balancers()), None)

@@ -28,9 +28,10 @@ from websockets.http11 import Request
 from websockets.sync.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
-from local.aws import EmbeddedAws, Platform, without_aws
+from aws_standin import without_aws
 from local.child import Child
 from local.console import console_link, serve_console
+from tests.moto_aws import MotoAws, Platform
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -212,11 +213,11 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def stage(embedded_aws: EmbeddedAws, browser: Browser) -> Iterator[Stage]:
+def stage(moto_aws: MotoAws, browser: Browser) -> Iterator[Stage]:
     """After the browser: without one, nothing is started."""
     assert browser.is_connected()
     with serve_console() as console:
-        stage = Stage(embedded_aws.create_platform(prefix="browser"), console)
+        stage = Stage(moto_aws.create_platform(prefix="browser"), console)
         try:
             yield stage
         finally:

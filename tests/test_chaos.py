@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from local.aws import EmbeddedAws
 from tests.chaos.checker import Event, Kind, first_divergence, log_faults
 from tests.chaos.clients import Client
 from tests.chaos.fleet import Fleet
 from tests.chaos.plan import EVERYONE, TO_CLIENTS, Deed, make_plan
 from tests.chaos.run import run_on_moto
+from tests.moto_aws import MotoAws
 
 
 @pytest.fixture(scope="module")
-def aws() -> Iterator[EmbeddedAws]:
-    with EmbeddedAws.start() as embedded:
+def aws() -> Iterator[MotoAws]:
+    with MotoAws.start() as embedded:
         yield embedded
 
 
@@ -241,14 +241,14 @@ class TestChaos:
     """No event is lost, doubled or out of order, and nothing of the dead is left."""
 
     @pytest.mark.parametrize("seed", [1, 2, 3])
-    async def test_tasks_and_clients(self, aws: EmbeddedAws, seed: int) -> None:
+    async def test_tasks_and_clients(self, aws: MotoAws, seed: int) -> None:
         """Tasks are killed and started, clients cut off."""
         outcome = await run_on_moto(make_plan(seed, faults=False), aws)
         assert outcome.tasks > outcome.plan.scale.tasks
         assert outcome.connections > outcome.plan.scale.clients
 
     @pytest.mark.parametrize("seed", [1, 2, 3])
-    async def test_faults_of_aws(self, aws: EmbeddedAws, seed: int) -> None:
+    async def test_faults_of_aws(self, aws: MotoAws, seed: int) -> None:
         """All that, and AWS throttles, fails, hangs up, loses and repeats."""
         outcome = await run_on_moto(make_plan(seed, faults=True), aws)
         assert outcome.faults > 50

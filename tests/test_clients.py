@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from websockets.sync.server import ServerConnection, serve
 
-from local.aws import EmbeddedAws, Platform
+from tests.moto_aws import MotoAws, Platform
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = "test-websocket.py"
@@ -163,9 +163,9 @@ class Gateway:
 
 
 @pytest.fixture(scope="session")
-def gateway(embedded_aws: EmbeddedAws) -> Iterator[Gateway]:
+def gateway(moto_aws: MotoAws) -> Iterator[Gateway]:
     """One gateway for all tests that leave it as it is."""
-    platform = embedded_aws.create_platform(prefix="clients")
+    platform = moto_aws.create_platform(prefix="clients")
     stopped = threading.Event()
     agent = threading.Thread(target=answer_orders, args=(platform, stopped))
     agent.start()
@@ -457,11 +457,9 @@ class TestConversation:
 class TestResuming:
     """`test-websocket.py` when the connection is lost."""
 
-    def test_server_restarts(
-        self, embedded_aws: EmbeddedAws, start: Callable[..., Process]
-    ) -> None:
+    def test_server_restarts(self, moto_aws: MotoAws, start: Callable[..., Process]) -> None:
         """What happens while the server is down arrives after its restart, once and in order."""
-        platform = embedded_aws.create_platform(prefix="clients-restart")
+        platform = moto_aws.create_platform(prefix="clients-restart")
 
         def tell(number: int) -> None:
             send_update(platform, project_id="p", type="note", data=number)

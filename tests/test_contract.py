@@ -24,8 +24,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
-import local.aws
 import server
+import tests.moto_aws
 from aws_standin import Fault as AwsFault
 from aws_standin import StandIn
 from server import ErrorCode, Gateway
@@ -367,9 +367,9 @@ async def connect(transcript: Transcript) -> AsyncIterator[Connect]:
 
 
 class Agents:
-    """The agents' side of the embedded AWS."""
+    """The agents' side of moto."""
 
-    def __init__(self, platform: local.aws.Platform) -> None:
+    def __init__(self, platform: tests.moto_aws.Platform) -> None:
         self._platform = platform
         self._sqs = platform.client("sqs")
 
@@ -407,7 +407,7 @@ class TestExamples:
         "event for everyone", "ephemeral update", "update for one client", "ephemeral event",
     )  # fmt: skip
     async def test_events(
-        self, platform: local.aws.Platform, transcript: Transcript, connect: Connect
+        self, platform: tests.moto_aws.Platform, transcript: Transcript, connect: Connect
     ) -> None:
         """Updates become events, live and missed ones."""
         agents = Agents(platform)
@@ -452,7 +452,7 @@ class TestExamples:
 
     @shows("forward", "forward confirmed", "order", "rejected")
     async def test_forwards(
-        self, platform: local.aws.Platform, transcript: Transcript, connect: Connect
+        self, platform: tests.moto_aws.Platform, transcript: Transcript, connect: Connect
     ) -> None:
         """A forward arrives at its agent as it is shown, or the queue refuses it."""
         agents = Agents(platform)
@@ -476,7 +476,7 @@ class TestExamples:
         "binary_frame", "invalid_character", "rate_limited",
     )  # fmt: skip
     async def test_mistakes(
-        self, platform: local.aws.Platform, transcript: Transcript, connect: Connect
+        self, platform: tests.moto_aws.Platform, transcript: Transcript, connect: Connect
     ) -> None:
         """What is wrong with a message is answered, and the connection stays, up to a point."""
         forward = EXAMPLES["forward"]
@@ -540,7 +540,7 @@ class TestExamples:
             await client.receive("timeout")
 
     @shows("authenticate", "authenticated", "token expiring", "unauthenticated", "forbidden")
-    async def test_tokens(self, platform: local.aws.Platform, connect: Connect) -> None:
+    async def test_tokens(self, platform: tests.moto_aws.Platform, connect: Connect) -> None:
         """A token is brought in each of the three ways, renewed, and refused in the end."""
         token = token_of(valid_s=600, projects=[PROJECT])
         encoded = base64.urlsafe_b64encode(token.encode()).rstrip(b"=").decode()
@@ -575,7 +575,7 @@ class TestExamples:
             assert refused.value.response.status_code == 401
 
     @shows("reconnect")
-    async def test_replacement(self, platform: local.aws.Platform, connect: Connect) -> None:
+    async def test_replacement(self, platform: tests.moto_aws.Platform, connect: Connect) -> None:
         """A server that is replaced says so, and closes with 1012."""
         async with running_gateway(platform) as gateway:
             client = await connect(gateway)

@@ -15,20 +15,20 @@ from aiobotocore.config import AioConfig
 from botocore.config import Config
 from botocore.exceptions import ClientError, HTTPClientError
 
-from local.aws import EmbeddedAws, Platform
 from tests.fault_proxy import NO_FAULTS, Call, Fault, FaultPlan, FaultProxy, FaultRates
+from tests.moto_aws import MotoAws, Platform
 
 PROJECT = {"PK": {"S": "PROJECT#p"}, "SK": {"S": "EVENTLOG"}}
 
 
 @pytest.fixture(scope="module")
-def aws() -> Iterator[EmbeddedAws]:
-    with EmbeddedAws.start() as embedded:
+def aws() -> Iterator[MotoAws]:
+    with MotoAws.start() as embedded:
         yield embedded
 
 
 @pytest.fixture
-def platform(aws: EmbeddedAws) -> Platform:
+def platform(aws: MotoAws) -> Platform:
     aws.reset()
     return aws.create_platform()
 

@@ -23,7 +23,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from local.aws import Platform, without_aws
+from aws_standin import without_aws
+from tests.moto_aws import Platform
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "localhost/agenticai-websocket:test"

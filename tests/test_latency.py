@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from local.aws import EmbeddedAws, Platform
 from tests.chaos.clients import Connection
 from tests.chaos.fleet import Fleet, Task, server_environment, task_metadata
 from tests.chaos.plan import Update
+from tests.moto_aws import MotoAws, Platform
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,9 +36,7 @@ class Latency:
         )
 
 
-async def measure_latency(
-    aws: EmbeddedAws, updates: int = 60, pause_seconds: float = 0.05
-) -> Latency:
+async def measure_latency(aws: MotoAws, updates: int = 60, pause_seconds: float = 0.05) -> Latency:
     """Send updates one by one, with a client on each of two tasks.
 
     Either task may be the one that receives the update; the client on the other is the one that
@@ -99,8 +97,8 @@ def _send_message(platform: Platform, body: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def aws() -> Iterator[EmbeddedAws]:
-    with EmbeddedAws.start() as embedded:
+def aws() -> Iterator[MotoAws]:
+    with MotoAws.start() as embedded:
         yield embedded
 
 
@@ -112,7 +110,7 @@ def test_percentile() -> None:
     assert latency.percentile(0) == 0.001
 
 
-async def test_latency(aws: EmbeddedAws, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_latency(aws: MotoAws, capsys: pytest.CaptureFixture[str]) -> None:
     """An update reaches a client on another task in a fraction of a second."""
     latency = await measure_latency(aws)
     with capsys.disabled():

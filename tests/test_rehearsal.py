@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import server
-from local.aws import Platform
 from tests.chaos.checker import Event
+from tests.moto_aws import Platform
 from tests.rehearsal import (
     BALANCERS,
     CHECKS_GONE_SECONDS,

@@ -10,10 +10,8 @@ import asyncio
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import aiobotocore.session
@@ -24,6 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from moto.server import ThreadedMotoServer
 
 from aws_standin import Call, Fault, Platform, Queue, StandIn
+from aws_standin.thread import ThreadedStandIn
 
 Json = dict[str, Any]
 
@@ -42,38 +41,8 @@ def client(endpoint_url: str, service: str, config: Config = ONCE) -> Any:
     )
 
 
-class Running:
-    """A stand-in in a thread of its own, so that blocking clients can talk to it."""
-
-    def __init__(self) -> None:
-        self.stand_in = StandIn()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        self.do(self.stand_in.start)
-
-    def do(self, action: Callable[[], Any]) -> Any:
-        """Call `action` in the stand-in's thread; a coroutine is awaited there."""
-        result: Future[Any] = Future()
-
-        async def act() -> None:
-            try:
-                value = action()
-                result.set_result(await value if asyncio.iscoroutine(value) else value)
-            except BaseException as error:
-                result.set_exception(error)
-
-        asyncio.run_coroutine_threadsafe(act(), self._loop)
-        return result.result(10)
-
-    def queue(self, url: str) -> Queue:
-        return self.stand_in.queues[url.rpartition("/")[2]]
-
-    def close(self) -> None:
-        self.do(self.stand_in.stop)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+def queue_of(running: ThreadedStandIn, url: str) -> Queue:
+    return running.stand_in.queues[url.rpartition("/")[2]]
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +55,19 @@ def moto_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def running() -> Iterator[Running]:
-    running = Running()
-    yield running
-    running.close()
+def running() -> Iterator[ThreadedStandIn]:
+    with ThreadedStandIn() as running:
+        yield running
 
 
 @pytest.fixture
-def stand_in(running: Running) -> StandIn:
+def stand_in(running: ThreadedStandIn) -> StandIn:
     return running.stand_in
 
 
 @pytest.fixture
-def platform(running: Running) -> Platform:
-    made: Platform = running.do(running.stand_in.create_platform)
+def platform(running: ThreadedStandIn) -> Platform:
+    made: Platform = running.call(running.stand_in.create_platform)
     return made
 
 
@@ -543,16 +511,16 @@ class TestAlike:
 class TestSqs:
     """What SQS does and moto does not."""
 
-    def test_long_poll_waits_for_a_message(self, sqs: Any, running: Running) -> None:
+    def test_long_poll_waits_for_a_message(self, sqs: Any, running: ThreadedStandIn) -> None:
         """A long poll is answered by the message that arrives, not by the time-out."""
         url = sqs.create_queue(QueueName="q")["QueueUrl"]
-        queue = running.queue(url)
+        queue = queue_of(running, url)
 
         def push() -> None:
             queue.push("late")
             queue.wake()
 
-        running.do(lambda: asyncio.get_running_loop().call_later(0.1, push))
+        running.call(lambda: asyncio.get_running_loop().call_later(0.1, push))
         started = time.monotonic()
         assert bodies(receive(sqs, url, WaitTimeSeconds=4)) == ["late"]
         assert 0.05 < time.monotonic() - started < 2
@@ -629,7 +597,7 @@ class TestSqs:
         assert [len(p["QueueUrls"]) for p in pages] == [2, 2, 1]
 
     def test_expired_message_is_never_received(
-        self, sqs: Any, running: Running, monkeypatch: pytest.MonkeyPatch
+        self, sqs: Any, running: ThreadedStandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A message older than the queue's retention is gone."""
         attributes = {"MessageRetentionPeriod": "60"}
@@ -637,17 +605,17 @@ class TestSqs:
         sqs.send_message(QueueUrl=url, MessageBody="a")
         later = time.time() + 62
         monkeypatch.setattr(time, "time", lambda: later)
-        assert running.do(lambda: running.queue(url).take(1, 30)) == []
+        assert running.call(lambda: queue_of(running, url).take(1, 30)) == []
 
-    def test_platform(self, platform: Platform, running: Running) -> None:
+    def test_platform(self, platform: Platform, running: ThreadedStandIn) -> None:
         """A platform has its queues, redrive, topic, tables, and settings for a server."""
         environment = platform.environment(8081)
         assert environment["WEBSOCKET_PORT"] == "8081"
         assert environment["UPDATES_TOPIC_ARN"] == platform.topic_arn
         assert "UPDATES_TOPIC_ARN" not in platform.environment(topic=False)
         assert set(platform.queue_urls) == {"pm", "dev", "qa", "ops", "updates", "updates_dlq"}
-        dead_letters = running.queue(platform.queue_urls["updates_dlq"])
-        assert running.queue(platform.queue_urls["updates"]).redrive() == (dead_letters.arn, 5)
+        dead_letters = queue_of(running, platform.queue_urls["updates_dlq"])
+        assert queue_of(running, platform.queue_urls["updates"]).redrive() == (dead_letters.arn, 5)
         assert (
             platform.client("sqs").get_queue_url(QueueName="agenticai-updates")["QueueUrl"]
             == (environment["SQS_QUEUE_URL_UPDATES"])
@@ -678,7 +646,7 @@ class TestSqs:
 class TestSns:
     """What SNS does and moto does not."""
 
-    def subscribe(self, running: Running, policy: bool = True) -> tuple[str, Queue]:
+    def subscribe(self, running: ThreadedStandIn, policy: bool = True) -> tuple[str, Queue]:
         """A topic and a queue subscribed to it, with or without the policy it takes."""
 
         def make() -> tuple[str, Queue]:
@@ -697,17 +665,17 @@ class TestSns:
             aws.perform(Call("sns", "Subscribe", request))
             return topic, queue
 
-        made: tuple[str, Queue] = running.do(make)
+        made: tuple[str, Queue] = running.call(make)
         return made
 
-    def test_policy_is_enforced(self, sns: Any, running: Running) -> None:
+    def test_policy_is_enforced(self, sns: Any, running: ThreadedStandIn) -> None:
         """Without a policy that allows it nothing reaches the queue, and nobody is told."""
         topic, queue = self.subscribe(running, policy=False)
         sns.publish(TopicArn=topic, Message="a")
-        assert running.do(lambda: queue.bodies) == []
+        assert running.call(lambda: queue.bodies) == []
 
     def test_more_than_ten_attributes_are_not_delivered_raw(
-        self, sns: Any, running: Running
+        self, sns: Any, running: ThreadedStandIn
     ) -> None:
         """Raw delivery discards a message with more attributes than SQS takes."""
         topic, queue = self.subscribe(running)
@@ -715,9 +683,9 @@ class TestSns:
         for count in (11, 10):
             attributes = {f"a{i}": attribute for i in range(count)}
             sns.publish(TopicArn=topic, Message=str(count), MessageAttributes=attributes)
-        assert running.do(lambda: queue.bodies) == ["10"]
+        assert running.call(lambda: queue.bodies) == ["10"]
 
-    def test_faulty_filter_policy(self, sns: Any, running: Running) -> None:
+    def test_faulty_filter_policy(self, sns: Any, running: ThreadedStandIn) -> None:
         """A filter policy that is no JSON, or has an unknown operator, is refused."""
         topic, _ = self.subscribe(running)
         arn = f"arn:aws:sqs:us-east-1:{'0' * 12}:other"
@@ -727,7 +695,7 @@ class TestSns:
             with pytest.raises(sns.exceptions.InvalidParameterException):
                 sns.subscribe(**options, Attributes=attributes)
 
-    def test_subscribing_again(self, sns: Any, running: Running) -> None:
+    def test_subscribing_again(self, sns: Any, running: ThreadedStandIn) -> None:
         """Subscribing the same queue again is the same subscription."""
         topic, queue = self.subscribe(running)
         options = {"TopicArn": topic, "Protocol": "sqs", "Endpoint": queue.arn}
@@ -740,7 +708,7 @@ class TestSns:
         assert code_of(lambda: sns.subscribe(**options)) == "InvalidParameter"
 
     def test_deliveries_dropped_doubled_and_late(
-        self, sns: Any, running: Running, stand_in: StandIn
+        self, sns: Any, running: ThreadedStandIn, stand_in: StandIn
     ) -> None:
         """The fault hook drops, doubles and reorders what a queue gets."""
         topic, queue = self.subscribe(running)
@@ -753,7 +721,7 @@ class TestSns:
         for message in delays:
             sns.publish(TopicArn=topic, Message=message)
         deadline = time.monotonic() + 5
-        while len(found := running.do(lambda: queue.bodies)) < 4:
+        while len(found := running.call(lambda: queue.bodies)) < 4:
             assert time.monotonic() < deadline, found
             time.sleep(0.02)
         assert found == ["b", "b", "d", "c"]
@@ -860,7 +828,7 @@ class TestFaults:
         ids=["cut", "bad-gateway", "500", "throttled"],
     )
     def test_answer_replaced(
-        self, sqs: Any, url: str, running: Running, answer: Json, after_effect: bool
+        self, sqs: Any, url: str, running: ThreadedStandIn, answer: Json, after_effect: bool
     ) -> None:
         """A call with a fault fails; whether it took effect is the fault's choice."""
         running.stand_in.fault = lambda _call: Fault(after_effect=after_effect, **answer)
@@ -868,7 +836,8 @@ class TestFaults:
             sqs.send_message(QueueUrl=url, MessageBody="a")
         if isinstance(caught.value, ClientError) and "code" in answer:
             assert caught.value.response["Error"]["Code"] == answer["code"]
-        assert running.do(lambda: running.queue(url).bodies) == (["a"] if after_effect else [])
+        found = running.call(lambda: queue_of(running, url).bodies)
+        assert found == (["a"] if after_effect else [])
 
     def test_garbage_with_status_200(self, sqs: Any, url: str, stand_in: StandIn) -> None:
         """The SDK takes an unreadable answer for an empty one: no entry is said to be sent."""
@@ -895,13 +864,13 @@ class TestFaults:
         sqs.send_message(QueueUrl=url, MessageBody="a")
         assert time.monotonic() - started > 0.19
 
-    def test_partial_failure(self, sqs: Any, url: str, running: Running) -> None:
+    def test_partial_failure(self, sqs: Any, url: str, running: ThreadedStandIn) -> None:
         """Entries fail on HTTP 200, with or without the sender's fault, and the rest is sent."""
         running.stand_in.fault = lambda _call: Fault(failed={0: True, 2: False})
         answer = send_all(sqs, url, "a", "b", "c")
         assert [e["Id"] for e in answer["Successful"]] == ["1"]
         assert {e["Id"]: e["SenderFault"] for e in answer["Failed"]} == {"0": True, "2": False}
-        assert running.do(lambda: running.queue(url).bodies) == ["b"]
+        assert running.call(lambda: queue_of(running, url).bodies) == ["b"]
 
     def test_hook_sees_the_call_and_may_decline(
         self, sqs: Any, url: str, stand_in: StandIn
@@ -926,14 +895,14 @@ class TestFaults:
         retrying.transact_write_items(**event(table, 1))
         assert len(stand_in.tables["t"].items) == 2
 
-    def test_stopped_and_started_again(self, sqs: Any, url: str, running: Running) -> None:
+    def test_stopped_and_started_again(self, sqs: Any, url: str, running: ThreadedStandIn) -> None:
         """What was stored is there after a stop and a start on the same port."""
         sqs.send_message(QueueUrl=url, MessageBody="a")
         port = int(running.stand_in.endpoint_url.rpartition(":")[2])
-        running.do(running.stand_in.stop)
+        running.wait_for(running.stand_in.stop)
         with pytest.raises(BotoCoreError):
             receive(sqs, url)
-        running.do(lambda: running.stand_in.start(port))
+        running.wait_for(lambda: running.stand_in.start(port))
         assert bodies(receive(sqs, url)) == ["a"]
 
 

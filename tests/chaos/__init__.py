@@ -3,7 +3,7 @@
     python -m tests.chaos --seeds 100             # one hundred runs
     python -m tests.chaos --seed 17 --faults      # one run again, with faults from AWS
 
-One run is three ``server.py`` processes on an embedded AWS, thirty clients on five projects spread
+One run is three ``server.py`` processes on moto, thirty clients on five projects spread
 over them, and an agent that sends numbered updates. Meanwhile, by a schedule that follows from the
 seed, processes are killed, stopped, frozen and started, and clients are cut off in every way that a
 network knows. Each client resumes where it was, at any task that is healthy, as a browser would.

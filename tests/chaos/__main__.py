@@ -17,10 +17,10 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from local.aws import EmbeddedAws
 from tests.chaos.plan import STANDARD, Plan, Scale, make_plan
 from tests.chaos.run import ChaosError, Outcome, run_on_moto, run_on_stand_in
 from tests.fault_proxy import Call
+from tests.moto_aws import MotoAws
 
 
 def record(calls: Counter[Call], path: Path) -> None:
@@ -55,7 +55,7 @@ def run_seeds(options: argparse.Namespace) -> bool:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         if options.aws == "moto":
-            aws = stack.enter_context(EmbeddedAws.start())
+            aws = stack.enter_context(MotoAws.start())
             run = functools.partial(run_on_moto, aws=aws)
         else:
             run = run_on_stand_in
@@ -111,7 +111,7 @@ def main() -> int:
         "--aws",
         default="moto",
         choices=["moto", "standin"],
-        help="the embedded AWS (the default), or the fast stand-in of the benchmarks",
+        help="moto (the default), or the fast stand-in",
     )
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the AWS calls made")
     options = parser.parse_args()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Platform(Protocol):
-    """What ``local.aws`` and ``aws_standin`` both call a platform: the queues, topic and tables."""
+    """What ``aws_standin`` and ``tests.moto_aws`` call a platform: queues, topic and tables."""
 
     @property
     def endpoint_url(self) -> str: ...

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from aws_standin import StandIn
-from local.aws import EmbeddedAws
 from tests.chaos.checker import Event, first_divergence, log_faults
 from tests.chaos.clients import Client
 from tests.chaos.fleet import ROOT, Fleet, Platform, server_environment, task_metadata
 from tests.chaos.plan import EVERYONE, TO_CLIENTS, Action, Burst, Deed, Plan, project_names
 from tests.fault_proxy import NO_FAULTS, ROUGH_DAY, Call, FaultPlan, FaultProxy
+from tests.moto_aws import MotoAws
 
 # Where the full logs of a run that failed are put.
 REPORTS = ROOT / "build" / "chaos"
@@ -395,8 +395,8 @@ def _quicken(platform: Platform, visibility_timeout_seconds: int) -> None:
     )
 
 
-async def run_on_moto(plan: Plan, aws: EmbeddedAws) -> Outcome:
-    """Run a plan on the embedded AWS, which is emptied first. Raises ChaosError."""
+async def run_on_moto(plan: Plan, aws: MotoAws) -> Outcome:
+    """Run a plan on moto, which is emptied first. Raises ChaosError."""
     await asyncio.to_thread(aws.reset)
     return await run(plan, await asyncio.to_thread(aws.create_platform, fifo_updates=plan.fifo))
 

@@ -1,6 +1,6 @@
 """moto's server, made to behave like AWS where this project would notice the difference.
 
-This module runs in the process of the embedded AWS only (`python -m local.aws`). What it corrects:
+This module runs in a process of its own (`python -m tests.moto_aws`). What it corrects:
 
 - moto is not thread-safe: concurrent requests lose DynamoDB updates and SQS messages, and hand one
   message to two receivers. Here every request runs under one lock. A transaction also copied the

@@ -1,11 +1,11 @@
-"""An AWS of one's own: SQS, SNS and DynamoDB on a loopback port, in a process of its own.
+"""moto, somebody else's reading of AWS: SQS, SNS and DynamoDB in a process of its own.
 
-    with EmbeddedAws.start() as aws:
+    with MotoAws.start() as aws:
         platform = aws.create_platform()
         environment = without_aws(os.environ) | platform.environment()
         subprocess.Popen([sys.executable, "server.py"], env=environment)
 
-It forgets everything when it stops. `python -m local.aws --port 4566` runs it alone.
+It forgets everything when it stops. `python -m tests.moto_aws --port 4566` runs it alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -27,11 +26,11 @@ import boto3
 import botocore.session
 from botocore.config import Config
 
+from aws_standin import AGENTS, without_aws
 from local.child import NEW_PROCESS_GROUP, ROOT, end_with_stdin
 
 REGION = "us-east-1"
-ACCESS_KEY = "local"  # any value: the embedded AWS checks no signature
-AGENTS = ("pm", "dev", "qa", "ops")
+ACCESS_KEY = "local"  # any value: moto checks no signature
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
@@ -41,19 +40,11 @@ UPDATES_VISIBILITY_TIMEOUT_S = 10
 UPDATES_MAX_RECEIVES = 5
 
 
-def without_aws(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` without a person's own AWS settings.
-
-    A profile, or the endpoint of one service, would take precedence over those of a platform.
-    """
-    return {k: v for k, v in environment.items() if not k.upper().startswith("AWS_")}
+class MotoAwsError(Exception):
+    """moto did not start; the message says what to do."""
 
 
-class EmbeddedAwsError(Exception):
-    """The embedded AWS did not start; the message says what to do."""
-
-
-class EmbeddedAws:
+class MotoAws:
     """A running embedded AWS. Use `start()`; stop it by `stop()` or as a context manager."""
 
     def __init__(self, process: subprocess.Popen[str], endpoint_url: str) -> None:
@@ -61,14 +52,14 @@ class EmbeddedAws:
         self.endpoint_url = endpoint_url
 
     @classmethod
-    def start(cls, port: int = 0) -> EmbeddedAws:
+    def start(cls, port: int = 0) -> MotoAws:
         """Start it on `port` of the loopback interface (0: any free one); return when it answers.
 
         It ends with this process, however this process ends.
-        Raises EmbeddedAwsError when it cannot start.
+        Raises MotoAwsError when it cannot start.
         """
         process = subprocess.Popen(
-            [sys.executable, "-m", "local.aws", "--port", str(port), "--end-with-stdin"],
+            [sys.executable, "-m", "tests.moto_aws", "--port", str(port), "--end-with-stdin"],
             cwd=ROOT,
             env=without_aws(os.environ),
             stdin=subprocess.PIPE,
@@ -84,8 +75,8 @@ class EmbeddedAws:
             line = process.stdout.readline()
             watchdog.cancel()
         if not line:
-            raise EmbeddedAwsError(
-                f"The embedded AWS did not start (exit code {process.wait()}). "
+            raise MotoAwsError(
+                f"moto did not start (exit code {process.wait()}). "
                 "Its own message is above; `make test` or `pip install -r requirements-dev.txt` "
                 "installs what it needs."
             )
@@ -173,7 +164,7 @@ class EmbeddedAws:
             TimeToLiveSpecification={"Enabled": True, "AttributeName": "expires_at"},
         )
 
-    def __enter__(self) -> EmbeddedAws:
+    def __enter__(self) -> MotoAws:
         return self
 
     def __exit__(
@@ -260,8 +251,8 @@ def _client(endpoint_url: str, service: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m local.aws",
-        description="Run an embedded AWS (SQS, SNS, DynamoDB) on 127.0.0.1 until Ctrl-C.",
+        prog="python -m tests.moto_aws",
+        description="Run moto (SQS, SNS, DynamoDB) on 127.0.0.1 until Ctrl-C.",
     )
     parser.add_argument("--port", type=int, default=0, help="default: any free one")
     parser.add_argument(
@@ -274,7 +265,7 @@ def main() -> None:
         end_with_stdin()
 
     # Imported here as moto takes a second, and only this process needs it.
-    from local.moto_server import HOST, make_moto_server
+    from tests.moto_server import HOST, make_moto_server
 
     server = make_moto_server(options.port)
     print(json.dumps({"endpoint_url": f"http://{HOST}:{server.server_port}"}), flush=True)
