@@ -228,7 +228,6 @@ SUSPICIOUSLY_SHORT_POLL_S = 1.0
 POLL_USUALLY_S = 0.01  # for messages that are there already, until that was seen
 POLL_USUALLY_MIN_S = 0.002
 GATHER_S = 0.05  # at most, for what may still come
-SHORTEST_ATTEMPT_S = 0.05
 PLAIN_OPERATIONS = (  # called for every message and event; nothing in them is binary or a time
     "SendMessageBatch", "ReceiveMessage", "DeleteMessageBatch", "TransactWriteItems", "Query",
 )  # fmt: skip
@@ -248,6 +247,7 @@ CLOCK_SKEW_S = 60.0
 FAN_OUT_RETENTION_S = 60
 STALE_AFTER_HEARTBEATS = 5
 FAILING_AFTER_S = 15.0
+FAILURE_FORGOTTEN_S = 60.0  # longer than lies between two attempts of any call that is repeated
 
 UNSENDABLE = "[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 """What SQS refuses in a message body (SendMessage API, "Message characters")."""
@@ -366,41 +366,65 @@ def full_jitter_s(attempt: int, *, base_s: float = 0.1, cap_s: float = 5.0) -> f
     return random.uniform(0, min(cap_s, base_s * 2 ** min(attempt, 16)))  # noqa: S311
 
 
-class Part:
-    """One thing this task depends on, as ``/health`` sees it.
+class Dependency:
+    """A part of AWS that this task depends on, as ``/health`` sees it: each operation by itself.
 
-    A part fails only after ``FAILING_AFTER_S`` of nothing but errors: a task that is taken out of
-    service for one throttled call would turn a hiccup of AWS into a reconnect storm.
+    An operation fails only after ``FAILING_AFTER_S`` of nothing but errors: a task that is taken
+    out of service for one throttled call would turn a hiccup of AWS into a reconnect storm. It
+    fails until it works again, or until nobody has called it for ``FAILURE_FORGOTTEN_S``.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._failing_since: float | None = None
-        self._last_failure = 0.0
+        self._failures: dict[str, tuple[float, float]] = {}  # operation to first and last failure
 
-    def worked(self) -> None:
-        if self._failing_since is not None:
-            logger.info("%s works again", self.name)
-            self._failing_since = None
+    def worked(self, operation: str) -> None:
+        if operation in self._failures:
+            del self._failures[operation]
+            logger.info("%s: %s works again", self.name, operation)
 
     def failed(self, exc: BaseException, operation: str) -> None:
-        self._last_failure = time.monotonic()
-        if self._failing_since is None:
-            self._failing_since = self._last_failure
+        now = time.monotonic()
+        first, last = self._failures.get(operation, (now, -math.inf))
+        if now - last > FAILURE_FORGOTTEN_S:
+            first = now
             logger.warning("%s: %s failed with %s, retrying", self.name, operation, error_code(exc))
+        self._failures[operation] = (first, now)
 
     @property
-    def failing(self) -> bool:
-        since = self._failing_since
-        return since is not None and self._last_failure - since > FAILING_AFTER_S
+    def failing_operation(self) -> str | None:
+        """The operation that has been failing for longest, by AWS's name; ``None`` if none is."""
+        recent = time.monotonic() - FAILURE_FORGOTTEN_S
+        for operation, (first, last) in self._failures.items():
+            if last - first > FAILING_AFTER_S and last >= recent:
+                return operation
+        return None
 
-    async def insist(self, operation: str, call: Callable[[], Awaitable[T]], *parts: str) -> T:
+    @contextlib.asynccontextmanager
+    async def attempt(self, operation: str) -> AsyncIterator[None]:
+        """Give one call ``CALL_TIMEOUT_S`` seconds, and note whether it worked.
+
+        Raises:
+            UpstreamLost: AWS's answer is one that waiting does not change. Any other of
+                ``AWS_ERRORS`` is raised as it is: a later attempt may succeed.
+        """
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                yield
+        except AWS_ERRORS as exc:
+            if not passes(exc):
+                raise self.lost(exc, operation) from exc
+            self.failed(exc, operation)
+            raise
+        self.worked(operation)
+
+    async def retry(self, operation: str, call: Callable[[], Awaitable[T]], *members: str) -> T:
         """Make ``call`` until it works, with full jitter between the attempts.
 
         Args:
             operation: AWS's name of the call.
             call: makes it once.
-            parts: what an answer must have; one without them is none of AWS's.
+            members: what an answer must have; one without them is not of AWS's making.
 
         Raises:
             UpstreamLost: AWS's answer is one that waiting does not change.
@@ -408,18 +432,14 @@ class Part:
         attempt = 0
         while True:
             try:
-                async with asyncio.timeout(CALL_TIMEOUT_S):
+                async with self.attempt(operation):
                     result = await call()
-                if not all(part in cast("Mapping[str, Any]", result) for part in parts):
-                    raise ResponseParserError(f"an answer without {', '.join(parts)}")
-            except AWS_ERRORS as exc:
-                if not passes(exc):
-                    raise self.lost(exc, operation) from exc
-                self.failed(exc, operation)
+                    if not all(name in cast("Mapping[str, Any]", result) for name in members):
+                        raise ResponseParserError(f"an answer without {', '.join(members)}")
+            except AWS_ERRORS:
                 await asyncio.sleep(full_jitter_s(attempt))
                 attempt += 1
             else:
-                self.worked()
                 return result
 
     def lost(self, exc: BaseException, operation: str) -> UpstreamLost:
@@ -1787,24 +1807,44 @@ class Batcher(Generic[T]):
             self._idle.set()
 
 
+Confirm = Callable[[str | None, BadMessage | None], None]
+"""Called once for a forward, with SQS's message id or with the error that its client gets."""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
-class Parcel:
-    """A message for an agent, and whom to tell: ``done(sqs_message_id, error)``, once.
+class PendingForward:
+    """A message that waits for an agent's queue to take it.
 
     Attributes:
-        deadline: seconds of the monotonic clock.
-        uncertain: whether a call that may have taken effect got no answer.
+        size_bytes: of body and attributes, as SQS counts them.
+        submitted_at: seconds of the monotonic clock, as is ``deadline``.
+        unanswered_calls: how many calls had it that may have taken effect and got no answer.
     """
 
     body: str
     attributes: dict[str, str]
     group_id: str
     deduplication_id: str
-    deadline: float
-    done: Callable[[str | None, BadMessage | None], None]
     size_bytes: int
-    started_at: float
-    uncertain: bool = False
+    submitted_at: float
+    deadline: float
+    confirm: Confirm
+    unanswered_calls: int = 0
+
+    def too_late(self) -> BadMessage:
+        """What its client is told at the deadline."""
+        if self.unanswered_calls:
+            return BadMessage(
+                ErrorCode.TIMEOUT,
+                "The agent's queue did not answer in time. The message may have arrived: "
+                "send it again with the same message_id.",
+                retryable=True,
+            )
+        return BadMessage(
+            ErrorCode.UNAVAILABLE,
+            "The agent's queue did not take the message in time; send it again later.",
+            retryable=True,
+        )
 
 
 def fifo_id(value: str) -> str:
@@ -1824,8 +1864,12 @@ def deduplication_id(message: AgentMessage) -> str:
     return hashlib.sha256(encode(parts)).hexdigest()
 
 
-class Lane:
-    """The way to one agent's queue."""
+class QueueSender:
+    """Sends forwards to one agent's queue.
+
+    Every forward has a deadline of its own, which the forwarder keeps. A call is given as long as
+    the latest of its batch may wait, so that an old forward never makes fresh ones go twice.
+    """
 
     def __init__(
         self,
@@ -1833,90 +1877,79 @@ class Lane:
         sqs: SQSClient,
         name: str,
         queue_url: str,
-        settle: Callable[[Parcel, str | None, BadMessage | None], None],
+        still_waiting: Callable[[list[PendingForward]], list[PendingForward]],
+        settle: Callable[[PendingForward, str | None, BadMessage | None], None],
     ) -> None:
         self._sqs = sqs
-        self._name = name
         self._url = queue_url
+        self._still_waiting = still_waiting
         self._settle = settle
         self._fifo = queue_url.endswith(".fifo")
+        self._dependency = Dependency(f"{name} queue")
         # Two calls at once may overtake each other: not on a queue that promises order. (Entries of
         # one call that SQS itself throttles are still sent after those that it took.)
         calls = 1 if self._fifo else CALLS_PER_QUEUE
         self.batcher = Batcher(tasks, self._deliver, calls=calls)
 
-    async def _deliver(self, batch: list[Parcel]) -> None:
-        """Send until every parcel is confirmed, refused or out of time."""
+    async def _deliver(self, batch: list[PendingForward]) -> None:
+        """Send until every forward is confirmed, refused or past its deadline."""
         attempt = 0
-        while batch := self._in_time(batch):
-            batch = await self._attempt(batch)
+        while batch := self._still_waiting(batch):
+            latest = max(forward.deadline for forward in batch)
+            batch = await self._attempt(batch, min(time.monotonic() + CALL_TIMEOUT_S, latest))
             if batch:
-                patience_s = min(parcel.deadline for parcel in batch) - time.monotonic()
-                await asyncio.sleep(max(0.0, min(full_jitter_s(attempt), patience_s)))
+                patience_s = max(0.0, latest - time.monotonic())
+                await asyncio.sleep(min(full_jitter_s(attempt), patience_s))
             attempt += 1
 
-    def _in_time(self, batch: list[Parcel]) -> list[Parcel]:
-        """Those for whom another attempt can still succeed; the others are told."""
-        last_start = time.monotonic() + SHORTEST_ATTEMPT_S
-        for parcel in batch:
-            if parcel.deadline <= last_start:
-                self._settle(parcel, None, self._too_late(parcel))
-        return [parcel for parcel in batch if parcel.deadline > last_start]
-
-    def _too_late(self, parcel: Parcel) -> BadMessage:
-        if parcel.uncertain:
-            return BadMessage(
-                ErrorCode.TIMEOUT,
-                "The agent's queue did not answer in time. The message may have arrived: "
-                "send it again with the same message_id.",
-                retryable=True,
-            )
-        return BadMessage(
-            ErrorCode.UNAVAILABLE,
-            "The agent's queue did not take the message in time; send it again later.",
-            retryable=True,
-        )
-
-    async def _attempt(self, batch: list[Parcel]) -> list[Parcel]:
-        """One call. Settles what it decides and returns what may be tried again."""
-        patience_s = min(parcel.deadline for parcel in batch) - time.monotonic()
+    async def _attempt(self, batch: list[PendingForward], until: float) -> list[PendingForward]:
+        """Make one call. Settles what it decides and returns what may be tried again."""
+        for forward in batch:
+            forward.unanswered_calls += 1
         try:
-            async with asyncio.timeout(min(CALL_TIMEOUT_S, patience_s)):
+            async with asyncio.timeout(until - time.monotonic()):
                 answer = await self._sqs.send_message_batch(
                     QueueUrl=self._url,
-                    Entries=[self._entry(i, parcel) for i, parcel in enumerate(batch)],
+                    Entries=[self._entry(i, forward) for i, forward in enumerate(batch)],
                 )
             confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
             failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
         except AWS_ERRORS as exc:
             return await self._after_error(batch, exc)
-        except (AttributeError, KeyError, TypeError):  # an answer, but not of SQS's making
+        except (AttributeError, TypeError):  # an answer, but not of SQS's making
             return await self._after_error(batch, ResponseParserError("not an answer of SQS"))
+        self._dependency.worked("SendMessageBatch")
         again = []
-        for i, parcel in enumerate(batch):
+        for i, forward in enumerate(batch):
             if sqs_message_id := confirmed.get(str(i)):
-                self._settle(parcel, sqs_message_id, None)
-            elif (failure := failed.get(str(i))) and failure.get("SenderFault"):
-                self._settle(parcel, None, self._refused(str(failure.get("Code"))))
+                self._settle(forward, sqs_message_id, None)
+                continue
+            failure = failed.get(str(i))
+            if failure is not None:
+                forward.unanswered_calls -= 1
+            if failure is not None and failure.get("SenderFault"):
+                self._settle(forward, None, self._refused(str(failure.get("Code"))))
             else:
-                parcel.uncertain = parcel.uncertain or failure is None
-                again.append(parcel)
+                again.append(forward)
         return again
 
-    async def _after_error(self, batch: list[Parcel], exc: BaseException) -> list[Parcel]:
-        """A call that failed whole: wait and retry, or find the one entry that SQS refuses."""
-        if passes(exc):
-            logger.warning("queue %s: SendMessageBatch failed with %s", self._name, error_code(exc))
-            nothing_sent = isinstance(exc, SdkConnectionError) or error_code(exc) in PASSING_CODES
-            for parcel in batch:
-                parcel.uncertain = parcel.uncertain or not nothing_sent
+    async def _after_error(
+        self, batch: list[PendingForward], exc: BaseException
+    ) -> list[PendingForward]:
+        """A call that failed whole: have it tried again, or find the one entry SQS refuses."""
+        lasting = not passes(exc)
+        if lasting or isinstance(exc, SdkConnectionError) or error_code(exc) in PASSING_CODES:
+            for forward in batch:  # nothing was sent
+                forward.unanswered_calls -= 1
+        if not lasting:
+            self._dependency.failed(exc, "SendMessageBatch")
             return batch
         if len(batch) == 1:
-            logger.error("queue %s: a message was refused with %s", self._name, exc)
+            logger.error("%s: a message was refused with %s", self._dependency.name, exc)
             self._settle(batch[0], None, self._refused(error_code(exc)))
         else:
-            for parcel in batch:
-                await self._deliver([parcel])
+            for forward in batch:
+                await self._deliver([forward])
         return []
 
     def _refused(self, code: str) -> BadMessage:
@@ -1924,27 +1957,27 @@ class Lane:
             ErrorCode.REJECTED, f"The agent's queue refused the message ({code}).", retryable=False
         )
 
-    def _entry(self, i: int, parcel: Parcel) -> Any:
+    def _entry(self, i: int, forward: PendingForward) -> Any:
         """A SendMessageBatchRequestEntry."""
         entry = {
             "Id": str(i),
-            "MessageBody": parcel.body,
+            "MessageBody": forward.body,
             "MessageAttributes": {
                 name: {"DataType": "String", "StringValue": value}
-                for name, value in parcel.attributes.items()
+                for name, value in forward.attributes.items()
             },
         }
         if self._fifo:
-            entry["MessageGroupId"] = fifo_id(parcel.group_id)
-            entry["MessageDeduplicationId"] = parcel.deduplication_id
+            entry["MessageGroupId"] = fifo_id(forward.group_id)
+            entry["MessageDeduplicationId"] = forward.deduplication_id
         return entry
 
 
 class Forwarder:
     """Takes forwards for all agents, within bounds of count and bytes.
 
-    The promise: ``done`` is called once for every parcel taken, with SQS's message id only after
-    SQS accepted it, and with an error within ``timeout_s`` otherwise.
+    The promise: ``confirm`` is called once for every forward taken, with SQS's message id only
+    after SQS accepted it, and with an error once ``timeout_s`` have passed.
     """
 
     def __init__(
@@ -1955,44 +1988,43 @@ class Forwarder:
         timeout_s: float,
         metrics: Metrics,
     ) -> None:
-        self._lanes = {
-            name: Lane(tasks, sqs, name, queue_url, self._settle)
-            for name, queue_url in queue_urls.items()
-        }
         self._timeout_s = timeout_s
         self._metrics = metrics
-        self._waiting = 0
+        # In the order of their deadlines, for all may wait equally long: one timer does for all.
+        self._waiting: dict[PendingForward, None] = {}
         self._waiting_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._senders = {
+            name: QueueSender(tasks, sqs, name, queue_url, self._still_waiting, self._settle)
+            for name, queue_url in queue_urls.items()
+        }
 
-    def submit(
-        self,
-        queue: str,
-        message: AgentMessage,
-        done: Callable[[str | None, BadMessage | None], None],
-    ) -> None:
+    def submit(self, queue: str, message: AgentMessage, confirm: Confirm) -> None:
         """Have ``message`` sent to ``queue``.
 
         Raises:
-            BadMessage: it cannot be sent at all, or too much is waiting. ``done`` is not called.
+            BadMessage: it cannot be sent at all, or too much is waiting; ``confirm`` is not called.
         """
         body = encode(message).decode()
         attributes = {"MessageType": message.type, "Timestamp": message.timestamp}
         size = len(body.encode()) + sum(len(k) + len(v) + 6 for k, v in attributes.items())
         self._check(body, size)
         now = time.monotonic()
-        parcel = Parcel(
+        forward = PendingForward(
             body=body,
             attributes=attributes,
             group_id=message.project_id or message.connection_id,
             deduplication_id=deduplication_id(message),
-            deadline=now + self._timeout_s,
-            done=done,
             size_bytes=size,
-            started_at=now,
+            submitted_at=now,
+            deadline=now + self._timeout_s,
+            confirm=confirm,
         )
-        self._waiting += 1
+        self._waiting[forward] = None
         self._waiting_bytes += size
-        self._lanes[queue].batcher.add(parcel, size)
+        if self._timer is None:
+            self._expire_at_deadlines()
+        self._senders[queue].batcher.add(forward, size)
 
     def _check(self, body: str, size: int) -> None:
         """Whether SQS would take ``body``, and there is room for it here."""
@@ -2002,24 +2034,51 @@ class Forwarder:
         if found := re.search(UNSENDABLE, body):
             sentence = f"SQS takes no U+{ord(found[0]):04X}; write it as a JSON escape."
             raise BadMessage(ErrorCode.INVALID_CHARACTER, sentence)
-        if self._waiting >= FORWARDS_WAITING or self._waiting_bytes + size > FORWARDS_WAITING_BYTES:
+        over_bytes = self._waiting_bytes + size > FORWARDS_WAITING_BYTES
+        if len(self._waiting) >= FORWARDS_WAITING or over_bytes:
             self._metrics.forward_errors += 1
             sentence = "Too many messages are waiting; send it again later."
             raise BadMessage(ErrorCode.OVERLOADED, sentence, retryable=True)
 
-    def _settle(self, parcel: Parcel, sqs_message_id: str | None, error: BadMessage | None) -> None:
-        self._waiting -= 1
-        self._waiting_bytes -= parcel.size_bytes
+    def _expire(self) -> None:
+        """Tell whose deadline has passed."""
+        now = time.monotonic()
+        overdue = itertools.takewhile(lambda forward: forward.deadline <= now, self._waiting)
+        for forward in tuple(overdue):
+            self._settle(forward, None, forward.too_late())
+
+    def _expire_at_deadlines(self) -> None:
+        """Do it now, and again at the next deadline."""
+        self._expire()
+        self._timer = None
+        if self._waiting:
+            left_s = next(iter(self._waiting)).deadline - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._expire_at_deadlines)
+
+    def _still_waiting(self, batch: list[PendingForward]) -> list[PendingForward]:
+        """The forwards of ``batch`` whose clients have not been told anything yet."""
+        self._expire()
+        return [forward for forward in batch if forward in self._waiting]
+
+    def _settle(
+        self, forward: PendingForward, sqs_message_id: str | None, error: BadMessage | None
+    ) -> None:
+        """Tell the client, unless its deadline has passed: it has been told then."""
+        if forward not in self._waiting:
+            return
+        del self._waiting[forward]
+        self._waiting_bytes -= forward.size_bytes
+        forward.body = ""  # its batcher may hold an expired one until a call has returned
         if error is None:
-            self._metrics.forwarded(time.monotonic() - parcel.started_at)
+            self._metrics.forwarded(time.monotonic() - forward.submitted_at)
         else:
             self._metrics.forward_errors += 1
-        parcel.done(sqs_message_id, error)
+        forward.confirm(sqs_message_id, error)
 
     async def idle(self) -> None:
-        """Return once every parcel is settled."""
-        for lane in self._lanes.values():
-            await lane.batcher.idle()
+        """Return once every forward is settled and no call is under way."""
+        for sender in self._senders.values():
+            await sender.batcher.idle()
 
 
 # --- Event log ------------------------------------------------------------------------------
@@ -2142,7 +2201,7 @@ class EventLog:
         self._table = table
         self._retention_s = retention_s
         self._heads: dict[str, Head] = {}
-        self.part = Part("event log")
+        self.dependency = Dependency("event log")
         self.epoch = ""
 
     async def open(self) -> None:
@@ -2156,7 +2215,7 @@ class EventLog:
             item = await self._get(key)
             self.epoch = item["epoch"]["S"] if item else ""
             if not item:
-                await self.part.insist("PutItem", lambda: self._put_epoch(key))
+                await self.dependency.retry("PutItem", lambda: self._put_epoch(key))
 
     async def _put_epoch(self, key: dict[str, Any]) -> None:
         item = {**key, "epoch": {"S": uuid.uuid4().hex}}
@@ -2169,7 +2228,7 @@ class EventLog:
                 raise
 
     async def _get(self, key: dict[str, Any]) -> dict[str, Any]:
-        answer = await self.part.insist(
+        answer = await self.dependency.retry(
             "GetItem",
             lambda: self._dynamodb.get_item(TableName=self._table, Key=key, ConsistentRead=True),
         )
@@ -2190,7 +2249,7 @@ class EventLog:
         while left:
             request: Any = {self._table: {"Keys": left[:100]}}
             left = left[100:]
-            answer = await self.part.insist(
+            answer = await self.dependency.retry(
                 "BatchGetItem",
                 partial(self._dynamodb.batch_get_item, RequestItems=request),
                 "Responses",
@@ -2226,7 +2285,7 @@ class EventLog:
 
         Bounded on both sides: EVENTLOG and METADATA sort after EVENT#.
         """
-        answer = await self.part.insist(
+        answer = await self.dependency.retry(
             "Query",
             lambda: self._dynamodb.query(
                 TableName=self._table,
@@ -2334,11 +2393,11 @@ class EventLog:
                 return False
             transient = {"TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
             if not passes(exc) and not reasons & transient:
-                raise self.part.lost(exc, "TransactWriteItems") from exc
-            self.part.failed(exc, "TransactWriteItems")
+                raise self.dependency.lost(exc, "TransactWriteItems") from exc
+            self.dependency.failed(exc, "TransactWriteItems")
             await asyncio.sleep(full_jitter_s(attempt))
             return False
-        self.part.worked()
+        self.dependency.worked("TransactWriteItems")
         return True
 
     def _transaction(
@@ -2800,12 +2859,12 @@ class Receiver:
     """
 
     def __init__(
-        self, tasks: asyncio.TaskGroup, sqs: SQSClient, queue_url: str, part: Part
+        self, tasks: asyncio.TaskGroup, sqs: SQSClient, queue_url: str, dependency: Dependency
     ) -> None:
         self._tasks = tasks
         self._sqs = sqs
         self._url = queue_url
-        self._part = part
+        self._dependency = dependency
         self._poll: asyncio.Task[list[dict[str, Any]]] | None = None
         self._usual_s = POLL_USUALLY_S
         self._empty_answers = 0
@@ -2873,10 +2932,10 @@ class Receiver:
                 )
         except AWS_ERRORS as exc:
             if not passes(exc):
-                raise self._part.lost(exc, "ReceiveMessage") from exc
-            self._part.failed(exc, "ReceiveMessage")
+                raise self._dependency.lost(exc, "ReceiveMessage") from exc
+            self._dependency.failed(exc, "ReceiveMessage")
         else:
-            self._part.worked()
+            self._dependency.worked("ReceiveMessage")
             batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
         if batch:
             self._empty_answers = 0
@@ -2936,7 +2995,7 @@ class Relay:
             tasks, self._publish, entries=1_000, size_bytes=SNS_MESSAGE_BYTES - 1_024, calls=1
         )
         self._read = Batcher(tasks, self._delete, linger_s=DELETES_LINGER_S)
-        self.part = Part("fan-out")
+        self.dependency = Dependency("fan-out")
 
     @property
     def ready(self) -> bool:
@@ -2950,7 +3009,7 @@ class Relay:
         """
         arn_start = self._topic_arn.split(":sns:")[0]
         queue_arn = f"{arn_start}:sqs:{self._region}:{self._account}:{self._name}"
-        queue = await self.part.insist(
+        queue = await self.dependency.retry(
             "CreateQueue",
             lambda: self._sqs.create_queue(
                 QueueName=self._name,
@@ -2963,7 +3022,7 @@ class Relay:
             "QueueUrl",
         )
         self._queue_url = queue["QueueUrl"]
-        subscription = await self.part.insist(
+        subscription = await self.dependency.retry(
             "Subscribe",
             lambda: self._sns.subscribe(
                 TopicArn=self._topic_arn,
@@ -3001,7 +3060,7 @@ class Relay:
     async def _publish(self, batch: list[tuple[Raw, Callable[[], None]]]) -> None:
         body = encode({"origin": self._name, "events": [raw for raw, _ in batch]}).decode()
         origin: Any = {"origin": {"DataType": "String", "StringValue": self._name}}
-        await self.part.insist(
+        await self.dependency.retry(
             "Publish",
             lambda: self._sns.publish(
                 TopicArn=self._topic_arn, Message=body, MessageAttributes=origin
@@ -3012,7 +3071,7 @@ class Relay:
 
     async def run(self, accept: Callable[[Carried], None]) -> NoReturn:
         """Hand what the other tasks publish to ``accept``."""
-        receiver = Receiver(self._tasks, self._sqs, self._queue_url, self.part)
+        receiver = Receiver(self._tasks, self._sqs, self._queue_url, self.dependency)
         while True:
             for message in await receiver.messages():
                 try:
@@ -3030,7 +3089,9 @@ class Relay:
         try:
             await delete(self._sqs, self._queue_url, receipts)
         except AWS_ERRORS as exc:
-            self.part.failed(exc, "DeleteMessageBatch")
+            self.dependency.failed(exc, "DeleteMessageBatch")
+        else:
+            self.dependency.worked("DeleteMessageBatch")
 
     async def flushed(self) -> None:
         """Return once everything was published."""
@@ -3040,8 +3101,8 @@ class Relay:
         """Show signs of life, and make sure that events still arrive."""
         while True:
             await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
-            await self.part.insist("TagQueue", self._show_life)
-            await self.part.insist(
+            await self.dependency.retry("TagQueue", self._show_life)
+            await self.dependency.retry(
                 "GetSubscriptionAttributes",
                 lambda: self._sns.get_subscription_attributes(
                     SubscriptionArn=self._subscription_arn
@@ -3164,7 +3225,7 @@ class Intake:
         self._done = Batcher(tasks, self._delete, linger_s=linger_s)
         self._has_dead_letter_queue = False
         self._stopping = False
-        self.part = Part("updates queue")
+        self.dependency = Dependency("updates queue")
 
     def stop(self) -> None:
         """Receive no more, once the call under way has returned."""
@@ -3172,14 +3233,14 @@ class Intake:
 
     async def run(self) -> None:
         """Receive until ``stop``, whenever there is room for more."""
-        attributes = await self.part.insist(
+        attributes = await self.dependency.retry(
             "GetQueueAttributes",
             lambda: self._sqs.get_queue_attributes(
                 QueueUrl=self._url, AttributeNames=["RedrivePolicy"]
             ),
         )
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
-        receiver = Receiver(self._tasks, self._sqs, self._url, self.part)
+        receiver = Receiver(self._tasks, self._sqs, self._url, self.dependency)
         while not self._stopping or receiver.polling:
             # What a poll under way brings has to be held on to, room or not.
             while self._crowded and not receiver.polling:
@@ -3254,10 +3315,10 @@ class Intake:
                 left = await delete(self._sqs, self._url, left)
             except AWS_ERRORS as exc:
                 if not passes(exc):
-                    raise self.part.lost(exc, "DeleteMessageBatch") from exc
-                self.part.failed(exc, "DeleteMessageBatch")
+                    raise self.dependency.lost(exc, "DeleteMessageBatch") from exc
+                self.dependency.failed(exc, "DeleteMessageBatch")
             else:
-                self.part.worked()
+                self.dependency.worked("DeleteMessageBatch")
                 if not left:
                     break
             await asyncio.sleep(full_jitter_s(attempt))
@@ -3287,7 +3348,7 @@ class Intake:
                         VisibilityTimeout=0,
                     )
         except AWS_ERRORS as exc:  # its visibility timeout does the same, later
-            self.part.failed(exc, "ChangeMessageVisibility")
+            logger.warning("updates queue: giving back failed with %s", error_code(exc))
 
     async def keep(self) -> NoReturn:
         """Hold on to updates that take long, as while DynamoDB throttles.
@@ -3313,9 +3374,9 @@ class Intake:
                             QueueUrl=self._url, Entries=entries
                         )
                 except AWS_ERRORS as exc:
-                    self.part.failed(exc, "ChangeMessageVisibilityBatch")
+                    self.dependency.failed(exc, "ChangeMessageVisibilityBatch")
                 else:
-                    self.part.worked()
+                    self.dependency.worked("ChangeMessageVisibilityBatch")
 
     async def idle(self) -> None:
         """Return once nothing is in hand; meant for after ``run`` was stopped."""
@@ -4062,7 +4123,7 @@ class Gateway:
 
     async def _read_state(self, project_id: str) -> Any:
         """The platform's own item of a project as JSON has it; ``None`` if there is none."""
-        answer = await self.log.part.insist(
+        answer = await self.log.dependency.retry(
             "GetItem",
             lambda: self._aws.dynamodb.get_item(
                 TableName=self._settings.dynamodb_table_name,
@@ -4098,8 +4159,8 @@ class Gateway:
             response.headers["Allow"] = "GET, HEAD"
         elif path == "/health":
             self._notice_check(connection, request)
-            status = self.health()
-            response = json_response(protocol, 200 if status == "ok" else 503, {"status": status})
+            health = self.health()
+            response = json_response(protocol, 200 if health["status"] == "ok" else 503, health)
         elif path == "/live":
             response = json_response(protocol, 200, {"status": "ok"})
         elif path == "/stats" and self._is_local(connection, request):
@@ -4138,8 +4199,8 @@ class Gateway:
         foreign = set(headers.get_all("Origin")) - set(settings.allowed_origins)
         if settings.allowed_origins and foreign:
             refusal = 403, "Pages of this origin may not connect."
-        elif self.health() in ("starting", "draining"):
-            refusal = 503, f"This server is {self.health()}."
+        elif (status := self.health()["status"]) in ("starting", "draining"):
+            refusal = 503, f"This server is {status}."
         else:
             refusal = self._admission.refusal(connection.address, self.now())
         if refusal is not None:
@@ -4193,14 +4254,20 @@ class Gateway:
             peer_of(connection) in ("127.0.0.1", "::1") and "X-Forwarded-For" not in request.headers
         )
 
-    def health(self) -> str:
-        """``ok``, or why the load balancer should send nobody here."""
+    def health(self) -> dict[str, str]:
+        """``status`` is ``ok``, or says why the load balancer should send nobody here.
+
+        It is ``starting``, ``draining``, or the part of AWS that fails this task, and then
+        ``operation`` is the call that fails.
+        """
         if self.drain_wanted.is_set():
-            return "draining"
+            return {"status": "draining"}
         if not self.ready.is_set():
-            return "starting"
-        parts = [self.log.part, *(x.part for x in (self.relay, self.intake) if x)]
-        return next((part.name for part in parts if part.failing), "ok")
+            return {"status": "starting"}
+        for part in (self.log, self.relay, self.intake):
+            if part and (operation := part.dependency.failing_operation):
+                return {"status": part.dependency.name, "operation": operation}
+        return {"status": "ok"}
 
     # Connections.
 

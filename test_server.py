@@ -101,7 +101,6 @@ from server import (
     Gateway,
     Metrics,
     NotAuthenticated,
-    Part,
     Placement,
     Progress,
     Receiver,
@@ -560,77 +559,6 @@ class TestErrors:
         """A retry waits no longer than the doubling bound, and never longer than the cap."""
         wait_s = server.full_jitter_s(attempt, base_s=base_s, cap_s=cap_s)
         assert 0 <= wait_s <= min(cap_s, base_s * 2 ** min(attempt, 30))
-
-    def test_part_fails_after_a_while(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A part fails after fifteen seconds of errors, and no longer once a call works."""
-        now = 1_000.0
-        monkeypatch.setattr("server.time.monotonic", lambda: now)
-        part = Part("queue")
-        states = [part.failing]
-        for seconds_later in (0.0, server.FAILING_AFTER_S, 0.1):
-            now += seconds_later
-            part.failed(TimeoutError(), "Receive")
-            states.append(part.failing)
-        part.worked()
-        assert [*states, part.failing] == [False, False, False, True, False]
-
-    def test_part_logs_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        """An outage is two lines in the log, however many calls fail."""
-        part = Part("queue")
-        with caplog.at_level("INFO", "gateway"):
-            for _ in range(5):
-                part.failed(deny("SlowDown"), "Receive")
-            part.worked()
-            part.worked()
-        assert caplog.messages == [
-            "queue: Receive failed with SlowDown, retrying",
-            "queue works again",
-        ]
-
-    @pytest.mark.usefixtures("impatient")
-    async def test_insist_retries(self) -> None:
-        """A call that fails in passing is made again until it works."""
-        outcomes: deque[Exception | str] = deque([deny("SlowDown"), OSError(), "done"])
-
-        async def call() -> str:
-            outcome = outcomes.popleft()
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-
-        assert await Part("queue").insist("Receive", call) == "done"
-
-    @pytest.mark.usefixtures("impatient")
-    async def test_insist_has_a_timeout(self) -> None:
-        """A call that never returns is given up and made again."""
-        calls = 0
-
-        async def call() -> int:
-            nonlocal calls
-            calls += 1
-            if calls == 1:
-                await asyncio.Event().wait()
-            return calls
-
-        assert await Part("queue").insist("Receive", call) == 2
-
-    async def test_insist_gives_up(self) -> None:
-        """A call that AWS refuses for good ends in one sentence that says what is lost."""
-
-        async def call() -> None:
-            raise deny("ResourceNotFoundException")
-
-        with pytest.raises(UpstreamLost, match=r"^event log: Query .* ResourceNotFoundException"):
-            await Part("event log").insist("Query", call)
-
-    async def test_insist_lets_faults_of_ours_through(self) -> None:
-        """What is no error of AWS's is not retried."""
-
-        async def call() -> None:
-            raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            await Part("event log").insist("Query", call)
 
 
 # --- Settings -------------------------------------------------------------------------------
@@ -3914,7 +3842,7 @@ async def receiver_of(platform: aws_standin.Platform, aws: Aws) -> AsyncIterator
     """A receiver for the updates queue, whose polls end with the test."""
     async with task_group() as tasks:
         url = platform.queue_urls["updates"]
-        yield Receiver(tasks, aws.sqs, url, Part("updates queue"))
+        yield Receiver(tasks, aws.sqs, url, server.Dependency("updates queue"))
 
 
 def numbers(messages: list[Json]) -> list[int]:
@@ -4370,7 +4298,7 @@ class TestRelay:
         stand_in.fault = faults("DeleteQueue", THROTTLED, gone)
         async with running_gateway(platform, topic=True, task_heartbeat_seconds=0.2) as gateway:
             await eventually(lambda: name not in stand_in.queues)
-            assert gateway.health() == "ok"
+            assert gateway.health() == {"status": "ok"}
 
     async def test_heartbeat(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A task shows that it lives, again and again."""
@@ -4409,12 +4337,12 @@ class TestRelay:
             )
             running = tasks.create_task(gateway.run())
             await eventually(lambda: stand_in.calls["sns", "Subscribe"] > 1)
-            assert gateway.health() == "starting"
+            assert gateway.health() == {"status": "starting"}
             assert gateway.relay is not None
             relay = gateway.relay
             readiness = [relay.ready]
             stand_in.fault = None
-            await eventually(lambda: gateway.health() == "ok")
+            await eventually(lambda: gateway.health() == {"status": "ok"})
             assert [*readiness, relay.ready] == [False, True]
             gateway.drain_wanted.set()
             gateway.hurry_wanted.set()
@@ -4776,7 +4704,7 @@ class TestIntake:
         async with aws_clients(platform) as aws:
             log = EventLog(aws.dynamodb, platform.events_table_name, 3_600)
             assert await log.head("p") == 2
-        assert gateway.health() == "draining"
+        assert gateway.health() == {"status": "draining"}
 
     async def test_snapshot(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A snapshot is the platform's own item of the project, without its keys, as JSON."""
@@ -6167,25 +6095,6 @@ class TestGateway:
             async with asyncio.timeout(DEADLINE_S):
                 await running
 
-    @pytest.mark.usefixtures("impatient")
-    async def test_health_names_the_failing_part(
-        self,
-        gateway: Gateway,
-        stand_in: StandIn,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        """What has failed for a while is named, until it works again."""
-        monkeypatch.setattr(server, "FAILING_AFTER_S", 0.05)
-        async with client_of(gateway) as client:
-            stand_in.fault = always("GetItem", SERVER_ERROR)
-            await client.send(action="subscribe", project_id="p")
-            await eventually(lambda: gateway.health() == "event log")
-            status, _, body = await fetch(gateway, "/health")
-            assert (status, json.loads(body)) == (503, {"status": "event log"})
-            stand_in.fault = None
-            assert (await client.receive())["type"] == "subscription_confirmed"
-            assert (await fetch(gateway, "/health"))[0] == 200
-
     @standing_loop
     async def test_live(self, standing: Gateway) -> None:
         """The container's own check is answered while the loop turns."""
@@ -6655,7 +6564,7 @@ class TestGateway:
                 gateway = Gateway(options, tasks, aws, "task-1")
                 running = tasks.create_task(gateway.run())
                 await eventually(lambda: issuer.reads > 2)
-                assert gateway.health() == "starting"
+                assert gateway.health() == {"status": "starting"}
                 issuer.answer = key_set(public_jwk("key-1"))
                 await eventually(gateway.ready.is_set)
                 reads = issuer.reads

@@ -1,0 +1,168 @@
+"""What a task depends on in AWS: what fails, what works again, and what `/health` says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+
+import pytest
+
+import aws_standin
+import server
+from aws_standin import StandIn
+from server import Dependency, UpstreamLost
+from test_server import (
+    SERVER_ERROR,
+    always,
+    client_of,
+    deny,
+    eventually,
+    fetch,
+    news,
+    push,
+    running_gateway,
+)
+
+
+class Clock:
+    """A monotonic clock that a test turns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr("server.time.monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def fail(dependency: Dependency, clock: Clock, operation: str, *, for_s: float) -> None:
+    """Let an operation fail every five seconds, for ``for_s`` seconds."""
+    until = clock.now + for_s
+    dependency.failed(TimeoutError(), operation)
+    while clock.now < until:
+        clock.now += 5.0
+        dependency.failed(TimeoutError(), operation)
+
+
+class TestDependency:
+    def test_fails_after_a_while(self, clock: Clock) -> None:
+        """An operation fails after fifteen seconds of errors, and no longer once it works."""
+        dependency = Dependency("queue")
+        states = [dependency.failing_operation]
+        for seconds_later in (0.0, server.FAILING_AFTER_S, 0.1):
+            clock.now += seconds_later
+            dependency.failed(TimeoutError(), "Receive")
+            states.append(dependency.failing_operation)
+        dependency.worked("Receive")
+        states.append(dependency.failing_operation)
+        assert states == [None, None, None, "Receive", None]
+
+    def test_success_of_another_operation(self, clock: Clock) -> None:
+        """What works does not hide what fails."""
+        dependency = Dependency("event log")
+        fail(dependency, clock, "TransactWriteItems", for_s=20)
+        dependency.worked("Query")
+        assert dependency.failing_operation == "TransactWriteItems"
+
+    def test_failure_that_nobody_repeats(self, clock: Clock) -> None:
+        """An operation that is not called any more fails no longer; two errors are no outage."""
+        dependency = Dependency("event log")
+        fail(dependency, clock, "GetItem", for_s=20)
+        clock.now += server.FAILURE_FORGOTTEN_S + 1
+        assert dependency.failing_operation is None
+        dependency.failed(TimeoutError(), "GetItem")
+        assert dependency.failing_operation is None
+
+    def test_logs_once(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+        """An outage is two lines in the log, however many calls of whatever operation fail."""
+        dependency = Dependency("queue")
+        with caplog.at_level("INFO", "gateway"):
+            for _ in range(5):
+                dependency.failed(deny("SlowDown"), "Receive")
+                dependency.worked("Delete")
+                clock.now += 1.0
+            dependency.worked("Receive")
+            dependency.worked("Receive")
+        assert caplog.messages == [
+            "queue: Receive failed with SlowDown, retrying",
+            "queue: Receive works again",
+        ]
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_retry(self) -> None:
+        """A call that fails in passing is made again until it works."""
+        outcomes: deque[Exception | str] = deque([deny("SlowDown"), OSError(), "done"])
+
+        async def call() -> str:
+            outcome = outcomes.popleft()
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        assert await Dependency("queue").retry("Receive", call) == "done"
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_retry_has_a_timeout(self) -> None:
+        """A call that never returns is given up and made again."""
+        calls = 0
+
+        async def call() -> int:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                await asyncio.Event().wait()
+            return calls
+
+        assert await Dependency("queue").retry("Receive", call) == 2
+
+    async def test_retry_gives_up(self) -> None:
+        """A call that AWS refuses for good ends in one sentence that says what is lost."""
+
+        async def call() -> None:
+            raise deny("ResourceNotFoundException")
+
+        with pytest.raises(UpstreamLost, match=r"^event log: Query .* ResourceNotFoundException"):
+            await Dependency("event log").retry("Query", call)
+
+    async def test_retry_lets_faults_of_ours_through(self) -> None:
+        """What is no error of AWS's is not retried."""
+
+        async def call() -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await Dependency("event log").retry("Query", call)
+
+
+class TestHealth:
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize(
+        ("operation", "part"),
+        [("TransactWriteItems", "event log"), ("Publish", "fan-out")],
+    )
+    async def test_names_part_and_operation(
+        self,
+        platform: aws_standin.Platform,
+        stand_in: StandIn,
+        monkeypatch: pytest.MonkeyPatch,
+        operation: str,
+        part: str,
+    ) -> None:
+        """One operation fails while all others work: /health is 503 for as long, then 200."""
+        monkeypatch.setattr(server, "FAILING_AFTER_S", 0.2)
+        async with running_gateway(platform, topic=True) as gateway, client_of(gateway) as client:
+            stand_in.fault = always(operation, SERVER_ERROR)
+            push(stand_in, *news(1))
+            await eventually(lambda: gateway.health() != {"status": "ok"})
+            for number in range(30):  # reads, which work, of projects that were never read
+                await client.send(action="subscribe", project_id=f"p{number}")
+                assert (await client.receive())["type"] == "subscription_confirmed"
+                status, _, body = await fetch(gateway, "/health")
+                assert status == 503
+                assert json.loads(body) == {"status": part, "operation": operation}
+            stand_in.fault = None
+            await eventually(lambda: gateway.health() == {"status": "ok"})
+            assert (await fetch(gateway, "/health"))[0] == 200
