@@ -3924,8 +3924,13 @@ def json_response(protocol: ServerProtocol, status: int, content: Any) -> Respon
 
 
 def unwelcome(protocol: ServerProtocol, status: int, why: str) -> Response:
-    """A refusal before the upgrade; the client learns what to do, and nothing of our insides."""
+    """A refusal before the upgrade; the client learns what to do, and nothing of our insides.
+
+    A browser does not tell a page why its WebSocket failed. The page may ask by ``fetch``, and
+    read the same refusal: it holds nothing that depends on who asks.
+    """
     response = protocol.reject(status, f"{why}\n")
+    response.headers["Access-Control-Allow-Origin"] = "*"
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     elif status in (429, 503):
@@ -4167,6 +4172,8 @@ class Gateway:
             response = json_response(protocol, 200, self.metrics.stats())
         else:
             response = protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
+        if path != "/stats":  # which no page on this machine may read
+            response.headers["Access-Control-Allow-Origin"] = "*"
         if request.method == "HEAD":
             response.body = b""
         connection.respond(request, response)
