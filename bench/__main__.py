@@ -3,6 +3,9 @@
 Everything is started here, on loopback, and ended again. A full run writes
 ``bench/results/full.json``, docs/PERFORMANCE.md's tables and docs/images; a quick one writes
 ``bench/results/quick.json`` and prints its tables.
+
+``--against REVISION`` measures the gateway beside itself, as it was at a git revision: the two take
+turns, and what is printed is the ratio of each figure, round by round.
 """
 
 from __future__ import annotations
@@ -15,15 +18,18 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import report
 from bench.processes import ROOT, BenchError
-from bench.scenarios import FULL, QUICK, Effort, run
-from bench.servers import GATEWAYS, PEER_SERVERS, present
+from bench.programme import FULL, QUICK, Effort, run, run_paired
+from bench.scenarios import Record
+from bench.servers import GATEWAYS, PEER_SERVERS, TOKENS_GATEWAY, Server, gateway_of, present
 
 # The tables that are not called like the scenario they show.
 SCENARIO_OF = {
+    "real-shape": "real shape",
     "connections": "fan-out",
     "latency": "fan-out",
     "sizes": "deflated",
@@ -55,9 +61,24 @@ def measure(effort: Effort, only: str) -> report.Run:
     versions, absent = present([*GATEWAYS, *PEER_SERVERS])
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}", file=sys.stderr)
+    return _run(effort, versions, absent, run(effort, only, absent))
+
+
+def measure_pair(effort: Effort, only: str, other: Server) -> report.Run:
+    """Take all turns that can be compared with another revision."""
+    versions, absent = present([TOKENS_GATEWAY, other])
+    finished = _run(effort, versions, absent, run_paired(effort, only, absent, other))
+    for label, reason in absent.items():
+        print(f"failed: {label}: {reason}", file=sys.stderr)
+    return finished
+
+
+def _run(
+    effort: Effort, versions: dict[str, str], absent: dict[str, str], records: Iterator[Record]
+) -> report.Run:
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    records = list(run(effort, only, absent))
-    return report.Run(when, dataclasses.asdict(effort), machine(), versions, absent, records)
+    done = list(records)
+    return report.Run(when, dataclasses.asdict(effort), machine(), versions, absent, done)
 
 
 def show(finished: report.Run) -> None:
@@ -76,6 +97,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two short rounds with fewer clients")
     parser.add_argument("--only", default="", metavar="TEXT", help="turns whose label holds TEXT")
     parser.add_argument("--rounds", type=int, help="instead of the usual number")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="of events at each rate; a tenth of it of CPU time elsewhere",
+    )
+    parser.add_argument("--against", metavar="REVISION", help="only compare with this git revision")
     parser.add_argument("--report", action="store_true", help="only rewrite the tables and plots")
     arguments = parser.parse_args()
     path = report.RESULTS / ("quick.json" if arguments.quick else "full.json")
@@ -88,7 +115,15 @@ def main() -> int:
         effort = QUICK if arguments.quick else FULL
         if arguments.rounds:
             effort = dataclasses.replace(effort, rounds=arguments.rounds)
+        if arguments.seconds:
+            seconds = arguments.seconds
+            effort = dataclasses.replace(effort, seconds=seconds, cpu_s=seconds / 10)
         try:
+            if arguments.against:
+                other = gateway_of(arguments.against)
+                finished = measure_pair(effort, arguments.only, other)
+                print(report.pairs(finished, TOKENS_GATEWAY.name, other.name))
+                return 0
             finished = measure(effort, arguments.only)
         except BenchError as error:
             print(f"cannot measure: {error}", file=sys.stderr)

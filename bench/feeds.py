@@ -31,12 +31,16 @@ def event(size: int) -> str:
     return head + filler(size - len(head) - len(tail)) + tail
 
 
-def update(size: int, project: str = PROJECT) -> str:
-    """What an agent sends so that clients see an event of about `size` bytes."""
+def update(size: int, project: str = PROJECT, **fields: object) -> str:
+    """What an agent sends so that clients see an event of about `size` bytes.
+
+    `fields` are members beside the usual ones: ``event_id``, ``ephemeral``.
+    """
     # What the server adds is seq and timestamp, of about the length that `event` gives them.
     overhead = len(event(0)) - 4
     data = f'{{"t":{time.time_ns()},"text":"{filler(size - overhead)}"}}'
-    return f'{{"project_id":"{project}","type":"project_updated","data":{data}}}'
+    more = "".join(f',"{name}":{json.dumps(value)}' for name, value in fields.items())
+    return f'{{"project_id":"{project}","type":"project_updated","data":{data}{more}}}'
 
 
 def filler(size: int) -> str:

@@ -3,15 +3,17 @@
  * the server is what is measured. One process, one thread, epoll, loopback only.
  *
  *   load PORT PATH [-H 'Name: value']... [-s TEXT] [-f FRAMES] [-m MARKER] [-k EVERY] [-r BYTES]
- *        [-n N]
+ *        [-n N] [-c TEXT]
  *
- *   -s  a text frame every connection sends once it is open
+ *   -s  a text frame every connection sends once it is open; a %d in it is replaced as in PATH,
+ *       a %5d by five digits
  *   -f  data frames a connection receives before it counts as ready (greeting, confirmation)
  *   -m  count occurrences of MARKER in the payloads, not frames (for servers that put several
  *       messages into one frame)
  *   -k  record latencies on every k-th connection (default 50)
  *   -r  SO_RCVBUF of the connections
  *   -n  a %d in PATH is replaced by the connection's number modulo this (default: its number)
+ *   -c  what the confirmation of a forward contains (default: forward_confirmed)
  *
  * Commands are lines on stdin; each is answered by one line of JSON on stdout:
  *
@@ -20,12 +22,15 @@
  *   await D S       until D deliveries were counted since `reset`, or S seconds have passed
  *   drain S         until nothing has arrived for half a second, or S seconds have passed
  *   forward S TEXT  for S seconds each connection sends TEXT, awaits its answer, and repeats
+ *   trickle N S TEXT  from now on N connections send TEXT every S seconds, one after the other,
+ *                   whatever else is waited for; 0 connections end it
  *   stall N         stop reading on N connections that still do
  *   resume          read on all again
  *   reset           forget what was counted
  *   stats           what was counted
  *
- * Latencies are milliseconds since the `"t":<nanoseconds since 1970>` found in a payload.
+ * Latencies are milliseconds since the `"t":<nanoseconds since 1970>` found in a payload; of
+ * confirmations, since the forward was sent.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -74,15 +79,20 @@ enum waiting { NOTHING, CONNECTS, DELIVERIES, QUIET, FORWARDS };
 static struct connection connections[MAX_CONNECTIONS];
 static int used, open_now, pending, failed, to_open, at_once, deflated;
 static int port, setup_frames, every = 50, receive_buffer, modulus = MAX_CONNECTIONS;
-static const char *path, *marker, *first_message;
+static const char *path, *marker, *first_message, *confirmation = "forward_confirmed";
 static char extra_headers[8192];
 static char forward_text[65536];
 static int epoll_fd;
 static enum waiting waiting;
 static double wait_until, connect_started, last_arrival, wait_started;
 static uint64_t deliveries, wanted, received_bytes, answers, errors;
-static double samples[MAX_SAMPLES];
-static size_t sampled_count;
+static struct samples {
+    double values[MAX_SAMPLES];
+    size_t count;
+} latencies, confirmations;
+static int trickling; /* how many connections do */
+static double trickle_period, trickle_due;
+static uint64_t trickled;
 static unsigned closes[5000];
 static char scratch[READ_BYTES];
 
@@ -97,8 +107,8 @@ static void die(const char *what) {
     exit(1);
 }
 
-static void sample(double milliseconds) {
-    if (sampled_count < MAX_SAMPLES) samples[sampled_count++] = milliseconds;
+static void sample(struct samples *s, double milliseconds) {
+    if (s->count < MAX_SAMPLES) s->values[s->count++] = milliseconds;
 }
 
 static void append(struct connection *c, const char *data, size_t length) {
@@ -186,6 +196,24 @@ static void listen_for_input(struct connection *c) {
     epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &event);
 }
 
+/* The template with the connection's number in place of %d, padded with zeros in place of %5d. */
+static void numbered(char *out, size_t room, const char *template, const struct connection *c) {
+    int number = (int)(c - connections) % modulus;
+    size_t at = 0;
+    while (*template && at + 24 < room) {
+        if (!strncmp(template, "%d", 2)) {
+            at += (size_t)sprintf(out + at, "%d", number);
+            template += 2;
+        } else if (!strncmp(template, "%5d", 3)) {
+            at += (size_t)sprintf(out + at, "%05d", number);
+            template += 3;
+        } else {
+            out[at++] = *template++;
+        }
+    }
+    out[at] = 0;
+}
+
 static void send_request(struct connection *c) {
     char request[sizeof extra_headers + 1024];
     int error = 0;
@@ -196,12 +224,7 @@ static void send_request(struct connection *c) {
         return;
     }
     char target[512];
-    const char *number = strstr(path, "%d");
-    if (number)
-        snprintf(target, sizeof target, "%.*s%d%s", (int)(number - path), path,
-                 (int)(c - connections) % modulus, number + 2);
-    else
-        snprintf(target, sizeof target, "%s", path);
+    numbered(target, sizeof target, path, c);
     int length = snprintf(request, sizeof request,
                           "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\n"
                           "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -218,25 +241,37 @@ static void ready(struct connection *c) {
     c->state = READY;
     pending--;
     open_now++;
-    sample((now(CLOCK_MONOTONIC) - c->since) * 1e3);
+    sample(&latencies, (now(CLOCK_MONOTONIC) - c->since) * 1e3);
 }
 
 static void forward(struct connection *c) {
+    static char text[sizeof forward_text];
+    numbered(text, sizeof text, forward_text, c);
     c->since = now(CLOCK_MONOTONIC);
-    send_frame(c, 1, forward_text, strlen(forward_text));
+    send_frame(c, 1, text, strlen(text));
+}
+
+static void trickle(void) {
+    double t = now(CLOCK_MONOTONIC);
+    while (trickling && used && trickle_due <= t) {
+        int stride = used / trickling ? used / trickling : 1;
+        struct connection *c = &connections[(trickled++ % (uint64_t)trickling) * (uint64_t)stride];
+        if (c->state == READY) forward(c);
+        trickle_due += trickle_period / trickling;
+    }
 }
 
 static void read_latency(const char *data, size_t length) {
     const char *found = memmem(data, length, "\"t\":", 4);
     if (found && found + 23 <= data + length) {
         double sent = (double)strtoull(found + 4, NULL, 10) / 1e9;
-        sample((now(CLOCK_REALTIME) - sent) * 1e3);
+        sample(&latencies, (now(CLOCK_REALTIME) - sent) * 1e3);
     }
 }
 
 /* Whether a payload says the forward was accepted. */
 static int confirms(const char *data, size_t length) {
-    return memmem(data, length, "forward_confirmed", 17) != NULL;
+    return memmem(data, length, confirmation, strlen(confirmation)) != NULL;
 }
 
 #ifdef HAVE_ZLIB
@@ -292,13 +327,20 @@ static void look_at(struct connection *c) {
     if (waiting == FORWARDS) {
         if (confirms(data, length)) {
             answers++;
-            sample((now(CLOCK_MONOTONIC) - c->since) * 1e3);
+            sample(&latencies, (now(CLOCK_MONOTONIC) - c->since) * 1e3);
         } else if (memmem(data, length, "\"error\"", 7)) {
             errors++;
         } else {
             return;
         }
         forward(c);
+        return;
+    }
+    if (trickling && confirms(data, length)) {
+        answers++;
+        sample(&confirmations, (now(CLOCK_MONOTONIC) - c->since) * 1e3);
+    } else if (trickling && memmem(data, length, "\"type\":\"error\"", 14)) {
+        errors++;
     } else if (!marker) {
         read_latency(data, length);
     } else if (c->header[0] & 0x40 && c->state == READY) {
@@ -346,7 +388,7 @@ static void on_bytes(struct connection *c, const char *data, size_t length) {
             c->remaining = need == 2 ? (uint64_t)kind : 0;
             for (int i = 2; i < need; i++) c->remaining = c->remaining << 8 | c->header[i];
             c->header_length = -1; /* complete */
-            c->collecting = c->sampled || waiting == FORWARDS || (c->header[0] & 8) ||
+            c->collecting = c->sampled || trickling || waiting == FORWARDS || (c->header[0] & 8) ||
                             (marker && c->header[0] & 0x40);
             c->length = 0;
         }
@@ -380,7 +422,11 @@ static void on_response(struct connection *c, const char *data, size_t length) {
     memcpy(frames, rest, left);
     c->length = 0;
     c->state = SETUP;
-    if (first_message) send_frame(c, 1, first_message, strlen(first_message));
+    if (first_message) {
+        char text[4096];
+        numbered(text, sizeof text, first_message, c);
+        send_frame(c, 1, text, strlen(text));
+    }
     if (!setup_frames) ready(c);
     on_bytes(c, frames, left);
     free(frames);
@@ -407,26 +453,30 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static double percentile(double share) {
-    return sampled_count ? samples[(size_t)(share * (double)(sampled_count - 1))] : 0;
+static double percentile(const struct samples *s, double share) {
+    return s->count ? s->values[(size_t)(share * (double)(s->count - 1))] : 0;
 }
 
 static void forget(void) {
-    deliveries = received_bytes = answers = errors = sampled_count = 0;
+    deliveries = received_bytes = answers = errors = 0;
+    latencies.count = confirmations.count = 0;
     failed = 0;
     memset(closes, 0, sizeof closes);
 }
 
 static void report(void) {
     double t = now(CLOCK_MONOTONIC);
-    qsort(samples, sampled_count, sizeof *samples, ascending);
+    qsort(latencies.values, latencies.count, sizeof(double), ascending);
+    qsort(confirmations.values, confirmations.count, sizeof(double), ascending);
     printf("{\"open\":%d,\"failed\":%d,\"deflated\":%d,\"deliveries\":%llu,\"bytes\":%llu,"
            "\"answers\":%llu,\"errors\":%llu,\"seconds\":%.6f,\"samples\":%zu,\"p50_ms\":%.3f,"
-           "\"p99_ms\":%.3f,\"max_ms\":%.3f,\"closes\":{",
+           "\"p99_ms\":%.3f,\"max_ms\":%.3f,\"confirmed_p50_ms\":%.3f,\"confirmed_p99_ms\":%.3f,"
+           "\"closes\":{",
            open_now, failed, deflated, (unsigned long long)deliveries,
            (unsigned long long)received_bytes, (unsigned long long)answers,
-           (unsigned long long)errors, t - wait_started, sampled_count, percentile(0.5),
-           percentile(0.99), percentile(1));
+           (unsigned long long)errors, t - wait_started, latencies.count,
+           percentile(&latencies, 0.5), percentile(&latencies, 0.99), percentile(&latencies, 1),
+           percentile(&confirmations, 0.5), percentile(&confirmations, 0.99));
     const char *comma = "";
     for (int code = 0; code < 5000; code++)
         if (closes[code]) {
@@ -515,6 +565,11 @@ static void on_command(char *line) {
             if (connections[i].state == READY) forward(&connections[i]);
         return;
     }
+    if (sscanf(line, "trickle %d %lf %n", &trickling, &trickle_period, &text_at) == 2) {
+        snprintf(forward_text, sizeof forward_text, "%s", line + text_at);
+        trickle_due = now(CLOCK_MONOTONIC);
+        trickled = 0;
+    }
     if (sscanf(line, "stall %d", &count) == 1) stall(count);
     if (!strcmp(line, "resume")) resume();
     if (!strcmp(line, "reset")) forget();
@@ -556,7 +611,7 @@ static void on_stdin(void) {
 int main(int argc, char **argv) {
     int option;
     struct rlimit files;
-    while ((option = getopt(argc, argv, "H:s:f:m:k:r:n:")) != -1) {
+    while ((option = getopt(argc, argv, "H:s:f:m:k:r:n:c:")) != -1) {
         size_t at = strlen(extra_headers);
         switch (option) {
             case 'H':
@@ -567,6 +622,7 @@ int main(int argc, char **argv) {
             case 'm': marker = optarg; break;
             case 'k': every = atoi(optarg); break;
             case 'n': modulus = atoi(optarg); break;
+            case 'c': confirmation = optarg; break;
             case 'r': receive_buffer = atoi(optarg); break;
             default: return 2;
         }
@@ -584,7 +640,8 @@ int main(int argc, char **argv) {
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, 0, &event)) die("stdin");
     for (;;) {
         struct epoll_event events[512];
-        int count = epoll_wait(epoll_fd, events, 512, waiting == NOTHING ? -1 : 20);
+        int patience_ms = trickling ? 2 : waiting == NOTHING ? -1 : 20;
+        int count = epoll_wait(epoll_fd, events, 512, patience_ms);
         if (count < 0 && errno != EINTR) die("epoll_wait");
         for (int i = 0; i < count; i++) {
             struct connection *c = events[i].data.ptr;
@@ -598,6 +655,7 @@ int main(int argc, char **argv) {
                 on_readable(c);
         }
         open_more();
+        trickle();
         check_wait();
     }
 }

@@ -30,6 +30,8 @@ class Counted:
     p50_ms: float
     p99_ms: float
     max_ms: float
+    confirmed_p50_ms: float
+    confirmed_p99_ms: float
     closes: dict[str, int]
 
 
@@ -48,6 +50,7 @@ class Load:
         sample_every: int = 50,
         receive_buffer_bytes: int = 0,
         modulus: int = 0,
+        confirmation: str | None = None,
     ) -> None:
         command: list[str | Path] = [_program(), "-f", str(setup_frames), "-k", str(sample_every)]
         for header in headers:
@@ -60,6 +63,8 @@ class Load:
             command += ["-r", str(receive_buffer_bytes)]
         if modulus:
             command += ["-n", str(modulus)]
+        if confirmation is not None:
+            command += ["-c", confirmation]
         self._process = Process([*command, str(port), path], stdout=subprocess.PIPE)
 
     def _do(self, command: str, timeout_s: float = 150.0) -> Counted:
@@ -94,6 +99,10 @@ class Load:
     def forward(self, seconds: float, text: str) -> Counted:
         """Let each connection send `text` and await the confirmation, again and again."""
         return self._do(f"forward {seconds} {text}", seconds + 30)
+
+    def trickle(self, connections: int, period_s: float, text: str = "") -> Counted:
+        """From now on, let so many connections send `text` every `period_s` seconds; 0 ends it."""
+        return self._do(f"trickle {connections} {period_s} {text}")
 
     def stall(self, count: int) -> Counted:
         """Stop reading on `count` connections."""

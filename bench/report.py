@@ -54,6 +54,15 @@ class Run:
             and parameters.items() <= r.parameters.items()
         }
 
+    def parameters(self, scenario: str) -> list[tuple[str, dict[str, Any]]]:
+        """What was measured in a scenario: servers with their parameters, in their order."""
+        found = {
+            (r.server, *r.parameters.items()): (r.server, r.parameters)
+            for r in self.records
+            if r.scenario == scenario
+        }
+        return list(found.values())
+
     def servers(self, scenario: str) -> list[str]:
         """Who was measured in a scenario, in order of appearance."""
         return list(dict.fromkeys(r.server for r in self.records if r.scenario == scenario))
@@ -97,7 +106,7 @@ def median(values: Iterable[float]) -> str:
 
 def ratios(above: dict[int, float], below: dict[int, float]) -> list[float]:
     """Round by round, so that what slows the machine for a while slows both."""
-    return [above[n] / below[n] for n in above if n in below]
+    return [above[n] / below[n] for n in above if below.get(n)]
 
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
@@ -129,6 +138,47 @@ def machine(run: Run) -> str:
     rows += [(name, version) for name, version in run.versions.items()]
     rows += [(name, f"absent: {reason}") for name, reason in run.absent.items()]
     return table(("", ""), rows)
+
+
+def real_shape(run: Run) -> str:
+    """Thousands of projects with two viewers each, and agents that report at a rate."""
+    rows = []
+    for server, parameters in run.parameters("real shape"):
+        cells = [
+            shown(run.by_round("real shape", server, key, **parameters).values(), unit)
+            for key, unit in (
+                ("core_share", ""),
+                ("cpu_us_per_event", ""),
+                ("p50_ms", ""),
+                ("p99_ms", ""),
+                ("aws_calls_per_event", ""),
+                ("forward_p99_ms", ""),
+            )
+        ]
+        rows.append([_tasks(server, parameters), f"{parameters['rate']:,}", *cells])
+    head = ("", "events/s", "cores used", "CPU us an event", "p50, ms", "p99, ms")
+    return table((*head, "AWS calls an event", "p99 of a forward, ms"), rows)
+
+
+def _tasks(server: str, parameters: dict[str, Any]) -> str:
+    tasks = parameters["tasks"]
+    return server if tasks == 1 else f"{server}, {tasks} tasks"
+
+
+def spread(run: Run) -> str:
+    """Bursts of 20 events over one or many projects with two viewers each."""
+    rows = []
+    for server, parameters in run.parameters("spread"):
+        cost, calls = (
+            run.by_round("spread", server, key, **parameters)
+            for key in ("cpu_us_per_event", "aws_calls_per_event")
+        )
+        alone = {**parameters, "projects": 1}
+        one = run.by_round("spread", server, "cpu_us_per_event", **alone)
+        cells = [shown(cost.values()), shown(ratios(cost, one), "x"), shown(calls.values())]
+        rows.append([_tasks(server, parameters), f"{parameters['projects']}", *cells])
+    head = ("bursts of 20", "projects", "CPU us an event", "to one project", "AWS calls an event")
+    return table(head, rows)
 
 
 def fan_out(run: Run) -> str:
@@ -452,6 +502,41 @@ def targets(run: Run) -> str:
     return table(head, (t.row(run) for t in TARGETS))
 
 
+# --- Two revisions ------------------------------------------------------------------------------
+
+# What is compared, and whether more of it is better.
+COMPARED = {
+    "cpu_us_per_event": False,
+    "aws_calls_per_event": False,
+    "core_share": False,
+    "p50_ms": False,
+    "p99_ms": False,
+    "forward_p99_ms": False,
+    "forwards_per_cpu_s": True,
+    "handshake_cpu_ms": False,
+    "idle_kb": False,
+    "cpu_ms_each": False,
+    "seconds": False,
+}
+
+
+def pairs(run: Run, now: str, then: str) -> str:
+    """Each figure of both, and the ratio of the one to the other within a round."""
+    measured: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for r in run.records:
+        for key in (key for key in COMPARED if key in r.values):
+            name = ", ".join(f"{k} {v}" for k, v in r.parameters.items())
+            measured[r.scenario, name, key] = r.parameters
+    rows = []
+    for (scenario, name, key), parameters in measured.items():
+        values = [run.by_round(scenario, server, key, **parameters) for server in (then, now)]
+        ratio = ratios(values[1], values[0])
+        sign = "better if more" if COMPARED[key] else ""
+        row = [f"{scenario}: {name}", key, *(shown(v.values()) for v in values)]
+        rows.append([*row, shown(ratio, "x"), sign])
+    return table(("", "", then, now, "ratio, round by round", ""), rows)
+
+
 # --- Plots and document -------------------------------------------------------------------------
 
 OWN, OTHER, LIGHT = "#0b6e99", "#8a8f98", "#c9ccd1"
@@ -556,6 +641,8 @@ def _save(figure: Any, name: str) -> None:
 
 TABLES: dict[str, Callable[[Run], str]] = {
     "machine": machine,
+    "real-shape": real_shape,
+    "spread": spread,
     "targets": targets,
     "fan-out": fan_out,
     "latency": latency,

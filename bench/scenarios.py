@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -19,18 +18,8 @@ from bench.feeds import PROJECT, QueueFeed, filler, update
 from bench.load import Load
 from bench.processes import BenchError
 from bench.servers import (
-    FLOOR,
-    FORWARD_EACH,
-    GATEWAY,
-    GATEWAYS,
-    NATS,
-    NCHAN,
-    PEER_SERVERS,
-    TOKENS_GATEWAY,
-    WEBSOCKETS,
     Running,
     Server,
-    gateway,
 )
 
 MAX_BURST_S = 20.0
@@ -47,27 +36,6 @@ class Record:
     round: int
     parameters: dict[str, Any]
     values: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Effort:
-    """How thoroughly to measure.
-
-    Attributes:
-        cpu_s: CPU seconds of the server for each measurement.
-        subscribers, many: clients where the peers are compared, and where it is about many.
-        thorough: all of the programme, or the part that says most.
-    """
-
-    rounds: int
-    cpu_s: float
-    subscribers: int
-    many: int
-    thorough: bool
-
-
-FULL = Effort(rounds=5, cpu_s=0.5, subscribers=2000, many=5000, thorough=True)
-QUICK = Effort(rounds=2, cpu_s=0.25, subscribers=1000, many=2000, thorough=False)
 
 
 def measure_bursts(
@@ -169,11 +137,11 @@ def fan_out_turn(
     return turn
 
 
-def idle_projects_turn(idle: int, *, subscribers: int, cpu_s: float) -> Turn:
+def idle_projects_turn(server: Server, idle: int, *, subscribers: int, cpu_s: float) -> Turn:
     """The cost of an event while `idle` other projects have a subscriber each."""
 
     def turn(number: int) -> Iterator[Record]:
-        with gateway(False) as running, contextlib.ExitStack() as stack:
+        with server.start(False) as running, contextlib.ExitStack() as stack:
             opened: dict[str, float] = {}
             if idle:
                 own_projects = connected(running, idle, path="/ws?project_id=idle-%d")
@@ -181,16 +149,16 @@ def idle_projects_turn(idle: int, *, subscribers: int, cpu_s: float) -> Turn:
             load, _ = stack.enter_context(connected(running, subscribers))
             values = measure_bursts(running, load, subscribers, 20, 200, cpu_s) | opened
             parameters = {"idle_projects": idle, "subscribers": subscribers}
-            yield Record("idle projects", "gateway", number, parameters, values)
+            yield Record("idle projects", server.name, number, parameters, values)
 
     return turn
 
 
-def projects_turn(projects: int, *, subscribers: int, cpu_s: float) -> Turn:
+def projects_turn(server: Server, projects: int, *, subscribers: int, cpu_s: float) -> Turn:
     """The cost of an event when bursts of 20 are spread over so many projects."""
 
     def turn(number: int) -> Iterator[Record]:
-        with gateway(False) as running:
+        with server.start(False) as running:
             assert isinstance(running.feed, QueueFeed)
             feed = running.feed
             names = [f"p{i % projects}" for i in range(20)]
@@ -208,7 +176,7 @@ def projects_turn(projects: int, *, subscribers: int, cpu_s: float) -> Turn:
                     used = running.process.cpu_s() - cpu
             values = {"cpu_us_per_event": used * 1e6 / events}
             parameters = {"projects": projects, "subscribers": subscribers}
-            yield Record("projects", "gateway", number, parameters, values)
+            yield Record("projects", server.name, number, parameters, values)
 
     return turn
 
@@ -260,11 +228,11 @@ def storm_turn(server: Server, count: int) -> Turn:
     return turn
 
 
-def catch_up_turn(clients: int, *, events: int, size: int) -> Turn:
+def catch_up_turn(server: Server, clients: int, *, events: int, size: int) -> Turn:
     """Many clients come back at once that have missed more than a task remembers."""
 
     def turn(number: int) -> Iterator[Record]:
-        with gateway(False) as running:
+        with server.start(False) as running:
             with connected(running, 1) as (witness, _):
                 for _ in range(events // 20):
                     running.feed.publish(20, size)
@@ -281,105 +249,6 @@ def catch_up_turn(clients: int, *, events: int, size: int) -> Turn:
                     "cpu_ms_each": (running.process.cpu_s() - cpu) / clients * 1e3,
                 }
             parameters = {"clients": clients, "events": events, "size": size}
-            yield Record("catch-up", "gateway", number, parameters, values)
+            yield Record("catch-up", server.name, number, parameters, values)
 
     return turn
-
-
-# --- The programme ------------------------------------------------------------------------------
-
-
-OWN = [GATEWAY, TOKENS_GATEWAY]  # what all that is to be reached is measured with
-CLOSEST = [WEBSOCKETS, NATS, NCHAN]
-
-
-def programme(effort: Effort) -> list[tuple[str, Turn]]:
-    """One round: all turns in the order they are taken, with a label each."""
-    return [
-        *_fan_out_turns(effort),
-        *_projects_turns(effort),
-        *_forward_turns(effort),
-        *_return_turns(effort),
-    ]
-
-
-def _fan_out_turns(effort: Effort) -> list[tuple[str, Turn]]:
-    turns: list[tuple[str, Turn]] = []
-
-    def fan_out(
-        scenario: str, servers: Iterable[Server], bursts: Sequence[int], **how: Any
-    ) -> None:
-        usual = {"subscribers": effort.subscribers, "cpu_s": effort.cpu_s}
-        how = {"size": 200, "deflate": False, **usual, **how}
-        for server in servers:
-            turn = fan_out_turn(scenario, server, bursts, **how)
-            turns.append((f"{scenario}: {server.name}", turn))
-
-    deflating = [s for s in PEER_SERVERS if s.deflates and s.name != "websockets on uvloop"]
-    fan_out("fan-out", [*GATEWAYS, *PEER_SERVERS], (1, 5, 20, 100) if effort.thorough else (1, 20))
-    deflated = {"size": 1000, "deflate": True}
-    fan_out("deflated", [*OWN, *(deflating if effort.thorough else CLOSEST)], (1, 20), **deflated)
-    fan_out("plain 1 KB", [*OWN, WEBSOCKETS], (1, 20), size=1000)
-    if effort.thorough:
-        fan_out("4 KB", [GATEWAY, FLOOR, *CLOSEST], (1, 20), size=4096)
-        fan_out("4 KB deflated", [GATEWAY, *CLOSEST], (1, 20), size=4096, deflate=True)
-    fan_out("subscribers", OWN, (1, 20), subscribers=1)
-    for count in (100, effort.many // 5, effort.many):
-        fan_out("subscribers", [*OWN, WEBSOCKETS], (1, 20), subscribers=count)
-    fan_out("memory", OWN, (20,), subscribers=effort.many, **deflated)
-    return turns
-
-
-def _projects_turns(effort: Effort) -> Iterator[tuple[str, Turn]]:
-    cpu_s = effort.cpu_s
-    for idle in (0, effort.many):
-        turn = idle_projects_turn(idle, subscribers=effort.subscribers // 2, cpu_s=cpu_s)
-        yield f"idle projects: {idle}", turn
-    for projects in (1, 5, 20):
-        turn = projects_turn(projects, subscribers=effort.many // 50, cpu_s=cpu_s)
-        yield f"projects: {projects}", turn
-
-
-def _forward_turns(effort: Effort) -> Iterator[tuple[str, Turn]]:
-    for server in (*OWN, FORWARD_EACH):
-        for connections in (1, 100):
-            turn = forward_turn(server, connections, 4 * effort.cpu_s)
-            yield f"forwards: {server.name}, {connections} clients", turn
-
-
-def _return_turns(effort: Effort) -> Iterator[tuple[str, Turn]]:
-    node = [server for server in PEER_SERVERS if server.name == "node ws"]
-    for server in (*OWN, WEBSOCKETS, NCHAN, *node):
-        yield f"storm: {server.name}", storm_turn(server, effort.many)
-    for clients in (1, effort.many // 25):
-        yield f"catch-up: {clients} clients", catch_up_turn(clients, events=900, size=4096)
-
-
-def run(effort: Effort, only: str, absent: dict[str, str]) -> Iterator[Record]:
-    """Take all turns, round after round, and show how far it is.
-
-    A server that fails a turn is noted in `absent` and left out of the rest of that scenario.
-    """
-    turns = [t for t in programme(effort) if only in t[0] and t[0].split(": ")[1] not in absent]
-    total, done, started = effort.rounds * len(turns), 0, time.monotonic()
-    for number in range(1, effort.rounds + 1):
-        for label, turn in turns:
-            left = (time.monotonic() - started) / done * (total - done) if done else 0.0
-            done += 1
-            _show(f"[{done}/{total}] round {number}, {label} ({left / 60:.0f} min left)")
-            if label in absent:
-                continue
-            try:
-                yield from turn(number)
-            except BenchError as error:
-                absent[label] = str(error)
-                _show(f"\n  {label}: {error}\n")
-    _show("")
-
-
-def _show(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-    elif text:
-        sys.stderr.write(f"{text.strip()}\n")
-    sys.stderr.flush()

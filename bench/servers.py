@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,13 +17,14 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.feeds import PROJECT, Feed, LineFeed, NatsFeed, NchanFeed, QueueFeed
 from bench.load import OFFER_DEFLATE, Load
-from bench.processes import BenchError, Process, compiled, wait_until
+from bench.processes import BUILD, ROOT, BenchError, Process, compiled, wait_until
 from bench.tokens import issuer
 
 PEERS = Path(__file__).parent / "peers"
@@ -41,8 +43,9 @@ class Running:
     marker: str | None = None
     deflate: bool = False
     headers: tuple[str, ...] = ()
+    aws: Aws | None = None
 
-    def load(self, *, path: str | None = None, **options: Any) -> Load:
+    def load(self, *, path: str | None = None, marker: str | None = None, **options: Any) -> Load:
         """A load generator for this server."""
         return Load(
             self.port,
@@ -50,9 +53,14 @@ class Running:
             headers=[*self.headers, *([OFFER_DEFLATE] if self.deflate else [])],
             first_message=self.first_message,
             setup_frames=self.setup_frames,
-            marker=self.marker,
+            marker=marker or self.marker,
             **options,
         )
+
+
+def no_fleet(*_: Any, **__: Any) -> contextlib.AbstractContextManager[list[Running]]:
+    """For servers that are measured alone."""
+    raise BenchError("only the gateway is measured with several tasks")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,78 +71,165 @@ class Server:
         start: a context manager that starts it, with or without compression.
         version: of what is compared; raises `BenchError` with the reason if it is not here.
         deflates: whether it knows permessage-deflate.
+        fleet: a context manager that starts several tasks of it, on an AWS of a latency; only of
+            the gateway.
     """
 
     name: str
     start: Callable[[bool], contextlib.AbstractContextManager[Running]]
     version: Callable[[], str]
     deflates: bool = True
+    fleet: Callable[..., contextlib.AbstractContextManager[list[Running]]] = no_fleet
 
 
 # --- The gateway --------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Used:
+    """What AWS would bill: see aws_standin/usage.py."""
+
+    calls: Counter[str]
+    requests: Counter[str]
+    read_units: float
+    write_units: float
+
+    def since(self, earlier: Used) -> Used:
+        """What came after `earlier`."""
+        return Used(
+            self.calls - earlier.calls,
+            self.requests - earlier.requests,
+            self.read_units - earlier.read_units,
+            self.write_units - earlier.write_units,
+        )
+
+    def of_events(self) -> Counter[str]:
+        """The gateway's calls but for forwards: neither agents' sends nor those to agents."""
+        return Counter({k: n for k, n in self.calls.items() if not k.startswith("sqs SendMessage")})
+
+
+class Aws:
+    """The AWS stand-in in a process of its own."""
+
+    def __init__(self, latency_ms: str = "0") -> None:
+        command = [sys.executable, "-m", "aws_standin", "--latency-ms", latency_ms]
+        self.process = Process(command)
+        self.process.read_line()
+        self.environment: dict[str, str] = self.process.read_json()
+
+    def used(self) -> Used:
+        """What was used since the start."""
+        self.process.write_line("")
+        counts = self.process.read_json()
+        calls, requests = Counter(counts.pop("calls")), Counter(counts.pop("requests"))
+        return Used(calls, requests, **counts)
+
+
 @contextlib.contextmanager
-def stand_in() -> Iterator[dict[str, str]]:
-    """The AWS stand-in in a process of its own; yields the settings of a gateway on it."""
-    process = Process([sys.executable, "-m", "aws_standin"])
+def stand_in(latency_ms: str = "0") -> Iterator[Aws]:
+    """An AWS whose every call takes so long."""
+    aws = Aws(latency_ms)
     try:
-        process.read_line()
-        environment: dict[str, str] = process.read_json()
-        yield environment
+        yield aws
     finally:
-        process.stop()
+        aws.process.stop()
 
 
-# On, as in production, so that their bookkeeping is in the figures; but never reached.
-GENEROUS_LIMITS = {
-    "MAX_CONNECTIONS": "1000000",
-    "MAX_HANDSHAKES_PER_SECOND": "100000",
-    "MAX_SUBSCRIPTIONS_PER_CONNECTION": "10000",
-    "MAX_MESSAGES_PER_SECOND": "100000",
-    "MAX_CONNECTIONS_PER_IP": "1000000",
-    "MAX_HANDSHAKES_PER_SECOND_PER_IP": "100000",
-    "MAX_FAILED_AUTHENTICATIONS_PER_IP": "100000",
-}
-NO_LIMITS = dict.fromkeys(GENEROUS_LIMITS, "0")
+NEVER_REACHED = "100000"
+LARGEST_ALLOWED = {"MAX_SUBSCRIPTIONS_PER_CONNECTION": "10000"}
+
+
+@functools.cache
+def limits(program: Path) -> frozenset[str]:
+    """The settings of a `server.py` that are limits and can be off, from its ``--help``."""
+    command = [sys.executable, str(program), "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return frozenset(re.findall(r"^  (MAX_\w+) .*\b0 is no limit", help_text, re.MULTILINE))
+
+
+def generous_limits(program: Path) -> dict[str, str]:
+    """On, as in production, so that their bookkeeping is in the figures; but never reached."""
+    return {name: LARGEST_ALLOWED.get(name, NEVER_REACHED) for name in limits(program)}
+
+
 ORIGIN = "https://console.invalid"
 
 
 @contextlib.contextmanager
-def gateway(
-    deflate: bool,
+def gateways(
+    tasks: int,
     settings: Mapping[str, str] | None = None,
     *,
-    topic: bool = True,
-    launcher: Sequence[str | Path] = ("server.py",),
-) -> Iterator[Running]:
-    """server.py as it is deployed, on the stand-in: update queue, log and topic all in use."""
-    with stand_in() as environment, tempfile.TemporaryFile() as log:
-        if not topic:
-            del environment["UPDATES_TOPIC_ARN"]
-        environment |= {"DRAIN_SECONDS": "0", **GENEROUS_LIMITS}
-        process = Process(
-            [sys.executable, *launcher], {**environment, **(settings or {})}, stdout=log
-        )
-        try:
+    deflate: bool = False,
+    latency_ms: str = "0",
+    program: Path = ROOT / "server.py",
+    launcher: Path | None = None,
+) -> Iterator[list[Running]]:
+    """So many tasks on one stand-in: update queue, log and topic all in use.
+
+    Args:
+        tasks: how many.
+        settings: beside the usual ones.
+        deflate: whether clients are to offer it.
+        latency_ms: what each call to AWS takes, ``5-10`` or ``5``.
+        program: the `server.py`.
+        launcher: what is run in its place.
+    """
+    with stand_in(latency_ms) as aws, contextlib.ExitStack() as stack:
+        environment = {
+            **aws.environment,
+            "DRAIN_SECONDS": "0",
+            **generous_limits(program),
+            **(settings or {}),
+        }
+        fleet: list[Running] = []
+        for _ in range(tasks):
+            log = stack.enter_context(tempfile.TemporaryFile())
+            process = Process([sys.executable, launcher or program], environment, stdout=log)
+            stack.callback(process.stop)
             port = _gateway_port(process, log)
-            wait_until("the gateway's health", functools.partial(_healthy, port))
             feed = QueueFeed(environment["SQS_QUEUE_URL_UPDATES"])
+            stack.callback(feed.close)
             path = f"/ws?project_id={PROJECT}"
-            yield Running(process, port, feed, path, setup_frames=2, deflate=deflate)
-            feed.close()
-        finally:
-            process.stop()
+            running = Running(process, port, feed, path, setup_frames=2, deflate=deflate, aws=aws)
+            fleet.append(running)
+        for running in fleet:
+            wait_until("the gateway's health", functools.partial(_healthy, running.port))
+        yield fleet
 
 
 @contextlib.contextmanager
-def gateway_with_tokens(deflate: bool) -> Iterator[Running]:
-    """The same with all that can be on: a token is verified for each client, and its origin."""
+def gateway(
+    deflate: bool, settings: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[Running]:
+    """server.py as it is deployed, one task of it."""
+    with gateways(1, settings, deflate=deflate, **options) as [running]:
+        yield running
+
+
+@contextlib.contextmanager
+def gateway_without_limits(deflate: bool) -> Iterator[Running]:
+    """The same with every limit off."""
+    with gateway(deflate, dict.fromkeys(limits(ROOT / "server.py"), "0")) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def gateways_with_tokens(tasks: int, **options: Any) -> Iterator[list[Running]]:
+    """Tasks with all that can be on: a token is verified for each client, and its origin."""
     with (
         issuer() as (settings, token),
-        gateway(deflate, {**settings, "ALLOWED_ORIGINS": ORIGIN}) as running,
+        gateways(tasks, {**settings, "ALLOWED_ORIGINS": ORIGIN}, **options) as fleet,
     ):
-        running.headers = (f"Authorization: Bearer {token}", f"Origin: {ORIGIN}")
+        for running in fleet:
+            running.headers = (f"Authorization: Bearer {token}", f"Origin: {ORIGIN}")
+        yield fleet
+
+
+@contextlib.contextmanager
+def gateway_with_tokens(deflate: bool, **options: Any) -> Iterator[Running]:
+    """One such task."""
+    with gateways_with_tokens(1, deflate=deflate, **options) as [running]:
         yield running
 
 
@@ -211,7 +306,7 @@ def _floor(deflate: bool) -> contextlib.AbstractContextManager[Running]:
 def _forward_each(deflate: bool) -> Iterator[Running]:
     """The plain forwarder: one ``send_message`` a message."""
     command: list[str | Path] = [sys.executable, "-m", "bench.peers.forward_each"]
-    with stand_in() as environment, fed_by_lines(command, deflate, environment) as running:
+    with stand_in() as aws, fed_by_lines(command, deflate, aws.environment) as running:
         yield running
 
 
@@ -345,17 +440,21 @@ def _nchan_version() -> str:
 
 # --- All of them --------------------------------------------------------------------------------
 
-GATEWAY = Server("gateway", gateway, _of_packages("websockets", "msgspec", "aiobotocore", "uvloop"))
+_LIBRARIES = ("websockets", "msgspec", "aiobotocore", "uvloop")
+GATEWAY = Server("gateway", gateway, _of_packages(*_LIBRARIES), fleet=gateways)
 ASYNCIO_GATEWAY = Server(
     "gateway on asyncio",
-    functools.partial(gateway, launcher=[PEERS / "gateway_on_asyncio.py"]),
-    _of_packages("websockets", "msgspec", "aiobotocore"),
+    functools.partial(gateway, launcher=PEERS / "gateway_on_asyncio.py"),
+    _of_packages(*_LIBRARIES[:-1]),
 )
-TOKENS_GATEWAY = Server("gateway with tokens", gateway_with_tokens, _of_packages("PyJWT"))
+TOKENS_GATEWAY = Server(
+    "gateway with tokens",
+    gateway_with_tokens,
+    _of_packages("PyJWT"),
+    fleet=gateways_with_tokens,
+)
 UNLIMITED_GATEWAY = Server(
-    "gateway without limits",
-    functools.partial(gateway, settings=NO_LIMITS),
-    _of_packages("websockets", "msgspec", "aiobotocore", "uvloop"),
+    "gateway without limits", gateway_without_limits, _of_packages(*_LIBRARIES)
 )
 GATEWAYS = [GATEWAY, TOKENS_GATEWAY, UNLIMITED_GATEWAY, ASYNCIO_GATEWAY]
 WEBSOCKETS = Server("websockets", _python("websockets_broadcast"), _of_packages("websockets"))
@@ -392,6 +491,28 @@ PEER_SERVERS = [
         _of_node_package("socket.io"),
     ),
 ]
+
+
+def gateway_of(revision: str) -> Server:
+    """The gateway with tokens as it was at a git revision, with the packages installed now.
+
+    Raises:
+        BenchError: there is no such revision here.
+    """
+    found = subprocess.run(
+        ["git", "show", f"{revision}:server.py"], cwd=ROOT, capture_output=True, check=False
+    )
+    if found.returncode:
+        raise BenchError(found.stderr.decode().strip())
+    program = BUILD / f"server-{hashlib.sha256(found.stdout).hexdigest()[:12]}.py"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_bytes(found.stdout)
+    return Server(
+        f"gateway with tokens at {revision}",
+        functools.partial(gateway_with_tokens, program=program),
+        lambda: revision,
+        fleet=functools.partial(gateways_with_tokens, program=program),
+    )
 
 
 def present(servers: list[Server]) -> tuple[dict[str, str], dict[str, str]]:

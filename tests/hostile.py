@@ -993,8 +993,8 @@ async def run(seconds: float, names: Sequence[str] = (), half_open: int = 5_000)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         async with running_issuer() as issuer:
-            with stand_in() as environment:
-                environment |= {**issuer.environment, "AUTH_FIRST_MESSAGE": "on"}
+            with stand_in() as aws:
+                environment = {**aws.environment, **issuer.environment, "AUTH_FIRST_MESSAGE": "on"}
                 environment |= {"AUTH_ALGORITHMS": "RS256,ES256", "DRAIN_SECONDS": "0"}
                 with started(environment) as (gateway, log):
                     port = await port_of(gateway, log)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import pytest
 from bench import report
 from bench.feeds import event, update
 from bench.processes import ROOT, BenchError, Process
+from bench.programme import FULL, QUICK, Effort, paired_programme, programme
 from bench.report import Run, Target
-from bench.scenarios import FULL, QUICK, Effort, Record, programme
-from bench.servers import GENEROUS_LIMITS, Server, present
+from bench.scenarios import Record
+from bench.servers import GATEWAY, Server, generous_limits, limits, present
+from server import Settings
 
 FULL_RUN = report.RESULTS / "full.json"
 LEAST_ROUNDS = 5
@@ -184,12 +186,36 @@ def test_programme_measures_both_for_each_target(effort: Effort) -> None:
 
 
 def test_every_limit_is_on() -> None:
-    """The measured gateway has each limit that `server.py` has, and none at 0."""
-    command = [sys.executable, "server.py", "--help"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    limits = re.findall(r"^  (MAX_\w+) .*\b0 is no limit", text, re.MULTILINE)
-    assert sorted(limits) == sorted(GENEROUS_LIMITS)
-    assert all(int(value) > 0 for value in GENEROUS_LIMITS.values())
+    """The measured gateway has each limit on that can be off, and starts with it."""
+    found = limits(ROOT / "server.py")
+    assert "MAX_CONNECTIONS" in found
+    chosen = generous_limits(ROOT / "server.py")
+    assert chosen.keys() == found
+    names = ("PM", "DEV", "QA", "OPS")
+    needed = {f"SQS_QUEUE_URL_{name}": "http://127.0.0.1/1/q" for name in names}
+    Settings.from_mapping({**needed, "DYNAMODB_TABLE_NAME": "table", **chosen})
+    assert all(int(value) > 0 for value in chosen.values())
+
+
+def test_pairs_are_the_same_turns() -> None:
+    """What two revisions are compared in has the same label but for the server's name."""
+    other = dataclasses.replace(GATEWAY, name="other")
+    pairs = paired_programme(QUICK, other)
+    assert [now for (now, _), _ in pairs] == [
+        then.replace("other", "gateway with tokens") for _, (then, _) in pairs
+    ]
+
+
+def test_pairs_are_compared_within_a_round(run: Run) -> None:
+    """Each figure of both revisions is shown, with the ratio of new to old."""
+    run.records[:] = [
+        Record("spread", server, round_, {"tasks": 1}, {"cpu_us_per_event": cost * round_})
+        for round_ in (1, 2)
+        for server, cost in (("new", 150.0), ("old", 300.0))
+    ]
+    last = report.pairs(run, "new", "old").splitlines()[-1]
+    assert "| spread: tasks 1 | cpu_us_per_event | 450 (300-600) | 225 (150-300) |" in last
+    assert "0.5x (0.5-0.5)" in last
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="there is no schedstat")

@@ -74,7 +74,8 @@ async def serve(settings: Settings) -> None:
 
 
 def main() -> None:
-    with stand_in() as environment, mock.patch.object(server, "Connection", EchoConnection):
+    with stand_in() as aws, mock.patch.object(server, "Connection", EchoConnection):
+        environment = aws.environment
         del environment["UPDATES_TOPIC_ARN"]
         environment |= UNLIMITED
         os.environ.update(environment)
