@@ -25,7 +25,6 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
-import hmac
 import ipaddress
 import itertools
 import json
@@ -66,8 +65,6 @@ from aiobotocore.session import AioSession
 from aiohttp import ClientError as HttpError
 from aiohttp import ClientSession, ClientTimeout
 from boto3.dynamodb.types import Binary, TypeDeserializer
-from botocore import UNSIGNED
-from botocore.auth import SIGNED_HEADERS_BLACKLIST
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -92,10 +89,7 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 if TYPE_CHECKING:
-    from aiobotocore.credentials import AioCredentials
-    from botocore.awsrequest import AWSPreparedRequest
     from botocore.hooks import BaseEventHooks
-    from botocore.model import OperationModel
     from types_aiobotocore_dynamodb import DynamoDBClient
     from types_aiobotocore_sns import SNSClient
     from types_aiobotocore_sqs import SQSClient
@@ -228,9 +222,6 @@ SUSPICIOUSLY_SHORT_POLL_S = 1.0
 POLL_USUALLY_S = 0.01  # for messages that are there already, until that was seen
 POLL_USUALLY_MIN_S = 0.002
 GATHER_S = 0.05  # at most, for what may still come
-PLAIN_OPERATIONS = (  # called for every message and event; nothing in them is binary or a time
-    "SendMessageBatch", "ReceiveMessage", "DeleteMessageBatch", "TransactWriteItems", "Query",
-)  # fmt: skip
 CALLS_PER_QUEUE = 16
 DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
 FORWARDS_WAITING = 5_000
@@ -1530,8 +1521,7 @@ class FanOut:
 
 
 # --- Clients --------------------------------------------------------------------------------
-# The SDK's clients, spared the work that its own events let us spare. Knows no connections, and
-# no queue, topic or table.
+# The SDK's clients. Knows no connections, and no queue, topic or table.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1543,133 +1533,18 @@ class Aws:
     dynamodb: DynamoDBClient
 
 
-class PlainJson:
-    """Encodes parameters and decodes answers that are JSON as they stand.
+def refuse_what_is_no_answer(response_dict: dict[str, Any], **_: Any) -> None:
+    """Let no success pass that is no JSON object, like the page of a proxy.
 
-    The SDK walks its model of the operation for every value in them, to find the few that JSON
-    cannot hold: a fifth of a call with ten messages.
+    The SDK would take it for an answer without members: a transaction would count as written.
+
+    Raises:
+        ResponseParserError: a later attempt may be answered by AWS.
     """
-
-    @staticmethod
-    def take(
-        params: dict[str, Any], model: OperationModel, context: dict[str, Any], **_: Any
-    ) -> None:
-        if model.name in PLAIN_OPERATIONS:
-            context["body"] = encode(params)
-            params.clear()
-
-    @staticmethod
-    def put(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
-        params["body"] = context.pop("body")
-
-    @staticmethod
-    def read(
-        response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any
-    ) -> None:
-        """Leave nothing for the SDK to parse, unless it is an error, which is made of more.
-
-        Raises:
-            ResponseParserError: it is no JSON object. The SDK would take it for one without
-                members, and so for the success of a call that has no others.
-        """
-        if response_dict["status_code"] >= HTTPStatus.MULTIPLE_CHOICES:
-            return
-        answer: Any = None
-        body = response_dict["body"] or b"{}"
-        try:
-            answer = msgspec.json.decode(body)
-        except UNREADABLE_JSON:
-            with contextlib.suppress(ValueError, RecursionError):
-                answer = json.loads(body)  # takes half a surrogate pair, as in a message's body
-        if not isinstance(answer, dict):
-            raise ResponseParserError("an answer that is no JSON object")
-        # As the SDK does: a member that is null is none.
-        present = {name: value for name, value in answer.items() if value is not None}
-        customized_response_dict.update(present)
-        response_dict["body"] = b"{}"
-
-    @classmethod
-    def spare(cls, events: BaseEventHooks, service: str) -> None:
-        """Have the operations that are called for every message and event done like this."""
-        # Without a name: such handlers come last, and one of the SDK's own adds a parameter.
-        events.register_last("before-parameter-build", cls.take)
-        for operation in PLAIN_OPERATIONS:
-            events.register_first(f"before-call.{service}.{operation}", cls.put)
-            events.register_last(f"before-parse.{service}.{operation}", cls.read)
-
-
-class Signer:
-    """Signs calls with Signature Version 4, as the SDK does, for a fifth of its CPU time.
-
-    What it knows of a call is what all of ours have in common: POST, no query string, a body in
-    memory. So a key is derived once a day, and the headers are gone through once.
-
-    Source: AWS IAM User Guide, "Create a signed AWS API request".
-    """
-
-    unsigned = frozenset(SIGNED_HEADERS_BLACKLIST) | {"content-length"}
-
-    def __init__(self, credentials: AioCredentials, region: str, service: str) -> None:
-        self._credentials = credentials
-        self._scope = f"{region}/{service}/aws4_request"
-        self._key_of = ("", "")
-        self._key = b""
-
-    @staticmethod
-    def not_the_sdk(**_: Any) -> Any:
-        """The answer to the SDK's question which signer of its own to use."""
-        return UNSIGNED
-
-    async def sign(self, request: AWSPreparedRequest, **_: Any) -> None:
-        """Sign a request that is about to be sent.
-
-        Raises:
-            BotoCoreError: the task's credentials cannot be had.
-        """
-        credentials = await self._credentials.get_frozen_credentials()
-        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        request.headers["X-Amz-Date"] = moment
-        if credentials.token:
-            request.headers["X-Amz-Security-Token"] = credentials.token
-        names, digest = self._digest(request)
-        scope = f"{moment[:8]}/{self._scope}"
-        signature = hmac.digest(
-            self._key_for(cast("str", credentials.secret_key), moment[:8]),
-            f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{digest}".encode(),
-            "sha256",
-        )
-        request.headers["Authorization"] = (
-            f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, "
-            f"SignedHeaders={names}, Signature={signature.hex()}"
-        )
-
-    def _digest(self, request: AWSPreparedRequest) -> tuple[str, str]:
-        """The names of the headers that are signed, and the hash of the canonical request."""
-        address = urlsplit(request.url)
-        default_port = ":443" if address.scheme == "https" else ":80"
-        signed: dict[str, str] = {"host": address.netloc.removesuffix(default_port)}
-        for name, value in cast("Any", request.headers).items():
-            if (name := name.lower()) not in self.unsigned:
-                signed[name] = value if isinstance(value, str) else value.decode()
-        names = ";".join(sorted(signed))
-        headers = [f"{name}:{' '.join(signed[name].split())}" for name in sorted(signed)]
-        body = request.body.encode() if isinstance(request.body, str) else request.body
-        digest = hashlib.sha256(cast("bytes", body)).hexdigest()
-        lines = [request.method, address.path or "/", "", *headers, "", names, digest]
-        return names, hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def _key_for(self, secret: str, date: str) -> bytes:
-        if self._key_of != (secret, date):
-            key = f"AWS4{secret}".encode()
-            for part in (date, *self._scope.split("/")):
-                key = hmac.digest(key, part.encode(), "sha256")
-            self._key_of, self._key = (secret, date), key
-        return self._key
-
-    def replace(self, events: BaseEventHooks, service: str) -> None:
-        """Sign a service's calls in place of the SDK."""
-        events.register(f"choose-signer.{service}", self.not_the_sdk)
-        events.register_last(f"before-send.{service}", cast("Any", self.sign))
+    body = response_dict["body"].strip()
+    is_object = body[:1] == b"{" and body[-1:] == b"}"
+    if response_dict["status_code"] < HTTPStatus.MULTIPLE_CHOICES and body and not is_object:
+        raise ResponseParserError("an answer that is no JSON object")
 
 
 @contextlib.asynccontextmanager
@@ -1686,7 +1561,6 @@ async def connect(region: str) -> AsyncIterator[Aws]:
         parameter_validation=False,  # of parameters that are all made in this file
     )
     session = AioSession()
-    credentials = await session.get_credentials()
     async with contextlib.AsyncExitStack() as stack:
         clients = {}
         for service in ("sqs", "sns", "dynamodb"):
@@ -1698,9 +1572,7 @@ async def connect(region: str) -> AsyncIterator[Aws]:
             # goes DynamoDB's CRC32, which TLS makes needless.
             events.unregister(f"needs-retry.{service}", unique_id=f"retry-config-{service}")
             if client.meta.service_model.resolved_protocol == "json":
-                PlainJson.spare(events, service)
-            if credentials is not None:  # else the SDK says best what is missing
-                Signer(credentials, client.meta.region_name, service).replace(events, service)
+                events.register(f"before-parse.{service}", refuse_what_is_no_answer)
             clients[service] = client
         yield Aws(**clients)
 
