@@ -158,6 +158,8 @@ ID_MAX_CHARS = 256
 SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
 WEBSOCKET_PATHS = ("/", "/ws")
 COMPLAINT_MAX_CHARS = 200
+MAX_NESTING = 100  # of arrays and objects, the message's own included; parsers stop at a thousand
+EXPLAINED_BYTES = 1_024  # of a refused message, in which its ids are looked for
 
 # Access.
 TOKEN_LEEWAY_S = 30.0
@@ -240,8 +242,8 @@ STALE_AFTER_HEARTBEATS = 5
 FAILING_AFTER_S = 15.0
 FAILURE_FORGOTTEN_S = 60.0  # longer than lies between two attempts of any call that is repeated
 
-UNSENDABLE = "[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
-"""What SQS refuses in a message body (SendMessage API, "Message characters")."""
+UNSENDABLE = {"\ufffe": rb"\ufffe", "\uffff": rb"\uffff"}
+"""What SQS and SNS refuse of what JSON may hold unescaped (SendMessage API), and its escapes."""
 
 PLAIN_GROUP_ID = "[!-~]{1,128}"
 """What SQS takes as MessageGroupId and MessageDeduplicationId."""
@@ -701,6 +703,7 @@ class Forward(Struct, tag_field="action", tag="forward"):
     message_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     data: Raw = Raw(b"null")
+    client_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
 
 
 class Ping(Struct, tag_field="action", tag="ping"):
@@ -787,6 +790,7 @@ class AgentMessage(Struct, tag_field="action", tag="forward"):
     project_id: str | None
     data: Raw
     connection_id: str
+    client_id: str
     user: str | None
     timestamp: str
 
@@ -799,7 +803,7 @@ class Update(Struct):
     data: Raw = Raw(b"null")
     event_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     ephemeral: bool = False
-    connection_id: Annotated[str, Meta(max_length=ID_MAX_CHARS)] | None = None
+    connection_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
 
 
 class Carried(Struct, array_like=True):
@@ -825,6 +829,16 @@ class Decoders:
     client_message = msgspec.json.Decoder(ClientMessage)
     update = msgspec.json.Decoder(Update)
     carrier = msgspec.json.Decoder(Carrier)
+    envelope = msgspec.json.Decoder(
+        msgspec.defstruct(
+            "Envelope",
+            {
+                name: (name, Raw, Raw())
+                for message in (Subscribe, Unsubscribe, Forward, Authenticate, Update)
+                for name in ("action", *message.__struct_fields__)
+            }.values(),
+        )
+    )
 
 
 def binary_as_bytes(value: object) -> bytes:
@@ -848,6 +862,14 @@ UNREADABLE_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 TEXT = 0x81
 TEXT_DEFLATED = 0xC1
+
+
+def sendable(encoded: bytes) -> bytes:
+    """JSON that was encoded here, with what SQS and SNS refuse as escapes; all else as it was."""
+    if not encoded.isascii():  # else there is nothing to look for
+        for character, escape in UNSENDABLE.items():
+            encoded = encoded.replace(character.encode(), escape)
+    return encoded
 
 
 def frame(payload: bytes, first_byte: int = TEXT) -> bytes:
@@ -923,46 +945,161 @@ def brief(exc: BaseException) -> str:
     return str(exc)[:COMPLAINT_MAX_CHARS]
 
 
-def explain(payload: bytes | bytearray, complaint: msgspec.ValidationError) -> BadMessage:
-    """Why valid JSON is no client message; ``complaint`` is msgspec's word for it."""
-    try:
-        content = msgspec.json.decode(payload)
-    except UNREADABLE_JSON as exc:
-        return BadMessage(
-            ErrorCode.INVALID_JSON, f"The message is not JSON that can be read: {brief(exc)}."
-        )
-    if not isinstance(content, dict):
-        return BadMessage(ErrorCode.INVALID_MESSAGE, "The message must be a JSON object.")
-    context = {
-        key: content[key]
-        for key in ("action", "message_id", "project_id")
-        if isinstance(content.get(key), str) and len(content[key]) <= ID_MAX_CHARS
+TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{}:,"]|[^][{}:,"\s]+')
+
+
+def context_of(payload: bytes | bytearray | memoryview) -> dict[str, str]:
+    """The ``action``, ``message_id`` and ``project_id`` of a message that is refused.
+
+    Looks at its first ``EXPLAINED_BYTES`` only, whether they are JSON or not: to refuse a message
+    must cost no more than to act on it.
+    """
+    tokens: list[bytes] = []
+    depth = 0
+    for found in TOKENS.finditer(bytes(payload[:EXPLAINED_BYTES])):
+        token = found[0]
+        if token == b'"':  # a string that goes on beyond what is looked at
+            break
+        depth -= token in b"]}"
+        if depth == 1:
+            tokens.append(token)
+        depth += token in b"[{"
+    context = {}
+    for name, colon, value in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        known = colon == b":" and name in (b'"action"', b'"message_id"', b'"project_id"')
+        with contextlib.suppress(*UNREADABLE_JSON):
+            if known and len(text := msgspec.json.decode(value, type=str)) <= ID_MAX_CHARS:
+                context[name[1:-1].decode()] = text
+    return context
+
+
+STEPS = bytes.maketrans(b"[]{}", b"\x01\xff\x01\xff")  # up and down, as signed bytes
+
+
+def too_deep(text: bytes) -> bool:
+    """Whether a JSON text nests arrays and objects deeper than ``MAX_NESTING``; builds no objects.
+
+    What is passed on unread is parsed by others, here and elsewhere, and each of them gives up at
+    a depth of its own.
+    """
+    if text.count(b"[") + text.count(b"{") <= MAX_NESTING:
+        return False
+    if b"\\" in text:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    others = bytes(set(range(256)) - set(b'[]{}"'))
+    steps = text.translate(STEPS, others).replace(b'""', b"")
+    outside_strings = b"".join(steps.split(b'"')[::2]).replace(b"\x01\xff", b"")
+    depths = itertools.accumulate(memoryview(outside_strings).cast("b"))
+    return max(depths, default=0) >= MAX_NESTING  # without the innermost, which are taken out
+
+
+def nested_too_deep() -> str:
+    return f"The message nests arrays and objects more than {MAX_NESTING} deep."
+
+
+# Half a surrogate pair may stand in JSON as an escape (RFC 8259, section 8.2): it is what becomes
+# of text that was cut inside an emoji. The parser takes none. So what begins like one is written
+# in a way that it does take, and that can be told from everything else: no UTF-8 has these bytes.
+HALVES = ((b"\\\\", b"\xfd\xfd"), (b"\\ud", b"\xfe\\u0"), (b"\\uD", b"\xff\\u0"))
+
+
+def without_halves(payload: bytes) -> bytes:
+    for escape, stand_in in HALVES:
+        payload = payload.replace(escape, stand_in)
+    return payload
+
+
+def with_halves(text: bytes) -> bytes:
+    for escape, stand_in in HALVES:
+        if stand_in[:1] in text:
+            text = text.replace(stand_in, escape)
+    return text
+
+
+def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
+    """Decode a message with half a surrogate pair somewhere; ``data`` keep it, byte for byte.
+
+    Raises:
+        BadMessage: it is in a field that this program reads itself.
+        msgspec.DecodeError: that was not what is wrong with the message.
+    """
+    envelope = Decoders.envelope.decode(without_halves(payload))
+    fields = {
+        name: with_halves(bytes(value))
+        for name in envelope.__struct_fields__
+        if bytes(value := getattr(envelope, name))
     }
+    data = fields.pop("data", None)
+    for name, value in fields.items():
+        try:
+            msgspec.json.decode(value, type=Raw)
+        except msgspec.DecodeError:
+            raise BadMessage(
+                ErrorCode.INVALID_FIELD, f'"{name}" has half a surrogate pair.'
+            ) from None
+    readable = b",".join([b'"%b":%b' % (name.encode(), fields[name]) for name in fields])
+    message = decoder.decode(b"{%b}" % readable)
+    if data is not None and hasattr(message, "data"):
+        message.data = Raw(data)
+    return message
+
+
+def decode(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
+    """Decode what a client or an agent has written, whatever its ``data`` are.
+
+    Raises:
+        BadMessage: it nests too deep, or a field other than ``data`` has half a surrogate pair.
+        msgspec.ValidationError: it is JSON, but no such message.
+        msgspec.DecodeError: it is not JSON.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    payload = payload.removeprefix(b"\xef\xbb\xbf")  # a byte order mark (RFC 8259, section 8.1)
+    try:
+        try:
+            message = decoder.decode(payload)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            if not re.search(rb"\\u[dD]", payload):
+                raise
+            message = decode_halves(decoder, payload)
+    except RecursionError:
+        raise BadMessage(ErrorCode.INVALID_MESSAGE, nested_too_deep()) from None
+    if too_deep(payload):
+        raise BadMessage(ErrorCode.INVALID_MESSAGE, nested_too_deep())
+    return message
+
+
+def explain(payload: bytes, complaint: msgspec.ValidationError) -> BadMessage:
+    """Why valid JSON is no client message; ``complaint`` is msgspec's word for it."""
+    if not re.match(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\{", payload):
+        return BadMessage(ErrorCode.INVALID_MESSAGE, "The message must be a JSON object.")
     actions = "subscribe, unsubscribe, forward, ping or authenticate"
-    if "action" not in content:
-        return BadMessage(
-            ErrorCode.INVALID_MESSAGE, f'The message has no "action": {actions}.', **context
-        )
+    if "required field `action`" in str(complaint):
+        return BadMessage(ErrorCode.INVALID_MESSAGE, f'The message has no "action": {actions}.')
     if "`$.action`" in str(complaint):
-        return BadMessage(
-            ErrorCode.UNKNOWN_ACTION, f'This "action" is not known; use {actions}.', **context
-        )
-    return BadMessage(ErrorCode.INVALID_FIELD, f"{brief(complaint).replace('`', '')}.", **context)
+        return BadMessage(ErrorCode.UNKNOWN_ACTION, f'This "action" is not known; use {actions}.')
+    return BadMessage(ErrorCode.INVALID_FIELD, f"{brief(complaint).replace('`', '')}.")
 
 
-def decode_message(payload: bytes | bytearray) -> ClientMessage:
+def decode_message(payload: bytes) -> ClientMessage:
     """A client's message.
 
     Raises:
-        BadMessage: with the context (``action``, ``message_id``, ``project_id``) it had, if any.
+        BadMessage: with the context (``action``, ``message_id``, ``project_id``) that it begins
+            with, if any.
     """
     try:
-        return cast("ClientMessage", Decoders.client_message.decode(payload))
+        return cast("ClientMessage", decode(Decoders.client_message, payload))
+    except BadMessage as exc:
+        refusal = exc
     except msgspec.ValidationError as exc:
-        raise explain(payload, exc) from None
+        refusal = explain(payload, exc)
     except UNREADABLE_JSON as exc:
         sentence = f"The message is not JSON that can be read: {brief(exc)}."
-        raise BadMessage(ErrorCode.INVALID_JSON, sentence) from None
+        refusal = BadMessage(ErrorCode.INVALID_JSON, sentence)
+    refusal.context = context_of(payload)
+    raise refusal from None
 
 
 def queue_of(message: Forward) -> str:
@@ -985,8 +1122,8 @@ def decode_update(body: str) -> Update:
         UnreadableUpdate: whatever keeps clients from being able to get it.
     """
     try:
-        update = Decoders.update.decode(body.encode())
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as exc:
+        update = decode(Decoders.update, body.encode())
+    except (BadMessage, msgspec.DecodeError, UnicodeError) as exc:
         raise UnreadableUpdate(brief(exc)) from None
     if update.type in RESERVED_TYPES:
         raise UnreadableUpdate(f"the type {update.type!r} is reserved for the server")
@@ -1729,10 +1866,11 @@ def fifo_id(value: str) -> str:
 def deduplication_id(message: AgentMessage) -> str:
     """What makes two messages of a FIFO queue the same one.
 
-    More than the client's own ``message_id``: where two clients both count from 1, SQS would
-    confirm the second one's message and drop it.
+    More than the client's own ``message_id``: where two clients both count from 1, as two tabs of
+    one user do, SQS would confirm the second one's message and drop it.
     """
-    parts = (message.user, message.project_id, message.type.lower(), message.message_id)
+    of_whom = (message.user, message.client_id, message.project_id)
+    parts = (*of_whom, message.type.lower(), message.message_id)
     return hashlib.sha256(encode(parts)).hexdigest()
 
 
@@ -1877,10 +2015,12 @@ class Forwarder:
         Raises:
             BadMessage: it cannot be sent at all, or too much is waiting; ``confirm`` is not called.
         """
-        body = encode(message).decode()
+        self._refuse_unsendable(bytes(message.data))
+        encoded = sendable(encode(message))
+        body = encoded.decode()
         attributes = {"MessageType": message.type, "Timestamp": message.timestamp}
-        size = len(body.encode()) + sum(len(k) + len(v) + 6 for k, v in attributes.items())
-        self._check(body, size)
+        size = len(encoded) + sum(len(k) + len(v) + 6 for k, v in attributes.items())
+        self._check(size)
         now = time.monotonic()
         forward = PendingForward(
             body=body,
@@ -1898,14 +2038,20 @@ class Forwarder:
             self._expire_at_deadlines()
         self._senders[queue].batcher.add(forward, size)
 
-    def _check(self, body: str, size: int) -> None:
-        """Whether SQS would take ``body``, and there is room for it here."""
+    def _refuse_unsendable(self, data: bytes) -> None:
+        """``data`` go out as they came, so that what SQS refuses in them is refused here."""
+        for character in () if data.isascii() else UNSENDABLE:
+            if character.encode() in data:
+                sentence = (
+                    f"SQS takes no U+{ord(character):04X} in data; write it as a JSON escape."
+                )
+                raise BadMessage(ErrorCode.INVALID_CHARACTER, sentence)
+
+    def _check(self, size: int) -> None:
+        """Whether SQS would take a message of that size, and there is room for it here."""
         if size > SQS_BATCH_BYTES:
             sentence = f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes."
             raise BadMessage(ErrorCode.TOO_LARGE, sentence)
-        if found := re.search(UNSENDABLE, body):
-            sentence = f"SQS takes no U+{ord(found[0]):04X}; write it as a JSON escape."
-            raise BadMessage(ErrorCode.INVALID_CHARACTER, sentence)
         over_bytes = self._waiting_bytes + size > FORWARDS_WAITING_BYTES
         if len(self._waiting) >= FORWARDS_WAITING or over_bytes:
             self._metrics.forward_errors += 1
@@ -2926,7 +3072,7 @@ class Relay:
 
     def publish(self, carried: Carried, done: Callable[[], None]) -> None:
         """Have an event brought to the other tasks; ``done`` is called when the topic has it."""
-        raw = encode(carried)
+        raw = sendable(encode(carried))
         self._unpublished.add((Raw(raw), done), len(raw) + 1)
 
     async def _publish(self, batch: list[tuple[Raw, Callable[[], None]]]) -> None:
@@ -3749,7 +3895,11 @@ class Connection(asyncio.Protocol):
         if not self._text:
             self._gateway.refuse(
                 self,
-                BadMessage(ErrorCode.BINARY_FRAME, "Send text frames; binary ones are not read."),
+                BadMessage(
+                    ErrorCode.BINARY_FRAME,
+                    "Send text frames; binary ones are not read.",
+                    **context_of(data),
+                ),
             )
             return
         payload = bytes(data)
@@ -4325,6 +4475,7 @@ class Gateway:
             project_id=message.project_id,
             data=message.data,
             connection_id=connection.id,
+            client_id=message.client_id or connection.id,
             user=connection.principal.subject if connection.principal else None,
             timestamp=timestamp(),
         )
