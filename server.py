@@ -2025,7 +2025,7 @@ class Forwarder:
         forward = PendingForward(
             body=body,
             attributes=attributes,
-            group_id=message.project_id or message.connection_id,
+            group_id=message.project_id or message.client_id,
             deduplication_id=deduplication_id(message),
             size_bytes=size,
             submitted_at=now,

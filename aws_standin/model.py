@@ -16,6 +16,9 @@ REGION: Final = "us-east-1"
 ACCOUNT: Final = "000000000000"
 MAX_BATCH_ENTRIES: Final = 10
 
+# In the text of a message, of SQS and of SNS (SendMessage API, "Message characters").
+ILLEGAL_IN_MESSAGE: Final = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
 # The older names of SQS errors, which SDKs still report as ``Error.Code``.
 SQS_QUERY_CODES: Final = {
     "QueueDoesNotExist": "AWS.SimpleQueueService.NonExistentQueue",

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from aws_standin.model import (
     ACCOUNT,
+    ILLEGAL_IN_MESSAGE,
     MAX_BATCH_ENTRIES,
     REGION,
     AwsError,
@@ -142,6 +143,10 @@ class Sns:
         message = entry.get("Message") or ""
         if not message:
             raise AwsError("InvalidParameter", "Invalid parameter: Empty message")
+        if ILLEGAL_IN_MESSAGE.search(message):
+            raise AwsError(
+                "InvalidParameter", "Invalid parameter: Message has an invalid character"
+            )
         size = len(message.encode()) + attributes_bytes(entry.get("MessageAttributes") or {})
         if size > MAX_SNS_BYTES:
             raise AwsError("InvalidParameter", "Invalid parameter: Message too long")

@@ -12,6 +12,7 @@ from typing import Final
 
 from aws_standin.model import (
     ACCOUNT,
+    ILLEGAL_IN_MESSAGE,
     MAX_BATCH_ENTRIES,
     SQS_QUERY_CODES,
     AwsError,
@@ -36,7 +37,6 @@ SETTABLE_QUEUE_ATTRIBUTES: Final = frozenset(DEFAULT_QUEUE_ATTRIBUTES) | {
     "RedrivePolicy",
 }
 
-_ILLEGAL_IN_BODY = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ENTRY_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,75}\.fifo|[A-Za-z0-9_-]{1,80}")
 # Letters, digits and ASCII punctuation: everything printable but the space.
@@ -145,7 +145,7 @@ class Sqs:
             raise _missing("MessageBody")
         attributes: Json = entry.get("MessageAttributes") or {}
         texts = [body, *(str(a.get("StringValue") or "") for a in attributes.values())]
-        if any(_ILLEGAL_IN_BODY.search(text) for text in texts):
+        if any(ILLEGAL_IN_MESSAGE.search(text) for text in texts):
             raise AwsError(
                 "InvalidMessageContents",
                 "Invalid binary character was found in the message body, the set of allowed "

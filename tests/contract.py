@@ -39,7 +39,7 @@ TOKEN = "eyJhbGciOiJSUzI1NiIsImtpZCI6ImtleS0xIn0.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dX
 
 VARYING = {
     "timestamp", "connection_id", "epoch", "sqs_message_id", "token", "user",
-    "expires_in_seconds", "in_seconds", "after_ms", "retry_after_ms",
+    "client_id", "expires_in_seconds", "in_seconds", "after_ms", "retry_after_ms",
 }  # fmt: skip
 """Fields whose values in the examples stand for others of their kind."""
 
@@ -111,6 +111,9 @@ CLIENT_MESSAGES = (
             "missing. Send the same one when you send the message again",
             "project_id": "the project it is about; `*` takes a token for all projects",
             "data": "what the agent gets, byte for byte",
+            "client_id": "your own id, made at random once and kept over reconnects, so that a "
+            "FIFO queue knows your repetition from another client's message of the same "
+            "`message_id`. Without it, the connection's id stands for it",
         },
         {
             "forward": {
@@ -336,6 +339,9 @@ AGENT_MESSAGES = (
             "project_id": "the project, or null",
             "data": "what the client sent, byte for byte; not checked by anybody yet",
             "connection_id": "the connection it came from",
+            "client_id": "the client's own id over all its connections, where it sent one; else "
+            "the same as `connection_id`. With `message_id` it tells a repetition from another "
+            "client's message",
             "user": "the `sub` of the client's token; null where no tokens are in use",
             "timestamp": "when the gateway received it",
         },
@@ -347,6 +353,7 @@ AGENT_MESSAGES = (
                 "project_id": "proj_123",
                 "data": {"task": "A login page"},
                 "connection_id": CONNECTION,
+                "client_id": CONNECTION,
                 "user": None,
                 "timestamp": NOW,
             }
@@ -421,10 +428,11 @@ ERRORS = {
         error(
             "The message is not JSON that can be read: Input data was truncated.",
             ErrorCode.INVALID_JSON,
+            action="ping",
         ),
     ),
     ErrorCode.INVALID_MESSAGE: Fault(
-        "no JSON object, or one without an `action`",
+        "no JSON object, one without an `action`, or one nested too deep",
         "mend the client",
         error("The message must be a JSON object.", ErrorCode.INVALID_MESSAGE),
     ),
@@ -473,10 +481,10 @@ ERRORS = {
         ),
     ),
     ErrorCode.INVALID_CHARACTER: Fault(
-        "a forward with a character that SQS refuses, such as U+FFFF",
+        "a forward with U+FFFE or U+FFFF, unescaped, in its `data`: SQS refuses them",
         "write it as a JSON escape, or leave it out",
         error(
-            "SQS takes no U+FFFF; write it as a JSON escape.",
+            "SQS takes no U+FFFF in data; write it as a JSON escape.",
             ErrorCode.INVALID_CHARACTER,
             **FORWARD,
         ),
@@ -637,6 +645,11 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
         "`timeout` or `unavailable`",
     ),
     ("`data` of an agent's update, bytes", server.EVENT_MAX_BYTES, "dead-letter queue"),
+    (
+        "arrays and objects inside one another, the message's own included",
+        server.MAX_NESTING,
+        "`invalid_message`; of an agent's update, dead-letter queue",
+    ),
     ("events a client may have missed", "max_catchup_events", "`recovered` is false"),
     ("how long events are kept, hours", "event_retention_hours", "`recovered` is false"),
     ("bytes sent to a client and not read yet", "max_backlog_bytes", "close 1013"),

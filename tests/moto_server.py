@@ -10,6 +10,7 @@ This module runs in a process of its own (`python -m tests.moto_aws`). What it c
 - A FIFO group whose messages were received together and timed out came back out of order. So did
   one whose first message was hidden again, after its time, by whoever had received it before.
 - One deleted queue behind an SNS topic failed the publication for all the others.
+- Characters that SQS and SNS refuse, such as U+FFFF, were taken.
 - Each message received cost a look at all messages of its queue, by a slow clock, and each request
   a look at moto's directory.
 """
@@ -39,10 +40,13 @@ from moto.moto_server.werkzeug_app import (
     MotoRequestHandler,
     create_backend_app,
 )
-from moto.sns.models import Subscription
-from moto.sqs.exceptions import QueueDoesNotExist, ReceiptHandleIsInvalid
+from moto.sns.exceptions import SNSInvalidParameter
+from moto.sns.models import Subscription, Topic
+from moto.sqs.exceptions import QueueDoesNotExist, ReceiptHandleIsInvalid, SQSException
 from moto.sqs.models import Message, Queue, SQSBackend
 from werkzeug.serving import BaseWSGIServer, make_server
+
+from aws_standin.model import ILLEGAL_IN_MESSAGE
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -178,6 +182,27 @@ def _change_message_visibility(
     _change_visibility(backend, queue_name, receipt_handle, visibility_timeout)
 
 
+_validate = SQSBackend._validate_message
+
+
+class _InvalidMessageContents(SQSException):
+    """The body has a character that SQS refuses; one such fails a whole batch."""
+
+    code = "InvalidMessageContents"
+
+    def __init__(self) -> None:
+        super().__init__("Invalid binary character was found in the message body.")
+
+
+@functools.wraps(_validate)
+def _validate_message(
+    backend: SQSBackend, queue: Queue, message_body: str, *args: Any, **kwargs: Any
+) -> None:
+    if ILLEGAL_IN_MESSAGE.search(message_body):
+        raise _InvalidMessageContents
+    _validate(backend, queue, message_body, *args, **kwargs)
+
+
 def _seconds_to_next_visible(queue: Queue) -> float:
     now_ms = _now_ms()
     times = (max(message.visible_at, message.delayed_until) for message in queue._messages)
@@ -205,6 +230,16 @@ def _publish_to_subscription(subscription: Subscription, *args: Any, **kwargs: A
         _publish(subscription, *args, **kwargs)
     except QueueDoesNotExist:
         pass
+
+
+_publish_to_topic = Topic.publish
+
+
+@functools.wraps(_publish_to_topic)
+def _publish_message(topic: Topic, message: str, *args: Any, **kwargs: Any) -> str:
+    if ILLEGAL_IN_MESSAGE.search(message):
+        raise SNSInvalidParameter("Invalid parameter: Message has an invalid character")
+    return _publish_to_topic(topic, message, *args, **kwargs)
 
 
 # --- DynamoDB ---
@@ -262,7 +297,9 @@ CORRECTIONS: list[tuple[object, str, object]] = [
     (SQSBackend, "is_message_valid_based_on_retention_period", _is_within_retention_period),
     (moto.sqs.models, "unix_time_millis", _now_ms),
     (moto.backends, "list_of_moto_modules", _moto_modules),
+    (SQSBackend, "_validate_message", _validate_message),
     (Subscription, "publish", _publish_to_subscription),
+    (Topic, "publish", _publish_message),
     (DynamoDBBackend, "transact_write_items", _transact_write_items),
     (moto.dynamodb.models, "copy", SimpleNamespace(deepcopy=_copy_all_but_tables)),
 ]

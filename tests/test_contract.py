@@ -46,7 +46,7 @@ EXAMPLES = contract.examples()
 def all_tests() -> set[str]:
     """``Class.function``, or ``function``, of all tests there are."""
     found = set()
-    for path in [ROOT / "test_server.py", *(ROOT / "tests").glob("test_*.py")]:
+    for path in [ROOT / "test_server.py", *(ROOT / "tests").rglob("test_*.py")]:
         for node in ast.parse(path.read_text("utf-8")).body:
             functions = node.body if isinstance(node, ast.ClassDef) else [node]
             prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""

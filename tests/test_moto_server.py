@@ -240,6 +240,21 @@ class TestQueues:
         answer = sqs.receive_message(QueueUrl=urls["updates_dlq"], WaitTimeSeconds=5)
         assert bodies(answer) == ["poison"]
 
+    @pytest.mark.parametrize("character", ["\ufffe", "\uffff"])
+    def test_a_character_that_aws_refuses_is_refused(
+        self, platform: Platform, character: str
+    ) -> None:
+        """One such character fails a whole batch, and a publication."""
+        sqs, url = platform.client("sqs"), platform.queue_urls["updates"]
+        entries = [{"Id": str(i), "MessageBody": body} for i, body in enumerate(["a", character])]
+        with pytest.raises(ClientError, match="InvalidMessageContents"):
+            sqs.send_message_batch(QueueUrl=url, Entries=entries)
+        with pytest.raises(ClientError, match="InvalidMessageContents"):
+            sqs.send_message(QueueUrl=url, MessageBody=character)
+        with pytest.raises(ClientError, match="InvalidParameter"):
+            platform.client("sns").publish(TopicArn=platform.topic_arn, Message=character)
+        assert bodies(sqs.receive_message(QueueUrl=url)) == []
+
     def test_a_deleted_queue_behind_a_topic_keeps_nothing_from_the_others(
         self, platform: Platform
     ) -> None:

@@ -559,11 +559,14 @@ class TestSqs:
         )
         assert bodies(receive(sqs, url)) == ["a"]
 
-    def test_illegal_character_fails_the_batch(self, sqs: Any) -> None:
+    @pytest.mark.parametrize("character", ["\ufffe", "\uffff"])
+    def test_illegal_character_fails_the_batch(self, sqs: Any, character: str) -> None:
         """One U+FFFF fails the whole call, and nothing is sent."""
         url = sqs.create_queue(QueueName="q")["QueueUrl"]
-        assert code_of(lambda: send_all(sqs, url, "a", "\uffff")) == "InvalidMessageContents"
+        assert code_of(lambda: send_all(sqs, url, "a", character)) == "InvalidMessageContents"
         assert receive(sqs, url) == []
+        send_all(sqs, url, "\ufffd\U0001ffff")
+        assert bodies(receive(sqs, url)) == ["\ufffd\U0001ffff"]
 
     def test_group_with_a_message_shown_again(self, sqs: Any) -> None:
         """A FIFO group waits for all in flight; a message shown again keeps its place."""
@@ -672,6 +675,14 @@ class TestSns:
         """Without a policy that allows it nothing reaches the queue, and nobody is told."""
         topic, queue = self.subscribe(running, policy=False)
         sns.publish(TopicArn=topic, Message="a")
+        assert running.call(lambda: queue.bodies) == []
+
+    @pytest.mark.parametrize("character", ["\ufffe", "\uffff"])
+    def test_illegal_character(self, sns: Any, running: ThreadedStandIn, character: str) -> None:
+        """A topic takes no character that SQS would refuse."""
+        topic, queue = self.subscribe(running)
+        publish = {"TopicArn": topic, "Message": f"a{character}"}
+        assert code_of(lambda: sns.publish(**publish)) == "InvalidParameter"
         assert running.call(lambda: queue.bodies) == []
 
     def test_more_than_ten_attributes_are_not_delivered_raw(

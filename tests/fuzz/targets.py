@@ -425,6 +425,7 @@ def _as_message(data: bytes) -> None:
             project_id=message.project_id,
             data=message.data,
             connection_id="c",
+            client_id=message.client_id or "c",
             user=None,
             timestamp=server.timestamp(),
         )

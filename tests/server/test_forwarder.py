@@ -9,7 +9,22 @@ from collections import Counter
 import aws_standin
 from aws_standin import Call, Fault, StandIn
 from server import Aws
-from test_server import desk_of, eventually, sent_ids
+from test_server import (
+    aws_clients,
+    client_of,
+    desk_of,
+    eventually,
+    fifo_platform,
+    running_gateway,
+    sent_ids,
+)
+
+FORWARD = {"action": "forward", "type": "dev"}
+
+
+def senders(stand_in: StandIn) -> list[str]:
+    messages = stand_in.queues["dev.fifo"].messages
+    return [json.loads(message.body)["client_id"] for message in messages]
 
 
 class TestDeadlines:
@@ -41,3 +56,39 @@ class TestDeadlines:
             assert await desk.codes() == {"old": "timeout"}
         assert calls == [["first"], ["old", *fresh]]
         assert Counter(sent_ids(stand_in)) == Counter(["first", "old", *fresh])
+
+
+class TestClientIds:
+    """What a FIFO queue takes for a repetition, and what for another client's message."""
+
+    async def test_two_tabs_that_count_from_1(self, stand_in: StandIn) -> None:
+        """Without a client's own id, each connection is a client."""
+        async with (
+            running_gateway(fifo_platform(stand_in)) as gateway,
+            client_of(gateway) as one,
+            client_of(gateway) as other,
+        ):
+            for client in (one, other, one):
+                answer = await client.ask(**FORWARD, message_id="1")
+                assert answer["type"] == "forward_confirmed"
+        assert senders(stand_in) == [one.greeting["connection_id"], other.greeting["connection_id"]]
+
+    async def test_sent_again_after_a_reconnect(self, stand_in: StandIn) -> None:
+        """A client is known by its own id on its next connection, and by nobody else's."""
+        async with running_gateway(fifo_platform(stand_in)) as gateway:
+            for client_id in ("tab-1", "tab-2", "tab-1"):
+                async with client_of(gateway) as client:
+                    answer = await client.ask(**FORWARD, message_id="1", client_id=client_id)
+                    assert answer["type"] == "forward_confirmed"
+        assert senders(stand_in) == ["tab-1", "tab-2"]
+        groups = [message.group for message in stand_in.queues["dev.fifo"].messages]
+        assert groups == ["tab-1", "tab-2"]  # there is no project to keep in order
+
+    async def test_of_another_user(self, stand_in: StandIn) -> None:
+        """Whoever learns a client's id cannot have its messages dropped in its place."""
+        platform = fifo_platform(stand_in)
+        async with aws_clients(platform) as aws, desk_of(platform, aws) as desk:
+            for user in ("ada", "mallory"):
+                desk.submit("1", user=user, client_id="ada's tab")
+                assert await desk.codes() == {}
+        assert sent_ids(stand_in, "dev.fifo") == ["1", "1"]

@@ -1,0 +1,271 @@
+"""Any JSON, byte for byte: half surrogate pairs, characters that AWS refuses, depth, refusals."""
+
+from __future__ import annotations
+
+import json
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import server
+from server import (
+    MAX_NESTING,
+    AgentMessage,
+    BadMessage,
+    ErrorCode,
+    Forward,
+    UnreadableUpdate,
+    decode_message,
+    decode_update,
+)
+
+HALVES = (r"\ud83d", r"\uD83D", r"\udc00", r"\uDFFF", r"\ud83d\ud83d\ude00", r"\ud83dA")
+
+# What may stand between the quotes of a JSON string, piece by piece (RFC 8259, section 7).
+pieces = st.sampled_from(
+    [
+        *HALVES,
+        r"\ud83d\ude00",
+        r"\\",
+        r"\"",
+        r"\\ud83d",
+        r"\/",
+        r"\n",
+        r"\uffff",
+        "é",
+        "{",
+        "]",
+        " u",
+    ]
+)
+texts = st.lists(pieces, max_size=8).map(lambda found: f'"{"".join(found)}"')
+json_texts = st.recursive(
+    texts | st.sampled_from(["0", "-0", "1E+2", "123456789012345678901234567890", "null", "true"]),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda found: f"[{', '.join(found)}]")
+        | st.lists(st.tuples(texts, inner), max_size=3).map(
+            lambda found: "{" + ",".join(f"{name} :{value}" for name, value in found) + "}"
+        )
+    ),
+    max_leaves=12,
+)
+
+
+def forward(data: str, **fields: Any) -> bytes:
+    head = json.dumps({"action": "forward", "type": "dev", "message_id": "m1", **fields})
+    return f'{head[:-1]},"data":{data}}}'.encode()
+
+
+def refusal(payload: bytes) -> BadMessage:
+    with pytest.raises(BadMessage) as caught:
+        decode_message(payload)
+    return caught.value
+
+
+class TestHalfSurrogatePairs:
+    @given(data=json_texts)
+    @example(data=r'"caf\ud83d"')
+    @example(data=r'"C:\\udev\\\ud83d"')
+    @example(data=r'{"\ud83d":"\udc00","\\u":["\\\\ud800"]}')
+    def test_data_pass_both_ways(self, data: str) -> None:
+        """Text cut inside an emoji goes byte for byte to agents and to clients."""
+        message = decode_message(forward(data))
+        assert isinstance(message, Forward)
+        assert bytes(message.data) == data.encode()
+        body = AgentMessage("dev", "m1", None, message.data, "c1", "c1", None, "now")
+        assert f'"data":{data},'.encode() in msgspec.json.encode(body)
+        update = decode_update(f'{{"type":"t","event_id":"\\ud83d\\ude00","data":{data}}}')
+        assert bytes(update.data) == data.encode()
+        assert update.event_id == "😀"
+
+    @pytest.mark.parametrize("half", HALVES)
+    @pytest.mark.parametrize("field", ["action", "type", "message_id", "project_id", "client_id"])
+    def test_fields_that_are_read(self, field: str, half: str) -> None:
+        """In a field that the gateway reads, the answer has the field's name."""
+        fields = {"action": '"forward"', "type": '"dev"', field: f'"{half}"'}
+        payload = ",".join(f'"{name}":{value}' for name, value in fields.items())
+        exc = refusal(f"{{{payload}}}".encode())
+        assert (exc.code, str(exc)) == (
+            ErrorCode.INVALID_FIELD,
+            f'"{field}" has half a surrogate pair.',
+        )
+
+    @pytest.mark.parametrize("field", ["type", "project_id", "event_id", "connection_id"])
+    def test_fields_of_an_update(self, field: str) -> None:
+        fields = {"type": '"t"', field: r'"\ud83d"'}
+        body = ",".join(f'"{name}":{value}' for name, value in fields.items())
+        with pytest.raises(UnreadableUpdate, match=f'"{field}" has half a surrogate pair'):
+            decode_update(f"{{{body}}}")
+
+    def test_fields_that_nobody_reads(self) -> None:
+        """Fields that are not known are ignored, whatever is in them."""
+        message = decode_message(rb'{"\ud83d":"\udc00","action":"ping","x":["\ud83d"]}')
+        assert message == server.Ping()
+
+    @pytest.mark.parametrize(
+        "data",
+        [r'"\ud83d\uzzzz"', r'"\ud8"', r'"\ud83d', r'["\ud83d",]', r'"\ud83d"}', '"\\ud83d\n"'],
+    )
+    def test_no_json(self, data: str) -> None:
+        """What is no JSON for another reason is refused as before, with its ids."""
+        exc = refusal(forward(data))
+        assert exc.code is ErrorCode.INVALID_JSON
+        assert exc.context == {"action": "forward", "message_id": "m1"}
+
+    def test_no_objects(self) -> None:
+        """The way around the parser builds nothing, however much there is in a message."""
+        data = "[" + ",".join(['["\\ud83d"]'] * 20_000) + "]"
+        payload = forward(data)
+        tracemalloc.start()
+        try:
+            decode_message(payload)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 8 * len(payload)  # copies of the text; 40,000 objects would be five megabytes
+
+
+class TestUnsendable:
+    """SQS and SNS refuse U+FFFE and U+FFFF, and nothing else that JSON may hold."""
+
+    @pytest.mark.parametrize("escape", [r"\uffff", r"\uFFFE", "\uffff"])
+    def test_what_is_encoded_here(self, escape: str) -> None:
+        """Ids that a client wrote as escapes leave as escapes; all other text as it is."""
+        payload = forward("1").replace(b'"m1"', f'"é😀\U0001ffff{escape}"'.encode())
+        message = decode_message(payload)
+        assert isinstance(message, Forward)
+        body = AgentMessage("dev", str(message.message_id), None, message.data, "c", "c", None, "")
+        sent = server.sendable(msgspec.json.encode(body)).decode()
+        assert "\uffff" not in sent
+        assert "\ufffe" not in sent
+        assert f'"é😀\U0001ffff{escape.lower()}"'.replace("\uffff", r"\uffff") in sent
+        assert json.loads(sent)["message_id"] == message.message_id
+
+    @given(text=st.text(alphabet=st.sampled_from('a\\"\ufffd\ufffe\uffff\U0001fffe\n')))
+    def test_reads_the_same(self, text: str) -> None:
+        sent = server.sendable(msgspec.json.encode([text]))
+        assert json.loads(sent) == [text]
+
+
+class TestNesting:
+    """One bound on depth, for clients and agents alike."""
+
+    @staticmethod
+    def nested(depth: int, opening: str = "[", closing: str = "]", core: str = "") -> str:
+        return opening * depth + core + closing * depth
+
+    def deep(self) -> dict[str, Callable[[int], str]]:
+        return {
+            "lists": self.nested,
+            "objects": lambda depth: self.nested(depth - 1, '{"a":', "}", "{}"),
+            "with strings": lambda depth: self.nested(depth, '["]]\\"]\\\\",', "]", "1"),
+            "beside others": lambda depth: f"[{'[],' * 500}{self.nested(depth - 1)}]",
+        }
+
+    @pytest.mark.parametrize("shape", ["lists", "objects", "with strings", "beside others"])
+    def test_bound(self, shape: str) -> None:
+        """As deep as the bound is fine; one deeper is refused, with the bound in the sentence."""
+        fits, deeper = (self.deep()[shape](MAX_NESTING - 1 + more) for more in (0, 1))
+        decode_message(forward(fits))
+        decode_update(f'{{"type":"t","data":{fits}}}')
+        exc = refusal(forward(deeper))
+        assert exc.code is ErrorCode.INVALID_MESSAGE
+        assert str(exc) == f"The message nests arrays and objects more than {MAX_NESTING} deep."
+        assert exc.context["message_id"] == "m1"
+        with pytest.raises(UnreadableUpdate, match=f"more than {MAX_NESTING} deep"):
+            decode_update(f'{{"type":"t","data":{deeper}}}')
+
+    @pytest.mark.parametrize("depth", [500, 5_000, 100_000])
+    def test_beyond_the_parser(self, depth: int) -> None:
+        """What is too deep even for the parser is refused in the same words."""
+        assert f"more than {MAX_NESTING} deep" in str(refusal(forward(self.nested(depth))))
+        assert f"more than {MAX_NESTING} deep" in str(
+            refusal(forward(self.nested(depth, core='"\\ud83d"')))
+        )
+        with pytest.raises(UnreadableUpdate, match=f"more than {MAX_NESTING} deep"):
+            decode_update(f'{{"type":"t","data":{self.nested(depth)}}}')
+
+    def test_brackets_in_strings(self) -> None:
+        """Brackets in text are text."""
+        data = json.dumps(["[{" * 5_000, '"[' * 5_000, "\\"])
+        assert bytes(decode_message(forward(data)).data) == data.encode()  # type: ignore[union-attr]
+
+    @given(data=json_texts)
+    def test_depth_is_counted(self, data: str) -> None:
+        """Whatever the text is, its depth is found."""
+
+        def depth(value: Any) -> int:
+            if not isinstance(value, list | dict):
+                return 0
+            inner = value.values() if isinstance(value, dict) else value
+            return 1 + max(map(depth, inner), default=0)
+
+        found = depth(json.loads(data, object_pairs_hook=lambda pairs: [v for _, v in pairs]))
+        missing = MAX_NESTING - found
+        assert not server.too_deep((self.nested(missing, core=data) + " []" * 99).encode())
+        assert server.too_deep((self.nested(missing + 1, core=data) + " []" * 99).encode())
+
+
+class TestByteOrderMark:
+    def test_is_ignored(self) -> None:
+        """Some programs begin every text with one."""
+        assert decode_update('\ufeff{"type":"t","data":"\ufeff"}').type == "t"
+        assert decode_message(b'\xef\xbb\xbf{"action":"ping"}') == server.Ping()
+        assert refusal(b'\xef\xbb\xbf{"action":"x"}').code is ErrorCode.UNKNOWN_ACTION
+
+
+class TestContext:
+    """A refusal says which message it refuses, as far as that stands at its beginning."""
+
+    @pytest.mark.parametrize(
+        ("payload", "context"),
+        [
+            (b'{"action":"ping"', {"action": "ping"}),
+            (b'{"message_id":"m","data":{"message_id":"x"},"project_id":"p",', None),
+            (b'{ "project_id" : "p" ,"message_id":"m" !', None),
+            (b'{"data":[{"project_id":"x"}],"message_id":"m","project_id":"p", nonsense', None),
+            (rb'{"data":"\"message_id\":\"x","message_id":"\u006d","project_id":"p"', None),
+            (
+                b'{"message_id":"m","project_id":"p","data":"' + b'\\",\\"message_id\\":\\"x' * 99,
+                None,
+            ),
+            (b'{"data":"' + b"x" * 2_000 + b'","message_id":"m"', {}),
+            (b'{"message_id":"' + b"x" * 257 + b'"', {}),
+            (b'{"message_id":7,"project_id":["p"]', {}),
+            (b'[{"message_id":"m"}', {}),
+            (b'"message_id":"m"', {}),
+            (b"\xff\xfe\x00", {}),
+        ],
+    )
+    def test_found(self, payload: bytes, context: dict[str, str] | None) -> None:
+        expected = {"message_id": "m", "project_id": "p"} if context is None else context
+        assert server.context_of(payload) == expected
+
+    @given(payload=st.binary(max_size=300))
+    def test_any_bytes(self, payload: bytes) -> None:
+        assert set(server.context_of(payload)) <= {"action", "message_id", "project_id"}
+
+    def test_looks_at_the_beginning_only(self) -> None:
+        """To refuse a large message costs no more than to read it."""
+
+        def seconds(payload: bytes) -> float:
+            def once() -> float:
+                started = time.perf_counter()
+                try:
+                    decode_message(payload)
+                except BadMessage:
+                    pass
+                return time.perf_counter() - started
+
+            return min(once() for _ in range(9))
+
+        data = "[" + ",".join(['{"a":[1,"b"]}'] * 15_000) + "]"
+        good = forward(data)
+        for bad in (good.replace(b'"dev"', b"5"), good.replace(b"forward", b"dance"), good[:-1]):
+            assert seconds(bad) < 2 * seconds(good) + 0.001
