@@ -3409,29 +3409,15 @@ class Intake:
 
 class Unit(StrEnum):
     COUNT = "Count"
+    BYTES = "Bytes"
     SECONDS = "Seconds"
     MILLISECONDS = "Milliseconds"
 
 
-METRICS = {
-    "ActiveConnections": (Unit.COUNT, "connections open now"),
-    "ConnectionsOpened": (Unit.COUNT, "handshakes completed"),
-    "ConnectionDuration": (Unit.SECONDS, "how long closed connections had lasted"),
-    "Subscriptions": (Unit.COUNT, "live subscriptions now"),
-    "MessagesReceived": (Unit.COUNT, "messages from clients, of every kind"),
-    "MessagesForwarded": (Unit.COUNT, "forwards that SQS has accepted"),
-    "ForwardErrors": (Unit.COUNT, "forwards taken and then answered with an error"),
-    "ForwardLatency": (Unit.MILLISECONDS, "from a forward to SQS's confirmation"),
-    "EventsDelivered": (Unit.COUNT, "events written, counted once a listener"),
-    "EventLatency": (Unit.MILLISECONDS, "from the agent's send to the write to the sockets"),
-    "SlowConsumersClosed": (Unit.COUNT, "clients closed with 1013"),
-    "CatchUps": (Unit.COUNT, "reads of the log for clients that came back"),
-    "GapsFilled": (Unit.COUNT, "times that events had to be read from the log after all"),
-    "ProtocolErrors": (Unit.COUNT, "messages answered with an error, and protocol violations"),
-}
-"""Every metric with its unit and meaning; ``docs/METRICS.md`` is made from it."""
-
 SAMPLES = 100  # values an array may have in the Embedded Metric Format
+
+Gauge = Callable[[], float | Mapping[str, float]]
+"""Reads what is there now: one figure, or figures by kind, whose sum is the metric."""
 
 
 class Sample:
@@ -3454,25 +3440,56 @@ class Sample:
         return [round(value, 3) for value in values]
 
 
-class Metrics:
-    """Counters since the start, and samples since the last line."""
+def metric_name(field: str) -> str:
+    """``gaps_filled`` is ``GapsFilled`` for CloudWatch."""
+    return field.title().replace("_", "")
 
-    def __init__(self, environment: str, registry: Registry) -> None:
-        self._environment = environment
-        self._registry = registry
+
+def counter(meaning: str) -> Any:
+    """A number that its owner adds to: ``metrics.gaps_filled += 1``."""
+    return dataclasses.field(default=0, metadata={"unit": Unit.COUNT, "meaning": meaning})
+
+
+def gauge(unit: Unit, meaning: str) -> Any:
+    """A `Gauge` that its owner sets; until then the metric is missing."""
+    return dataclasses.field(default=None, metadata={"unit": unit, "meaning": meaning})
+
+
+def sample(unit: Unit, meaning: str) -> Any:
+    """Values of which each is told apart: ``metrics.event_latency.add(1.5)``."""
+    return dataclasses.field(default_factory=Sample, metadata={"unit": unit, "meaning": meaning})
+
+
+@dataclasses.dataclass(eq=False)
+class Metrics:
+    """What is measured; each field with a meaning is the metric of its name in camel case.
+
+    Counters are since the start, samples since the last line.
+    """
+
+    environment: str
+    registry: dataclasses.InitVar[Registry]
+    active_connections: Gauge = gauge(Unit.COUNT, "connections open now")
+    connections_opened: int = counter("handshakes completed")
+    connection_duration: Sample = sample(Unit.SECONDS, "how long closed connections had lasted")
+    subscriptions: Gauge = gauge(Unit.COUNT, "live subscriptions now")
+    messages_received: int = counter("messages from clients, of every kind")
+    messages_forwarded: int = counter("forwards that SQS has accepted")
+    forward_errors: int = counter("forwards taken and then answered with an error")
+    forward_latency: Sample = sample(Unit.MILLISECONDS, "from a forward to SQS's confirmation")
+    events_delivered: int = counter("events written, counted once a listener")
+    event_latency: Sample = sample(
+        Unit.MILLISECONDS, "from the agent's send to the write to the sockets"
+    )
+    slow_consumers_closed: int = counter("clients closed with 1013")
+    catch_ups: int = counter("reads of the log for clients that came back")
+    gaps_filled: int = counter("times that events had to be read from the log after all")
+    protocol_errors: int = counter("messages answered with an error, and protocol violations")
+
+    def __post_init__(self, registry: Registry) -> None:
         self._reported: dict[str, int] = {}
-        self.connections_opened = 0
-        self.messages_received = 0
-        self.messages_forwarded = 0
-        self.forward_errors = 0
-        self.events_delivered = 0
-        self.slow_consumers_closed = 0
-        self.catch_ups = 0
-        self.gaps_filled = 0
-        self.protocol_errors = 0
-        self.connection_duration = Sample()
-        self.forward_latency = Sample()
-        self.event_latency = Sample()
+        self.active_connections = lambda: len(registry.connections)
+        self.subscriptions = lambda: registry.subscriptions
 
     def forwarded(self, took_s: float) -> None:
         self.messages_forwarded += 1
@@ -3485,59 +3502,62 @@ class Metrics:
             if event.sent_at and listeners:
                 self.event_latency.add((now - event.sent_at) * 1000)
 
-    def counters(self) -> dict[str, int]:
+    @classmethod
+    def described(cls) -> dict[str, tuple[Unit, str]]:
+        """Every metric's unit and meaning, by name; ``docs/METRICS.md`` is made from it."""
         return {
-            "ConnectionsOpened": self.connections_opened,
-            "MessagesReceived": self.messages_received,
-            "MessagesForwarded": self.messages_forwarded,
-            "ForwardErrors": self.forward_errors,
-            "EventsDelivered": self.events_delivered,
-            "SlowConsumersClosed": self.slow_consumers_closed,
-            "CatchUps": self.catch_ups,
-            "GapsFilled": self.gaps_filled,
-            "ProtocolErrors": self.protocol_errors,
+            metric_name(field.name): (field.metadata["unit"], field.metadata["meaning"])
+            for field in dataclasses.fields(cls)
+            if field.metadata
         }
 
-    def gauges(self) -> dict[str, int]:
-        return {
-            "ActiveConnections": len(self._registry.connections),
-            "Subscriptions": self._registry.subscriptions,
+    def _read(self, kind: Any) -> dict[str, Any]:
+        """All counters (``int``), samples (``Sample``) or gauges (``Callable``), by name."""
+        found = {
+            metric_name(field.name): getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata
         }
+        return {name: value for name, value in found.items() if isinstance(value, kind)}
+
+    def gauges(self) -> dict[str, Any]:
+        """What the gauges read now; one with kinds has them beside it, under ``<name>ByKind``."""
+        found: dict[str, Any] = {}
+        for name, read in self._read(Callable).items():
+            found[name] = reading = read()
+            if isinstance(reading, Mapping):
+                found |= {name: sum(reading.values()), f"{name}ByKind": dict(reading)}
+        return found
 
     def stats(self) -> dict[str, Any]:
         """For ``GET /stats``: counters since the start, latencies of the running minute."""
-        samples = {
-            "ConnectionDuration": self.connection_duration,
-            "ForwardLatency": self.forward_latency,
-            "EventLatency": self.event_latency,
-        }
         latencies = {
             name: {"p50": values[len(values) // 2], "max": values[-1]}
-            for name, sample in samples.items()
-            if (values := sorted(sample.values))
+            for name, taken in self._read(Sample).items()
+            if (values := sorted(taken.values))
         }
-        return {**self.gauges(), **self.counters(), **latencies}
+        return {**self.gauges(), **self._read(int), **latencies}
 
     def line(self) -> dict[str, Any]:
-        """One object in CloudWatch's Embedded Metric Format, of what happened since the last."""
-        counters = self.counters()
-        values: dict[str, Any] = dict(self.gauges())
+        """One object in CloudWatch's Embedded Metric Format, of what happened since the last.
+
+        What is no metric, as figures by kind, is in the log only, where it costs nothing.
+        """
+        counters = self._read(int)
+        values = self.gauges()
         values |= {name: count - self._reported.get(name, 0) for name, count in counters.items()}
         self._reported = counters
-        values |= {
-            "ConnectionDuration": self.connection_duration.take(),
-            "ForwardLatency": self.forward_latency.take(),
-            "EventLatency": self.event_latency.take(),
-        }
-        values = {name: value for name, value in values.items() if value != []}
+        taken = {name: found.take() for name, found in self._read(Sample).items()}
+        values |= {name: found for name, found in taken.items() if found}
+        units = {name: unit for name, (unit, _) in self.described().items() if name in values}
         definition = {
             "Namespace": "AgenticAI/WebSocket",
             "Dimensions": [["Environment", "Service"]],
-            "Metrics": [{"Name": name, "Unit": METRICS[name][0]} for name in values],
+            "Metrics": [{"Name": name, "Unit": unit} for name, unit in units.items()],
         }
         return {
             "_aws": {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [definition]},
-            "Environment": self._environment,
+            "Environment": self.environment,
             "Service": "websocket-gateway",
             **values,
         }

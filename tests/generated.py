@@ -41,7 +41,9 @@ def shown(default: Any) -> str:
 def metrics_table() -> str:
     """The metrics of ``server.py`` as a Markdown table."""
     lines = ["| metric | unit | what it says |", "|---|---|---|"]
-    lines += [f"| `{name}` | {unit} | {doc} |" for name, (unit, doc) in server.METRICS.items()]
+    lines += [
+        f"| `{name}` | {unit} | {doc} |" for name, (unit, doc) in server.Metrics.described().items()
+    ]
     return "\n".join(lines)
 
 

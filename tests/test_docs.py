@@ -572,7 +572,7 @@ class TestTables:
             for r in template.load()["Resources"].values()
             if r["Type"] == "AWS::CloudWatch::Alarm"
         ]
-        assert f"{len(server.METRICS)} metrics" in items
+        assert f"{len(server.Metrics.described())} metrics" in items
         assert f"{len(alarms)} alarms" in items
 
     def test_reserved_types_are_listed(self) -> None:

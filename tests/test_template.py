@@ -1091,7 +1091,7 @@ class TestMetrics:
             if name in WATCHES and alarm["Namespace"] == NAMESPACE
         }
         assert "ForwardErrors" in used
-        assert used <= server.METRICS.keys()
+        assert used <= server.Metrics.described().keys()
 
     def test_dimensions_are_those_of_the_servers_line(self, full: Stack) -> None:
         line = server.Metrics("prod", server.Registry()).line()
