@@ -702,3 +702,54 @@ class TestIntegrationTest:
         result = run("-m", "pytest", "--collect-only", "-q", "--noconftest", CHECKER)
         assert "no tests collected" in result.stdout
         assert result.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+class TestPublish:
+    """`test-websocket.py publish`: an agent's part, by hand."""
+
+    def publish(
+        self, platform: Platform, *arguments: str, queue: str = "updates"
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {"SQS_QUEUE_URL_UPDATES": platform.queue_urls[queue], "AWS_PROFILE": "absent"}
+        return run(CLIENT, "publish", *arguments, environment=environment)
+
+    def test_reaches_subscribers(self, gateway: Gateway, start: Callable[..., Process]) -> None:
+        """Words and JSON arrive as events, an ephemeral one without `seq`."""
+        client = start(CLIENT, gateway.place, "--project", "by hand", "--json")
+        client.until("subscription_confirmed")
+        for arguments in (
+            ["hello, browser"],
+            ['{"a":[1]}', "--type", "built"],
+            ["x", "--ephemeral"],
+        ):
+            result = self.publish(gateway.platform, "by hand", *arguments)
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.startswith("sent: ")
+        first = json.loads(client.until("hello, browser"))
+        assert (first["type"], first["data"]) == ("project_updated", {"message": "hello, browser"})
+        second = json.loads(client.until("built"))
+        assert (second["data"], second["seq"]) == ({"a": [1]}, first["seq"] + 1)
+        assert "seq" not in json.loads(client.until('"x"'))
+
+    def test_fifo_queue(self, fifo_platform: Platform) -> None:
+        """A FIFO queue gets a group and an id for each message."""
+        for text in ("one", "one"):
+            assert self.publish(fifo_platform, "a b", text).returncode == 0
+        sqs, url = fifo_platform.client("sqs"), fifo_platform.queue_urls["updates"]
+        messages = sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10)["Messages"]
+        assert [json.loads(m["Body"])["project_id"] for m in messages] == ["a b", "a b"]
+
+    def test_failure_is_a_sentence(self, gateway: Gateway) -> None:
+        """A queue that is not there is said, without a traceback."""
+        missing = gateway.platform.queue_urls["updates"] + "-absent"
+        result = run(CLIENT, "publish", "p", "x", "--queue", missing)
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: SQS did not take the update: ")
+        assert "Traceback" not in result.stderr
+
+    def test_queue_is_needed(self) -> None:
+        """Without a queue the command line is wrong."""
+        kept = {"SQS_QUEUE_URL_UPDATES": ""}
+        result = run(CLIENT, "publish", "p", "x", environment=kept)
+        assert result.returncode == 2
+        assert "--queue" in result.stderr
