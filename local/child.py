@@ -1,8 +1,12 @@
-"""Processes that this package starts, and that do not outlive the one that started them."""
+"""Processes that this package starts, and that end with the one that started them.
+
+`python -m local.child server.py` runs a script that knows nothing of this as such a process.
+"""
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,14 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def end_with_stdin() -> None:
     """In a child: end this process when its standard input does, and leave Ctrl-C to its parent.
 
-    The other end of that pipe closes with the parent, also when that one is killed.
+    Standard input is a pipe whose other end closes with the parent, however the parent ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_read_stdin_and_exit, daemon=True).start()
 
 
 def _read_stdin_and_exit() -> None:
-    sys.stdin.read()
+    # Not through sys.stdin: its lock, held here, would stop the interpreter from ending in order.
+    while os.read(0, 65536):
+        pass
     os._exit(0)  # there is nothing to clean up, and no thread to wait for
 
 
@@ -36,7 +42,7 @@ class Child:
     """A Python process of ours, and what it prints, line by line.
 
     It is started in a process group of its own: Ctrl-C reaches the parent alone, which ends its
-    children in the right order.
+    children in the right order. Its program has to call `end_with_stdin`.
     """
 
     def __init__(
@@ -84,3 +90,15 @@ class Child:
         """End the process at once, and wait until it has."""
         self.process.kill()
         self.process.wait()
+
+
+def main() -> None:
+    """Run the script named on the command line, as Python itself would."""
+    end_with_stdin()
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """What AWS does between a queue and a Lambda function: an event source mapping.
 
-`python -m local.event_source` feeds `local.agents` from the four agent queues of the environment.
+`python -m local.event_source` feeds `local.agents` from the four agent queues of the environment,
+with several orders of each at the same time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import boto3
+from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from aws_standin import AGENTS
@@ -25,21 +27,25 @@ from local.child import end_with_stdin
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 10
+WORKERS = 10
+"""How many functions run at the same time for one queue, as Lambda's would."""
+BATCH_SIZE = 1
 LONG_POLL_S = 20
 MAX_RETRY_DELAY_S = 5.0
 
 Handler = Callable[[dict[str, Any], object], dict[str, Any] | None]
 
 
-def deliver_batch(sqs: Any, queue_url: str, queue_arn: str, handler: Handler) -> int:
+def deliver_batch(
+    sqs: Any, queue_url: str, queue_arn: str, handler: Handler, batch_size: int = BATCH_SIZE
+) -> int:
     """Wait for messages, hand them to `handler`, delete those it did not name as failed.
 
     Returns how many were received. What the handler raises leaves the whole batch in the queue.
     """
     messages = sqs.receive_message(
         QueueUrl=queue_url,
-        MaxNumberOfMessages=BATCH_SIZE,
+        MaxNumberOfMessages=batch_size,
         WaitTimeSeconds=LONG_POLL_S,
         MessageSystemAttributeNames=["All"],
         MessageAttributeNames=["All"],
@@ -80,9 +86,8 @@ def lambda_record(message: dict[str, Any], queue_arn: str) -> dict[str, Any]:
     }
 
 
-def feed(queue_url: str, handler: Handler) -> None:
-    """Deliver the messages of a queue to `handler` for ever."""
-    sqs = boto3.session.Session().client("sqs")  # sessions are not shared between threads
+def feed(sqs: Any, queue_url: str, handler: Handler) -> None:
+    """Deliver the messages of a queue to `handler` for ever, one batch after the other."""
     queue_arn = ""
     while True:
         try:
@@ -122,13 +127,15 @@ def main() -> None:
     output.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[output])
     logging.getLogger("botocore").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # the size of a pool is no concern here
+    agents.sqs_client()  # made before there are threads: boto3 makes clients in one at a time
+    urls = [os.environ[f"SQS_QUEUE_URL_{agent.upper()}"] for agent in AGENTS]
+    # A client may be shared by threads, and has a connection for each.
+    sqs = boto3.client("sqs", config=Config(max_pool_connections=WORKERS * len(urls)))
     threads = [
-        threading.Thread(
-            target=feed,
-            args=(os.environ[f"SQS_QUEUE_URL_{agent.upper()}"], agents.lambda_handler),
-            daemon=True,
-        )
-        for agent in AGENTS
+        threading.Thread(target=feed, args=(sqs, url, agents.lambda_handler), daemon=True)
+        for url in urls
+        for _ in range(WORKERS)
     ]
     for thread in threads:
         thread.start()

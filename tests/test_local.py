@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,8 +25,8 @@ from websockets.sync.client import ClientConnection, connect
 from aws_standin import Platform
 from aws_standin.thread import ThreadedStandIn
 from local import agents
-from local.__main__ import log_line
 from local.event_source import deliver_batch, find_queue_arn
+from local.screen import log_line
 from tests.waiting import alive, eventually
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +102,7 @@ class TestAgents:
         answer = agents.lambda_handler({"Records": records}, None)
         assert answer == {"batchItemFailures": [{"itemIdentifier": "message-2"}]}
 
-    def test_keep_a_projects_updates_in_order_in_a_fifo_queue(
+    def test_keep_a_projects_updates_in_fieldsin_a_fifo_queue(
         self, fifo_platform: Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.use(fifo_platform, monkeypatch)
@@ -127,7 +129,7 @@ class TestAgents:
             failed = [r["messageId"] for r in event["Records"] if r["body"] == "bad"]
             return {"batchItemFailures": [{"itemIdentifier": item} for item in failed]}
 
-        assert deliver_batch(sqs, url, find_queue_arn(sqs, url), handler) == 2
+        assert deliver_batch(sqs, url, find_queue_arn(sqs, url), handler, batch_size=10) == 2
         assert [record["body"] for record in seen] == ["good", "bad"]
         first = seen[0]
         assert first["eventSourceARN"].endswith(":" + url.rpartition("/")[2])
@@ -278,7 +280,7 @@ class TestCommand:
     """`python -m local`, with real sockets and real signals."""
 
     @pytest.mark.parametrize("arguments", [(), ("--fifo",)], ids=["standard", "fifo"])
-    def test_carries_an_order_to_an_agent_and_its_updates_back(
+    def test_carries_an_fieldsto_an_agent_and_its_updates_back(
         self, arguments: tuple[str, ...]
     ) -> None:
         with running(*arguments) as command:
@@ -308,6 +310,28 @@ class TestCommand:
                     if "data" in m and m["data"]["message_id"] == message_id
                 ]
                 assert steps == [1, 2, 3, 4]
+
+    def test_agents_work_on_several_orders_at_once(self) -> None:
+        """An order does not wait for those before it."""
+        with running(AGENT_STEP_SECONDS="0.5") as command:
+            (url,) = command.wait_until_ready()
+            with connect(f"{url}/?project_id=proj_123") as client:
+                messages_until(client, type="subscription_confirmed")
+                orders = {f"order-{number}" for number in range(8)}
+                for order in orders:
+                    ask(
+                        client,
+                        action="forward",
+                        type="dev",
+                        message_id=order,
+                        project_id="proj_123",
+                    )
+                started, done = set(), 0
+                while done < len(orders):
+                    data = messages_until(client, type="project_updated")[-1]["data"]
+                    started |= {data["message_id"]}
+                    done += data["status"] == "done"
+                    assert not done or started == orders
 
     def test_ends_all_it_has_started_on_ctrl_c(self) -> None:
         with running(TASKS="2") as command:
@@ -373,8 +397,17 @@ class TestCommand:
             command = Command("--port", str(port))
             assert command.wait() == 1
         assert f"Port {port} cannot be used" in command.output
-        assert f"python -m local --port {port + 10} (make run PORT={port + 10})" in command.output
-        assert "Traceback" not in command.output
+        assert f"make run PORT={port + 10}, or python -m local --port {port + 10}" in command.output
+        assert len(command.output.strip().splitlines()) == 1
+
+    def test_says_so_when_it_runs_already(self) -> None:
+        with running() as command:
+            (url,) = command.wait_until_ready()
+            second = Command("--port", url.rpartition(":")[2])
+            assert second.wait() == 1
+            assert "is this running already?" in second.output
+            assert len(second.output.strip().splitlines()) == 1
+            assert status(url) == 200
 
     @pytest.mark.parametrize(
         "arguments", [["--tasks", "0"], ["--tasks", "two"], ["--port", "65535"], ["--nonsense"]]
@@ -383,9 +416,145 @@ class TestCommand:
         command = Command(*arguments)
         assert command.wait() == 2
         assert arguments[0] in command.output
+        assert "_" not in command.output  # as in the name of a function
 
     def test_explains_its_options(self) -> None:
         command = Command("--help")
         assert command.wait() == 0
         for option in ("--port", "--aws-port", "--tasks", "--fifo"):
             assert option in command.output
+
+
+@contextmanager
+def process(*command: str | Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command with `options` of Popen, without the agents' pauses; kill it in the end."""
+    environment = os.environ | {"AGENT_STEP_SECONDS": "0.05"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **options) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and all that it and its children have started, by id."""
+    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [pid, *(each for child in listing.split() for each in family(int(child)))]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+@linux_only
+class TestDeadTerminal:
+    """However the terminal or the parent goes, nothing is left, and the port is free again."""
+
+    @pytest.fixture
+    def port(self) -> int:
+        return free_port()
+
+    @pytest.fixture
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, "-m", "local", "--port", str(port), "--tasks", "1"]
+
+    def when_ready(self, pid: int, port: int) -> list[int]:
+        """Wait until the server does its job; return all processes there are."""
+        eventually(lambda: status(f"ws://127.0.0.1:{port}") == 200, 30)
+        pids = family(pid)
+        assert len(pids) >= 3  # itself, the agents, the server
+        return pids
+
+    def all_have_ended(self, pids: list[int], port: int) -> None:
+        eventually(lambda: not any(map(alive, pids)), 20)
+        assert is_free(port)
+
+    def test_reader_of_the_output_ends_with_ctrl_c(self, command: list[str], port: int) -> None:
+        """As `| tee log` does: Ctrl-C ends it first, and nothing can be printed any more."""
+        with process(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
+            pids = self.when_ready(started.pid, port)
+            assert started.stdout is not None
+            started.stdout.close()
+            started.send_signal(signal.SIGINT)
+            self.all_have_ended(pids, port)
+
+    def test_reader_of_the_output_has_seen_enough(self, command: list[str], port: int) -> None:
+        """As `| head` does: what is printed next ends everything."""
+        with process(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
+            pids = self.when_ready(started.pid, port)
+            assert started.stdout is not None
+            started.stdout.close()
+            with connect(f"ws://127.0.0.1:{port}") as client:  # which the server notes in its log
+                messages_until(client, type="connected")
+                self.all_have_ended(pids[1:], port)
+
+    def test_nobody_reads_the_output(self, command: list[str], port: int) -> None:
+        """As when a terminal is held by Ctrl-S: Ctrl-C ends everything all the same."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(write_end, b"x" * 65536):
+                pass
+        os.set_blocking(write_end, True)
+        with process(*command, stdout=write_end, stderr=write_end) as started:
+            os.close(write_end)
+            pids = self.when_ready(started.pid, port)
+            started.send_signal(signal.SIGINT)
+            self.all_have_ended(pids, port)
+        os.close(read_end)
+
+    def test_terminal_is_closed(self, command: list[str], port: int) -> None:
+        """Its window is gone: there is SIGHUP, and printing fails."""
+        emulator = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *command]
+        with process(*emulator, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as started:
+            pids = self.when_ready(started.pid, port)
+            started.kill()
+            started.wait()
+            self.all_have_ended(pids, port)
+
+    def test_it_is_killed(self, command: list[str], port: int) -> None:
+        with process(*command, stdout=subprocess.DEVNULL) as started:
+            pids = self.when_ready(started.pid, port)
+            started.kill()
+            started.wait()
+            self.all_have_ended(pids, port)
+
+    def test_its_parent_is_killed(self, command: list[str], port: int) -> None:
+        """As make may be; without the option, it goes on as a daemon does."""
+        shell = ["sh", "-c", f"{shlex.join(command)} --end-with-parent & wait"]
+        with process(*shell, stdout=subprocess.DEVNULL) as started:
+            pids = self.when_ready(started.pid, port)
+            started.kill()
+            started.wait()
+            self.all_have_ended(pids, port)
+
+    def test_nohup_is_respected(self, command: list[str], port: int) -> None:
+        """Who has SIGHUP ignored wants it to go on when the terminal is closed."""
+        with process("nohup", *command, stdout=subprocess.DEVNULL) as started:
+            pids = self.when_ready(started.pid, port)
+            started.send_signal(signal.SIGHUP)
+            assert all(map(alive, pids))
+            started.send_signal(signal.SIGTERM)
+            self.all_have_ended(pids, port)
+
+
+def test_a_missing_package_is_said_in_a_sentence() -> None:
+    """With a Python that has nothing installed, and `make run` is named."""
+    result = subprocess.run(
+        [sys.executable, "-S", "-m", "local"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "lacks the package msgspec" in result.stderr
+    assert "make run" in result.stderr
+    assert result.stderr.count("\n") == 1
