@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, files, packages_distributions, requires
 from pathlib import Path
+from typing import cast
 
 import pytest
 from packaging.markers import default_environment
@@ -19,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text()
 
 PLATFORMS = [
     {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"},
@@ -26,9 +30,9 @@ PLATFORMS = [
     {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"},
     {"sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64"},
 ]
-ENVIRONMENTS = [
+ENVIRONMENTS: list[dict[str, str]] = [
     {
-        **default_environment(),
+        **cast("dict[str, str]", default_environment()),
         **platform,
         "os_name": "nt" if platform["sys_platform"] == "win32" else "posix",
         "python_version": version,
@@ -44,7 +48,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows needs n
 class TestRequirements:
     """One `pip install -r` brings the same packages everywhere."""
 
-    @pytest.fixture(params=["requirements", "requirements-dev"])
+    @pytest.fixture(params=["requirements", "requirements-local", "requirements-dev"])
     def name(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
@@ -81,12 +85,47 @@ class TestRequirements:
         needed = set(closure(list(sources(name)), environment))
         assert needed - pinned == set()
 
-    def test_development_runs_what_production_runs(self) -> None:
-        production, development = (
+    def test_each_set_contains_the_smaller_ones(self) -> None:
+        """`make run` runs what production runs, and `make test` tests what `make run` runs."""
+        production, local, development = (
             {pin.partition(" ;")[0] for pin in pins(name)}
-            for name in ("requirements", "requirements-dev")
+            for name in ("requirements", "requirements-local", "requirements-dev")
         )
-        assert production < development
+        assert production < local < development
+
+    def test_what_make_run_needs_is_small(self) -> None:
+        """It promises its size before it downloads anything."""
+        environment = next(e for e in ENVIRONMENTS if e["sys_platform"] == sys.platform)
+        names = {
+            pin.split("[")[0] for pin in closure(list(sources("requirements-local")), environment)
+        }
+        files = [file for name in names for file in files_of(name)]
+        size_mb = sum(path.stat().st_size for path in files if path.exists()) / 1e6
+        promised = re.search(r"^LOCAL_COST := .* (\d+) MB on disk", MAKEFILE, re.MULTILINE)
+        assert promised is not None
+        assert size_mb < int(promised[1]) <= 200
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *(ROOT / "local").glob("*.py"),
+            *(ROOT / "aws_standin").glob("*.py"),
+            *(ROOT / "test-websocket.py", ROOT / "integration_test.py"),
+        ],
+        ids=lambda path: path.name,
+    )
+    def test_make_run_needs_nothing_else(self, path: Path) -> None:
+        listed = {
+            canonicalize_name(Requirement(line).name) for line in sources("requirements-local")
+        }
+        providers = packages_distributions()
+        own = {"aws_standin", "local", "server"}
+        imported = {
+            canonicalize_name(providers[module][0]) if module in providers else module
+            for module in runtime_imports(path)
+            if module not in sys.stdlib_module_names | own
+        }
+        assert imported - listed <= {"prompt-toolkit", "prompt_toolkit"}
 
     def test_what_the_server_imports_is_asked_for_by_name(self) -> None:
         listed = {canonicalize_name(Requirement(line).name) for line in sources("requirements")}
@@ -97,6 +136,15 @@ class TestRequirements:
             if module not in sys.stdlib_module_names
         }
         assert imported == listed
+
+
+def files_of(distribution: str) -> Iterator[Path]:
+    """Yield the installed files of a package; none when it is not installed here."""
+    try:
+        for file in files(distribution) or []:
+            yield Path(str(file.locate()))
+    except PackageNotFoundError:
+        return
 
 
 def logical_lines(file_name: str) -> list[str]:
@@ -241,13 +289,94 @@ class TestMakefile:
         assert sentence in result.stderr
         assert not (tmp_path / "venv").exists()
 
-    def test_installs_only_when_the_requirements_have_changed(self, tmp_path: Path) -> None:
-        stamp = tmp_path / ".installed"
-        assert "pip install" in self.make("-n", "lint", f"VENV={tmp_path}").stdout
-        stamp.touch()
-        newer = (ROOT / "requirements-dev.txt").stat().st_mtime + 1
-        os.utime(stamp, (newer, newer))
-        assert "pip install" not in self.make("-n", "lint", f"VENV={tmp_path}").stdout
+    @pytest.mark.parametrize(
+        ("target", "stamp", "requirements"),
+        [
+            ("run", ".runnable", "requirements-local.txt"),
+            ("lint", ".installed", "requirements-dev.txt"),
+        ],
+    )
+    def test_installs_only_when_the_requirements_have_changed(
+        self, tmp_path: Path, target: str, stamp: str, requirements: str
+    ) -> None:
+        command = f"local/install.py {tmp_path} {requirements}"
+        assert command in self.make("-n", target, f"VENV={tmp_path}").stdout
+        (tmp_path / stamp).touch()
+        newer = (ROOT / requirements).stat().st_mtime + 1
+        os.utime(tmp_path / stamp, (newer, newer))
+        assert "install.py" not in self.make("-n", target, f"VENV={tmp_path}").stdout
+
+    @pytest.mark.parametrize(
+        ("fifo", "is_on"), [("1", True), ("yes", True), ("0", False), ("no", False), ("", False)]
+    )
+    def test_a_switch_can_be_turned_off(self, tmp_path: Path, fifo: str, is_on: bool) -> None:
+        shown = self.make("-n", "run", f"VENV={tmp_path}", f"FIFO={fifo}").stdout
+        assert ("--fifo" in shown) is is_on
+
+
+class TestInstall:
+    """local/install.py, with a real pip and one small package, and no index."""
+
+    @pytest.fixture
+    def wheel(self, tmp_path: Path) -> Path:
+        """Make a package that holds nothing but its name."""
+        wheel = tmp_path / "wheels" / "tiny-1.0-py3-none-any.whl"
+        wheel.parent.mkdir()
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("tiny.py", "")
+            info = "tiny-1.0.dist-info"
+            archive.writestr(
+                f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n"
+            )
+            archive.writestr(
+                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            archive.writestr(f"{info}/RECORD", "")
+        return wheel
+
+    def install(
+        self, tmp_path: Path, wheel: Path, digest: str = "", **settings: str
+    ) -> subprocess.CompletedProcess[str]:
+        requirements = tmp_path / "requirements.txt"
+        digest = digest or hashlib.sha256(wheel.read_bytes()).hexdigest()
+        requirements.write_text(f"tiny==1.0 \\\n    --hash=sha256:{digest}\n")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+        return subprocess.run(
+            [sys.executable, "local/install.py", tmp_path / "venv", requirements, "1 MB"],
+            cwd=ROOT,
+            env=kept | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"} | settings,
+            capture_output=True,
+            text=True,
+        )
+
+    def test_installs_and_says_what_it_costs(self, tmp_path: Path, wheel: Path) -> None:
+        """It does so in place of an environment that is broken, too."""
+        (tmp_path / "venv" / "bin").mkdir(parents=True)
+        (tmp_path / "venv" / "bin" / "python").symlink_to(tmp_path / "gone")
+        result = self.install(tmp_path, wheel, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheel.parent))
+        assert result.returncode == 0, result.stderr
+        assert f"Setting up {tmp_path / 'venv'} from requirements.txt: 1 MB." in result.stdout
+        assert re.search(r"is ready after \d+ s\.$", result.stdout)
+        python = tmp_path / "venv" / "bin" / "python"
+        subprocess.run([python, "-c", "import tiny"], check=True)
+
+    @pytest.mark.parametrize(
+        "index", ["http://127.0.0.1:9/simple", "https://absent.invalid/simple"]
+    )
+    def test_says_that_it_is_offline(self, tmp_path: Path, wheel: Path, index: str) -> None:
+        result = self.install(tmp_path, wheel, PIP_INDEX_URL=index)
+        assert result.returncode == 1
+        assert result.stderr.startswith("The packages cannot be downloaded: this machine does not")
+        assert result.stderr.count("\n") == 1
+
+    def test_says_what_pip_says_otherwise(self, tmp_path: Path, wheel: Path) -> None:
+        """A package that is not the pinned one is refused, and no network is blamed for it."""
+        result = self.install(
+            tmp_path, wheel, "0" * 64, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheel.parent)
+        )
+        assert result.returncode == 1
+        assert "DO NOT MATCH THE HASHES" in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 class TestContinuousIntegration:

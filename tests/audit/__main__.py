@@ -20,6 +20,7 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 DEPLOYED = ROOT / "requirements.txt"
 PINNED = (
     DEPLOYED,
+    ROOT / "requirements-local.txt",
     ROOT / "requirements-dev.txt",
     ROOT / "bench" / "requirements.txt",
     REQUIREMENTS.with_name("uv.txt"),
