@@ -24,6 +24,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import ipaddress
 import itertools
@@ -71,6 +72,8 @@ from botocore.exceptions import (
     CredentialRetrievalError,
     HTTPClientError,
     MetadataRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
 )
 from botocore.exceptions import ConnectionError as SdkConnectionError
 from botocore.parsers import ResponseParserError
@@ -4803,11 +4806,23 @@ def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
+def as_written(default: Any) -> str:
+    """A setting's default as an operator would write it; empty where there is none."""
+    if default is dataclasses.MISSING:
+        return "required"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return ",".join(default)
+    return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def usage() -> str:
     lines = ["Settings, from the environment:", ""]
     for field in dataclasses.fields(Settings):
-        default = "required" if field.default is dataclasses.MISSING else field.default
-        lines.append(f"  {field.name.upper():34} {field.metadata['doc']} [{default}]")
+        default = as_written(field.default)
+        line = f"  {field.name.upper():34} {field.metadata['doc']}"
+        lines.append(f"{line} [{default}]" if default else line)
     return "\n".join(lines)
 
 
@@ -4816,6 +4831,21 @@ def first_of(exc: BaseException) -> BaseException:
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
     return exc
+
+
+def sentence_of(exc: BaseException, settings: Settings) -> str:
+    """The fault that ends the process, in a sentence that says what to do about it."""
+    if isinstance(exc.__cause__ or exc, (NoCredentialsError, PartialCredentialsError)):
+        return (
+            "There are no AWS credentials. On AWS the task's role gives them; elsewhere log in "
+            "with the AWS CLI, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. "
+            "To try it without AWS: make run"
+        )
+    if isinstance(exc, OSError) and exc.errno in (errno.EADDRINUSE, errno.EACCES):
+        port = settings.websocket_port
+        reason = "in use" if exc.errno == errno.EADDRINUSE else "not for this user to listen on"
+        return f"Port {port} is {reason}: end what listens there, or set WEBSOCKET_PORT to another"
+    return str(exc)
 
 
 def main() -> int:
@@ -4840,7 +4870,10 @@ def main() -> int:
         lost, other = group.split((UpstreamLost, OSError))
         if lost is None or other is not None:
             raise
-        logger.critical("%s", first_of(lost))
+        logger.critical("%s", sentence_of(first_of(lost), settings))
+        return 1
+    except BotoCoreError as exc:  # of the SDK's own settings, such as a profile that is not there
+        logger.critical("%s", sentence_of(exc, settings))
         return 1
     return 0
 

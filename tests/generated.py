@@ -27,15 +27,10 @@ def settings_table() -> str:
 
 def shown(default: Any) -> str:
     """A default as an operator would write it."""
+    written = server.as_written(default)
     if default is dataclasses.MISSING:
-        return "**required**"
-    if isinstance(default, bool):
-        return "`on`" if default else "`off`"
-    if isinstance(default, tuple):
-        default = ",".join(default)
-    if isinstance(default, float):
-        default = f"{default:g}"
-    return "" if default in (None, "") else f"`{default}`"
+        return f"**{written}**"
+    return f"`{written}`" if written else ""
 
 
 def metrics_table() -> str:
