@@ -46,6 +46,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -77,7 +78,7 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as SdkConnectionError
 from botocore.parsers import ResponseParserError
-from jwt import PyJWK, PyJWKSet, PyJWKSetError, PyJWTError
+from jwt import InvalidKeyError, InvalidSignatureError, PyJWK, PyJWKSetError, PyJWTError
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from websockets.datastructures import Headers
 from websockets.exceptions import InvalidMessage
@@ -170,9 +171,11 @@ SESSION_WITHOUT_END_S = 2**31 - 1
 TOKEN_WARNING_S = 60.0
 TOKEN_MAX_CHARS = 16_384
 KEYS_MAX_BYTES = 1_048_576
+KEYS_TRIED = 16  # for one token, of those that fit it
 KEYS_REFRESH_S = 60.0  # at most so often for a key that is not known
 KEYS_LIFETIME_S = 300.0  # a key withdrawn by the issuer is honoured no longer, if it answers
 ADDRESSES_REMEMBERED = 65_536
+SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
 OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 PLAIN_IPV4 = rf"{OCTET}(?:\.{OCTET}){{3}}"
 
@@ -260,6 +263,7 @@ PLAIN_GROUP_ID = "[!-~]{1,128}"
 # +-- BadMessage        the client: answered with an `error` message
 # +-- NotAuthenticated  the client: answered with 401 or close code 4401
 # |   +-- UnknownKey    nobody yet: the issuer may have a new key
+# |   +-- Expired       the client: it fetches a fresh token
 # +-- UnreadableUpdate  the agent: its update goes to the dead-letter queue
 # +-- Drained           nobody: the orderly end
 # +-- UpstreamLost      AWS, for good: the process ends with exit code 1 and is restarted
@@ -292,6 +296,10 @@ class NotAuthenticated(GatewayError):
 
 class UnknownKey(NotAuthenticated):
     """A token is signed with a key that was not known when the keys were last read."""
+
+
+class Expired(NotAuthenticated):
+    """A token that was good, and whose time is over: no sign of somebody who guesses."""
 
 
 class UnreadableUpdate(GatewayError):
@@ -461,7 +469,7 @@ def url(value: str) -> str:
 
 
 def topic_arn(value: str) -> str:
-    if not re.fullmatch(r"arn:[\w-]+:sns:[\w-]+:\d{12}:[\w-]{1,256}", value):
+    if not re.fullmatch(r"(?a)arn:[\w-]+:sns:[\w-]+:\d{12}:[\w-]{1,256}", value):
         raise ValueError("must be a topic's ARN like arn:aws:sns:us-east-1:123456789012:name")
     return value
 
@@ -481,11 +489,24 @@ def names(value: str) -> tuple[str, ...]:
     return found
 
 
+def origin(value: str) -> str:
+    """An origin as browsers write it: lower case, without the default port (RFC 6454, 6.2)."""
+    if not value.isascii():  # Python's own IDNA would make another domain of some
+        raise ValueError("must have hosts in ASCII: write the xn-- form that browsers send")
+    found = re.fullmatch(
+        r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", value.lower()
+    )
+    if not found or int((found[3] or ":0")[1:]) > 65_535:
+        raise ValueError("must be a comma-separated list of origins like https://app.example")
+    scheme, host, port = found[1], found[2], int((found[3] or ":0")[1:])
+    if host[0] == "[":
+        host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
+    default = {"http": 80, "https": 443}.get(scheme)
+    return f"{scheme}://{host}" if port in (0, default) else f"{scheme}://{host}:{port}"
+
+
 def origins(value: str) -> tuple[str, ...]:
-    for name in names(value):
-        if not re.fullmatch(r"https?://[\w.\-\[\]:]+", name):
-            raise ValueError("must be a comma-separated list of origins like https://app.example")
-    return names(value)
+    return tuple(origin(name) for name in names(value))
 
 
 def algorithms(value: str) -> tuple[str, ...]:
@@ -508,7 +529,7 @@ def level(value: str) -> str:
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", value) or not low <= int(value) <= high:
+        if not re.fullmatch(r"[0-9]{1,18}", value) or not low <= int(value) <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(value)
 
@@ -517,7 +538,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 def seconds(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
-        if not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", value) or not low <= float(value) <= high:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
             raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
         return float(value)
 
@@ -1105,6 +1126,33 @@ def decode_message(payload: bytes) -> ClientMessage:
     raise refusal from None
 
 
+def split_target(target: str) -> tuple[str, str]:
+    """Path and query of a request's target, also where that is a whole URL (RFC 9112, 3.2.2)."""
+    path, _, query = re.sub(r"(?i)^(?:http|ws)s?://[^/?]+", "", target).partition("?")
+    return path or "/", query
+
+
+def subscriptions_in(query: str) -> list[dict[str, Any]]:
+    """The subscribe messages that a URL stands for.
+
+    Raises:
+        BadMessage: it cannot stand for any.
+    """
+    found = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+    named = [each for each in found if each[0] in ("project_id", "since", "epoch")]
+    for name, value in named:
+        if re.search("[\udc80-\udcff]", value):
+            raise BadMessage(ErrorCode.INVALID_FIELD, f'"{name}" in the URL is not UTF-8.')
+    project_ids = [value for name, value in named if name == "project_id"]
+    resume: dict[str, Any] = {name: value for name, value in named if name != "project_id"}
+    if resume and len(project_ids) != 1:
+        sentence = "since and epoch go with exactly one project_id in the URL."
+        raise BadMessage(ErrorCode.INVALID_FIELD, sentence)
+    if re.fullmatch("[0-9]{1,16}", resume.get("since", "")):
+        resume["since"] = int(resume["since"])
+    return [{"action": "subscribe", "project_id": p, **resume} for p in project_ids]
+
+
 def queue_of(message: Forward) -> str:
     """The agent, ``pm``, ``dev``, ``qa`` or ``ops``, that a forward goes to.
 
@@ -1187,19 +1235,21 @@ class TokenBucket:
 
 
 class Buckets:
-    """A bucket for each address; those that are full again are forgotten."""
+    """A bucket for each address, or several; those that are full again are forgotten."""
 
     def __init__(self, rate_per_s: float, burst: float) -> None:
         self._rate = rate_per_s
         self._burst = burst
         self._buckets: dict[str, TokenBucket] = {}
 
-    def of(self, address: str, now: float) -> TokenBucket:
+    def of(self, address: str, now: float, worth: int = 1) -> TokenBucket:
+        """The bucket of an address, or of a network that may do as much as ``worth`` of them."""
         bucket = self._buckets.get(address)
         if bucket is None:
             while len(self._buckets) >= ADDRESSES_REMEMBERED:
                 del self._buckets[next(iter(self._buckets))]
-            bucket = self._buckets[address] = TokenBucket(self._rate, self._burst, now)
+            bucket = TokenBucket(worth * self._rate, worth * self._burst, now)
+            self._buckets[address] = bucket
         return bucket
 
     def forget(self, now: float) -> None:
@@ -1223,7 +1273,7 @@ def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
     claimed = entries[-min(hops, len(entries))] if hops and entries else peer
     if re.fullmatch(PLAIN_IPV4, claimed):  # as nearly all are, in a tenth of the time
         return claimed
-    with_port = re.fullmatch(r"\[(.+)\](?::\d+)?|([\d.]+):\d+", claimed)
+    with_port = re.fullmatch(r"(?a)\[(.+)\](?::\d+)?|([\d.]+):\d+", claimed)
     bare = (with_port[1] or with_port[2]) if with_port else claimed
     for candidate in (bare, peer):
         with contextlib.suppress(ValueError):
@@ -1234,6 +1284,17 @@ def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
                 return str(ipaddress.IPv6Network((int(address), 64), strict=False))  # no zone id
             return str(address)
     return peer
+
+
+def scopes_of(address: str) -> Iterator[tuple[str, int]]:
+    """What an address counts for in the limits, and how many addresses' worth that may have.
+
+    Its own; and of IPv6 the /48 too that its /64 lies in, which a single customer may have whole.
+    """
+    yield address, 1
+    if ":" in address:
+        with contextlib.suppress(ValueError):
+            yield str(ipaddress.IPv6Network(address).supernet(new_prefix=48)), SITE_ADDRESSES
 
 
 class Admission:
@@ -1252,11 +1313,13 @@ class Admission:
 
     def refusal(self, address: str, now: float) -> tuple[int, str] | None:
         """HTTP status and sentence for who may not come in."""
-        if self._failures.of(address, now).empty(now):
+        scopes = tuple(scopes_of(address))
+        if any(self._failures.of(name, now, worth).empty(now) for name, worth in scopes):
             return 429, "Too many failed authentications."
         if crowded := self.crowded(address):
             return crowded
-        if not self._handshakes_by_address.of(address, now).take(now):
+        by_address = self._handshakes_by_address
+        if not all(by_address.of(name, now, worth).take(now) for name, worth in scopes):
             return 429, "Too many connections from this address at once."
         if not self._handshakes.take(now):
             return 503, "This server is busy."
@@ -1264,10 +1327,8 @@ class Admission:
 
     def crowded(self, address: str) -> tuple[int, str] | None:
         """The same, for the number of connections alone."""
-        if (
-            self._max_per_address
-            and self._inside_by_address.get(address, 0) >= self._max_per_address
-        ):
+        inside, most = self._inside_by_address, self._max_per_address
+        if most and any(inside.get(name, 0) >= worth * most for name, worth in scopes_of(address)):
             return 429, "Too many connections from this address."
         if self._max_connections and self._inside >= self._max_connections:
             return 503, "This server is full."
@@ -1275,17 +1336,20 @@ class Admission:
 
     def entered(self, address: str) -> None:
         self._inside += 1
-        self._inside_by_address[address] = self._inside_by_address.get(address, 0) + 1
+        for name, _ in scopes_of(address):
+            self._inside_by_address[name] = self._inside_by_address.get(name, 0) + 1
 
     def left(self, address: str) -> None:
         self._inside -= 1
-        self._inside_by_address[address] -= 1
-        if not self._inside_by_address[address]:
-            del self._inside_by_address[address]
+        for name, _ in scopes_of(address):
+            self._inside_by_address[name] -= 1
+            if not self._inside_by_address[name]:
+                del self._inside_by_address[name]
 
     def failed(self, address: str, now: float) -> None:
         """Count a failed authentication."""
-        self._failures.of(address, now).take(now)
+        for name, worth in scopes_of(address):
+            self._failures.of(name, now, worth).take(now)
 
     def forget(self, now: float) -> None:
         """Let go of addresses that have been quiet."""
@@ -1326,9 +1390,17 @@ class Principal:
         return project_id in self.projects if project_id is not None else bool(self.projects)
 
 
-def usable(key: PyJWK, algorithms: Sequence[str]) -> bool:
-    """Whether a key is for one of the algorithms, and for signatures."""
-    return key.algorithm_name in algorithms and key.public_key_use in (None, "sig")
+def usable_key(member: Any, algorithms: Sequence[str]) -> PyJWK | None:
+    """A member of a key set, if it is a key for one of the algorithms, and for signatures.
+
+    Others belong to somebody else, and are no reason to do without the rest (RFC 7517, section 5).
+    """
+    try:
+        key = PyJWK(member)
+    except Exception:  # the member is a stranger's, and its parser raises all sorts
+        return None
+    usable = key.algorithm_name in algorithms and key.public_key_use in (None, "sig")
+    return key if usable and isinstance(key.key_id, str | None) else None
 
 
 class Keys:
@@ -1337,24 +1409,31 @@ class Keys:
     def __init__(self, fetch: Callable[[], Awaitable[bytes]], algorithms: Sequence[str]) -> None:
         self._fetch = fetch
         self._algorithms = algorithms
-        self._by_id: dict[str | None, PyJWK] = {}
+        self._keys: list[PyJWK] = []
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._by_id)
+        return bool(self._keys)
 
-    def find(self, key_id: str | None) -> PyJWK:
-        """The key of that id; the only key there is for a token that names none.
+    def find(self, key_id: str | None, algorithm: str) -> list[PyJWK]:
+        """The keys that a token may be signed with: those of its id, else those without one.
+
+        Several may share an id, or have none (RFC 7517, section 4.5); a token without an id may be
+        of any key.
 
         Raises:
             UnknownKey: there is none.
+            NotAuthenticated: there can be none.
         """
-        if key_id is None and len(self._by_id) == 1:
-            return next(iter(self._by_id.values()))
-        if key_id not in self._by_id:
+        if algorithm not in self._algorithms:
+            raise NotAuthenticated("its algorithm is not allowed")
+        fitting = [key for key in self._keys if key.algorithm_name == algorithm]
+        named = [key for key in fitting if key_id is None or key.key_id == key_id]
+        found = named or [key for key in fitting if key.key_id is None]
+        if not found:
             raise UnknownKey("it is signed with an unknown key")
-        return self._by_id[key_id]
+        return found[:KEYS_TRIED]
 
     def may_read_again(self, now: float) -> bool:
         return now - self._read_at >= KEYS_REFRESH_S or self._reading is not None
@@ -1368,11 +1447,11 @@ class Keys:
 
     async def _read(self) -> None:
         try:
-            document = msgspec.json.decode(await self._fetch(), type=dict[str, Any])
-            keys = [key for key in PyJWKSet.from_dict(document) if usable(key, self._algorithms)]
+            members = json.loads(await self._fetch())["keys"]
+            keys = [key for member in members if (key := usable_key(member, self._algorithms))]
             if not keys:
                 raise PyJWKSetError("no key is for an algorithm in AUTH_ALGORITHMS")
-            self._by_id = {key.key_id: key for key in keys}
+            self._keys = keys
         except Exception as exc:  # the document is a stranger's, and its parser raises all sorts
             logger.warning("the issuer's keys could not be read: %s", type(exc).__name__)
         finally:
@@ -1391,6 +1470,17 @@ def projects_in(claims: Mapping[str, Any], name: str) -> frozenset[str] | None:
     return None if "*" in found else frozenset(found)
 
 
+def numeric_date(value: Any) -> float:
+    """A claim's NumericDate, unix seconds (RFC 7519, section 2).
+
+    Raises:
+        ValueError: it is none; a string of digits is none either.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("not a date")
+    return float(value)
+
+
 class Verifier:
     """Tokens to principals (RFC 7519). The algorithm is the settings' choice, never the token's."""
 
@@ -1406,29 +1496,49 @@ class Verifier:
             NotAuthenticated: nobody's.
         """
         settings = self._settings
-        by_aud = settings.auth_audience_claim == "aud"
         try:
             header = jwt.get_unverified_header(token)
-            claims = jwt.decode(
-                token,
-                self.keys.find(header.get("kid")),
-                algorithms=list(settings.auth_algorithms),
-                issuer=settings.auth_issuer,
-                audience=settings.auth_audience if by_aud else None,
-                leeway=TOKEN_LEEWAY_S,
-                options={
-                    "require": ["exp", "iss", "sub"],
-                    "verify_aud": by_aud,
-                    "enforce_minimum_key_length": True,
-                },
-            )
-            expires_at = float(claims["exp"]) + TOKEN_LEEWAY_S
+            key_id = header.get("kid")
+            keys = self.keys.find(key_id, header.get("alg", ""))
+            claims = self._claims(token, keys)
+            if claims is None and key_id is not None and keys[0].key_id == key_id:
+                raise NotAuthenticated("its signature is wrong")
+            if claims is None:
+                raise UnknownKey("it is signed with none of the keys that it may be signed with")
+            claims["sub"].encode()  # half a surrogate pair would fail later, at each forward
+            expires_at = numeric_date(claims["exp"]) + TOKEN_LEEWAY_S
+            numeric_date(claims.get("nbf", 0))
         except (PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as exc:
             raise NotAuthenticated(type(exc).__name__) from None
+        by_aud = settings.auth_audience_claim == "aud"
         if not by_aud and claims.get(settings.auth_audience_claim) != settings.auth_audience:
             raise NotAuthenticated("it is for another audience")
+        if expires_at <= time.time():
+            raise Expired("it has expired")
         projects = projects_in(claims, settings.auth_projects_claim)
         return Principal(claims["sub"], projects, expires_at)
+
+    def _claims(self, token: str, keys: Sequence[PyJWK]) -> dict[str, Any] | None:
+        """What a token claims, its expiry unchecked; ``None`` if none of the keys has signed it."""
+        settings = self._settings
+        by_aud = settings.auth_audience_claim == "aud"
+        for key in keys:
+            with contextlib.suppress(InvalidSignatureError, InvalidKeyError):
+                return jwt.decode(
+                    token,
+                    key,
+                    algorithms=[key.algorithm_name],
+                    issuer=settings.auth_issuer,
+                    audience=settings.auth_audience if by_aud else None,
+                    leeway=TOKEN_LEEWAY_S,
+                    options={
+                        "require": ["exp", "iss", "sub"],
+                        "verify_exp": False,
+                        "verify_aud": by_aud,
+                        "enforce_minimum_key_length": True,
+                    },
+                )
+        return None
 
 
 def bearer_token(headers: Headers) -> str | None:
@@ -3008,7 +3118,7 @@ class Relay:
         self._heartbeat_s = heartbeat_s
         *_, self._region, self._account, topic = topic_arn.split(":")
         self._prefix = f"{topic[:40]}-task-"
-        self._name = self._prefix + re.sub(r"[^\w-]", "-", task_id)[: 80 - len(self._prefix)]
+        self._name = self._prefix + re.sub(r"(?a)[^\w-]", "-", task_id)[: 80 - len(self._prefix)]
         self._queue_url = ""
         self._subscription_arn = ""
         self._suspects: set[str] = set()
@@ -3568,6 +3678,21 @@ class Metrics:
 
 # --- Connection -----------------------------------------------------------------------------
 # One socket, from its first byte to its last. Knows no AWS.
+
+
+class HandshakeProtocol(ServerProtocol):
+    """The library's protocol, but for its limit to a line: a token alone may take more."""
+
+    def parse(self) -> Generator[None]:
+        read_line = self.reader.read_line
+
+        def read_long_line(
+            _: int, too_long: type[Exception] = RuntimeError
+        ) -> Generator[None, None, bytearray]:
+            return read_line(HANDSHAKE_MAX_BYTES, too_long)
+
+        self.reader.read_line = read_long_line  # type: ignore[assignment, method-assign]
+        yield from super().parse()
 
 
 class Connection(asyncio.Protocol):
@@ -4190,17 +4315,18 @@ class Gateway:
     # HTTP.
 
     def new_protocol(self, state: State = State.CONNECTING) -> ServerProtocol:
-        return ServerProtocol(
+        connecting = state is State.CONNECTING
+        return (HandshakeProtocol if connecting else ServerProtocol)(
             state=state,
             extensions=self._extensions,
             max_size=self._settings.max_message_bytes,
-            select_subprotocol=choose_subprotocol if state is State.CONNECTING else None,
+            select_subprotocol=choose_subprotocol if connecting else None,
         )
 
     def answer(self, connection: Connection, request: Request) -> None:
         """Have a request answered: at once, unless the issuer's keys must be read for it."""
         protocol = connection.protocol
-        path = request.path.partition("?")[0]
+        path, _ = split_target(request.path)
         if path in WEBSOCKET_PATHS:
             self._admit(connection, request)
             return
@@ -4342,21 +4468,11 @@ class Gateway:
             self._nameless[connection] = None
         else:
             self.registry.join(connection, self.registry.channel(EVERYONE))
-        for subscription in self._subscriptions_in(connection, request):
-            self._handle(connection, encode(subscription))
-
-    def _subscriptions_in(self, connection: Connection, request: Request) -> list[dict[str, Any]]:
-        """The subscribe messages that a URL stands for."""
-        query = parse_qsl(request.path.partition("?")[2], keep_blank_values=True)
-        project_ids = [value for name, value in query if name == "project_id"]
-        resume: dict[str, Any] = {name: v for name, v in query if name in ("since", "epoch")}
-        if resume and len(project_ids) != 1:
-            sentence = "since and epoch go with exactly one project_id in the URL."
-            self.refuse(connection, BadMessage(ErrorCode.INVALID_FIELD, sentence))
-            return []
-        if re.fullmatch(r"\d{1,16}", resume.get("since", "")):
-            resume["since"] = int(resume["since"])
-        return [{"action": "subscribe", "project_id": p, **resume} for p in project_ids]
+        try:
+            for subscription in subscriptions_in(split_target(request.path)[1]):
+                self._handle(connection, encode(subscription))
+        except BadMessage as exc:
+            self.refuse(connection, exc)
 
     def message(self, connection: Connection, payload: bytes) -> None:
         """One message of a client, if it does not send too many."""
@@ -4475,9 +4591,10 @@ class Gateway:
         """Hold a refused token against its address, unless it may be the keys that are old.
 
         When the issuer has changed its keys, and they must not be read again yet, a whole office
-        of honest clients would be locked out.
+        of honest clients would be locked out; so would it be by one forgotten page that goes on
+        with a token that was good once.
         """
-        if last or not isinstance(exc, UnknownKey):
+        if not isinstance(exc, Expired) and (last or not isinstance(exc, UnknownKey)):
             self._admission.failed(connection.address, self.now())
         logger.info("token refused: %s", exc, extra={"connection_id": connection.id})
 

@@ -1322,7 +1322,7 @@ class TestTokens:
         issuer = Issuer(rsa=rsa_key(0), ec=ec.generate_private_key(ec.SECP256R1()))
         keys = server.Keys(issuer.fetch, auth.auth_algorithms)
         await keys.read(0.0)
-        with pytest.raises(UnknownKey):
+        with pytest.raises(NotAuthenticated, match="algorithm"):
             server.Verifier(auth, keys).verify(issuer.token("ec"))
         both = dataclasses.replace(auth, auth_algorithms=("RS256", "ES256", "EdDSA"))
         keys = server.Keys(issuer.fetch, both.auth_algorithms)
@@ -1385,7 +1385,7 @@ class TestTokens:
         await keys.read(0.0)
         issuer.document = document
         await keys.read(60.0)
-        assert keys.find("rsa").key_id == "rsa"
+        assert [key.key_id for key in keys.find("rsa", "RS256")] == ["rsa"]
         assert "the issuer's keys could not be read" in caplog.text
 
     async def test_withdrawn_key(self, issuer: Issuer) -> None:
@@ -1394,9 +1394,9 @@ class TestTokens:
         await keys.read(0.0)
         issuer.document = Issuer(new=rsa_key(1)).document
         await keys.read(60.0)
-        assert keys.find("new").key_id == "new"
+        assert [key.key_id for key in keys.find("new", "RS256")] == ["new"]
         with pytest.raises(UnknownKey):
-            keys.find("rsa")
+            keys.find("rsa", "RS256")
 
 
 # --- Registry -------------------------------------------------------------------------------

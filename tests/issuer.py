@@ -25,9 +25,13 @@ ISSUER = "https://issuer.example"
 AUDIENCE = "agenticai"
 
 
-@functools.cache
-def private_key(key_id: str, algorithm: str = "RS256") -> PrivateKey:  # noqa: ARG001
+def private_key(key_id: str, algorithm: str = "RS256") -> PrivateKey:
     """The key of that id, the same each time: to make an RSA key takes a while."""
+    return _made(key_id, algorithm)
+
+
+@functools.cache
+def _made(key_id: str, algorithm: str) -> PrivateKey:  # noqa: ARG001
     if algorithm == "RS256":
         return rsa.generate_private_key(65_537, 2_048)
     if algorithm == "ES256":
