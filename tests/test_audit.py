@@ -106,7 +106,7 @@ def threats() -> list[tuple[str, list[str]]]:
     text = SECURITY.read_text("utf-8")
     section = text.partition("## Threats")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    return [(row[0], re.findall(r"`([\w.:]+)`", row[2])) for row in rows if row[0] != "Threat"]
+    return [(row[0], re.findall(r"`([\w.:/]+)`", row[2])) for row in rows if row[0] != "Threat"]
 
 
 class TestThreats:
