@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from bench.bill import bill_turn
 from bench.processes import BenchError
 from bench.scenarios import (
     Record,
@@ -101,6 +102,10 @@ def _small_projects_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
     for tasks, projects in ((1, 1), (1, 20), (1, 200), (2, 20)):
         turn = spread_turn(server, tasks, projects, viewers_each=VIEWERS, cpu_s=effort.cpu_s)
         yield f"spread: {server.name}, tasks: {tasks}, projects: {projects}", turn
+    for tasks, kilobytes in ((1, 1), (1, 4), (2, 1), (4, 1), (4, 4)):
+        for pattern in ("alone", "bursts"):
+            turn = bill_turn(server, tasks, pattern, kilobytes)
+            yield f"bill: {server.name}, tasks: {tasks}, {pattern}, {kilobytes} KB", turn
 
 
 def _one_server_turns(effort: Effort, server: Server) -> Iterator[Labelled]:

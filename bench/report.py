@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import prices
+from bench.bill import dollars_per_million
 from bench.processes import ROOT
 from bench.scenarios import Record
 
@@ -179,6 +181,31 @@ def spread(run: Run) -> str:
         rows.append([_tasks(server, parameters), f"{parameters['projects']}", *cells])
     head = ("bursts of 20", "projects", "CPU us an event", "to one project", "AWS calls an event")
     return table(head, rows)
+
+
+def bill(run: Run) -> str:
+    """What AWS bills for a million logged events."""
+    rows = []
+    for server, parameters in run.parameters("bill"):
+        keys = ("calls", "write_units", "read_units", "sqs_requests", "sns_requests")
+        values = {
+            key: value
+            for key in (*keys, "agents_requests")
+            for value in run.by_round("bill", server, key, **parameters).values()
+        }
+        tasks, pattern = parameters["tasks"], parameters["pattern"]
+        size = "at most 1,024 bytes" if parameters["kilobytes"] == 1 else "at most 4,096 bytes"
+        count = "1 task" if tasks == 1 else f"{tasks} tasks"
+        rows.append(
+            [
+                f"{count}, {'ten at once' if pattern == 'bursts' else pattern}, {size}",
+                *(number(values[key]) for key in keys),
+                f"${dollars_per_million(values):.2f}",
+                f"${values['agents_requests'] * prices.SQS_REQUESTS:.2f}",
+            ]
+        )
+    head = ("items, an event", "AWS calls", "write units", "read units", "SQS requests")
+    return table((*head, "SNS requests", "a million events", "agents' own sends"), rows)
 
 
 def fan_out(run: Run) -> str:
@@ -506,6 +533,11 @@ def targets(run: Run) -> str:
 
 # What is compared, and whether more of it is better.
 COMPARED = {
+    "calls": False,
+    "write_units": False,
+    "read_units": False,
+    "sqs_requests": False,
+    "sns_requests": False,
     "cpu_us_per_event": False,
     "aws_calls_per_event": False,
     "core_share": False,
@@ -643,6 +675,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "machine": machine,
     "real-shape": real_shape,
     "spread": spread,
+    "bill": bill,
     "targets": targets,
     "fan-out": fan_out,
     "latency": latency,

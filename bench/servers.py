@@ -215,11 +215,15 @@ def gateway_without_limits(deflate: bool) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def gateways_with_tokens(tasks: int, **options: Any) -> Iterator[list[Running]]:
+def gateways_with_tokens(
+    tasks: int, settings: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[list[Running]]:
     """Tasks with all that can be on: a token is verified for each client, and its origin."""
     with (
-        issuer() as (settings, token),
-        gateways(tasks, {**settings, "ALLOWED_ORIGINS": ORIGIN}, **options) as fleet,
+        issuer() as (trusted, token),
+        gateways(
+            tasks, {**trusted, "ALLOWED_ORIGINS": ORIGIN, **(settings or {})}, **options
+        ) as fleet,
     ):
         for running in fleet:
             running.headers = (f"Authorization: Bearer {token}", f"Origin: {ORIGIN}")

@@ -84,7 +84,7 @@ def viewers(
         yield loads
 
 
-def _await(loads: Sequence[tuple[Load, int]], events: int, timeout_s: float) -> list[Counted]:
+def await_all(loads: Sequence[tuple[Load, int]], events: int, timeout_s: float) -> list[Counted]:
     """Wait for every event at every viewer of its project.
 
     Raises:
@@ -118,14 +118,14 @@ def real_shape_turn(
                 load.trickle(forwarding, FORWARD_PERIOD_S, json.dumps(forward))
             tail = HeavyTail(projects, seed=number)
             for rate in (0, *rates):
-                _reset(loads)
-                _await(loads, offer(agents, tail, rate, WARM_UP_S), MAX_DELAY_S)
-                _reset(loads)
+                reset(loads)
+                await_all(loads, offer(agents, tail, rate, WARM_UP_S), MAX_DELAY_S)
+                reset(loads)
                 begun = Sum.begin(fleet)
                 if not rate:
                     time.sleep(seconds)
                 events = offer(agents, tail, rate, seconds, seed=number)
-                counted = _await(loads, events, MAX_DELAY_S)
+                counted = await_all(loads, events, MAX_DELAY_S)
                 elapsed_s = time.monotonic() - begun.moment
                 values = begun.values(events) | _latencies(counted, elapsed_s)
                 parameters = {"tasks": tasks, "rate": rate, "projects": projects}
@@ -139,7 +139,7 @@ def _agents(running: Running) -> QueueAgents:
     return QueueAgents(running.aws.environment["SQS_QUEUE_URL_UPDATES"])
 
 
-def _reset(loads: Sequence[tuple[Load, int]]) -> None:
+def reset(loads: Sequence[tuple[Load, int]]) -> None:
     for load, _ in loads:
         load.reset()
 
@@ -185,9 +185,9 @@ def _bursts(
     feed: QueueFeed, loads: Sequence[tuple[Load, int]], projects: int, *, bursts: int
 ) -> int:
     """Send bursts, each after the last has arrived everywhere; the number of events."""
-    _reset(loads)
+    reset(loads)
     for burst in range(bursts):
         names = [f"p{(20 * burst + i) % projects}" for i in range(20)]
         feed.publish_updates([update(200, name) for name in names])
-        _await(loads, 20 * (burst + 1), MAX_BURST_S)
+        await_all(loads, 20 * (burst + 1), MAX_BURST_S)
     return 20 * bursts

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import prices, report
+from bench.bill import dollars_per_million, per_event
 from bench.feeds import event, update
 from bench.processes import ROOT, BenchError, Process
 from bench.programme import FULL, QUICK, Effort, paired_programme, programme
 from bench.report import Run, Target
 from bench.scenarios import Record
-from bench.servers import GATEWAY, Server, generous_limits, limits, present
+from bench.servers import GATEWAY, Server, Used, generous_limits, limits, present
 from server import Settings
 
 FULL_RUN = report.RESULTS / "full.json"
@@ -195,6 +197,22 @@ def test_every_limit_is_on() -> None:
     needed = {f"SQS_QUEUE_URL_{name}": "http://127.0.0.1/1/q" for name in names}
     Settings.from_mapping({**needed, "DYNAMODB_TABLE_NAME": "table", **chosen})
     assert all(int(value) > 0 for value in chosen.values())
+
+
+def test_bill_is_what_was_counted_times_its_price() -> None:
+    """Everything but the agents' own requests is paid for, at the price of its kind."""
+    requests = Counter(
+        {"sqs ReceiveMessage updates": 20, "sqs SendMessage updates": 10, "sns Publish topic": 5}
+    )
+    values = per_event(Used(requests, requests, read_units=4, write_units=40), 10)
+    assert values["calls"] == 2.5
+    assert values["agents_requests"] == 1
+    dollars = 4 * prices.WRITE_UNITS + 0.4 * prices.READ_UNITS
+    dollars += 2 * prices.SQS_REQUESTS + 0.5 * prices.SNS_REQUESTS
+    assert dollars_per_million(values) == pytest.approx(dollars)
+    nothing = Used(Counter(), Counter(), read_units=0, write_units=0)
+    with pytest.raises(BenchError, match="no event was sent"):
+        per_event(nothing, 10)
 
 
 def test_pairs_are_the_same_turns() -> None:

@@ -1,0 +1,16 @@
+"""List prices of AWS in dollars a million, of us-east-1, on demand, without any free tier.
+
+This is the one place for them in the benchmark. DynamoDB's hold since November 2024.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+AS_OF: Final = "June 2026"
+
+WRITE_UNITS: Final = 0.625
+READ_UNITS: Final = 0.125
+SQS_REQUESTS: Final = 0.40
+SQS_FIFO_REQUESTS: Final = 0.50
+SNS_REQUESTS: Final = 0.50  # deliveries to SQS cost nothing
