@@ -176,6 +176,7 @@ KEYS_REFRESH_S = 60.0  # at most so often for a key that is not known
 KEYS_LIFETIME_S = 300.0  # a key withdrawn by the issuer is honoured no longer, if it answers
 ADDRESSES_REMEMBERED = 65_536
 SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
+AWS_REGION_NAME = r"[a-z]{2,4}(?:-[a-z]+)+-[0-9]{1,2}"
 OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 PLAIN_IPV4 = rf"{OCTET}(?:\.{OCTET}){{3}}"
 
@@ -546,9 +547,38 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
 
 
 def setting(
-    parse: Callable[[str], Any], doc: str, default: Any = dataclasses.MISSING
+    parse: Callable[[str], Any], doc: str, default: Any = dataclasses.MISSING, needs: str = ""
 ) -> Any:  # a dataclass field, whatever the checker should take it for
-    return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
+    """A setting; ``needs`` is the field of another, without which it has no effect."""
+    metadata = {"parse": parse, "doc": doc, "needs": needs}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def region_in(name: str, value: str) -> str | None:
+    """The region that a queue's URL or a topic's ARN says it is in; not every URL has one."""
+    if name == "UPDATES_TOPIC_ARN":
+        return value.split(":")[3]
+    labels = (urlsplit(value).hostname or "").split(".") if name.startswith("SQS_") else []
+    return next((each for each in labels if re.fullmatch(AWS_REGION_NAME, each)), None)
+
+
+def letters_apart(one: str, other: str) -> int:
+    """How many letters are to be added, left out or replaced; 3 if it is more (Levenshtein)."""
+    if abs(len(one) - len(other)) > 2:
+        return 3
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, row[0] = row[:], i
+        for j, its in enumerate(other, 1):
+            row[j] = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != its))
+        if min(row) > 2:
+            return 3
+    return row[-1]
+
+
+def mistaken_for(name: str, known: Iterable[str]) -> str | None:
+    """Which of ``known`` differs from an unknown name by one or two letters, or in their case."""
+    return next((each for each in known if letters_apart(name.upper(), each) <= 2), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -572,7 +602,9 @@ class Settings:
     aws_region: str = setting(text, "region of all of these", "us-east-1")
     websocket_host: str = setting(text, "address to listen on", "0.0.0.0")  # noqa: S104
     websocket_port: int = setting(whole(0, 65_535), "port to listen on; 0 takes a free one", 8080)
-    event_retention_hours: int = setting(whole(1, 8_760), "how long missed events can be had", 24)
+    event_retention_hours: int = setting(
+        whole(1, 8_760), "how long missed events can be had", 24, "sqs_queue_url_updates"
+    )
     max_catchup_events: int = setting(
         whole(1, 100_000), "a client that missed more must refetch its state", 1_000
     )
@@ -601,7 +633,7 @@ class Settings:
         whole(0, 100_000), "twice that in a burst, beyond it 429; 0 is no limit", 100
     )
     max_failed_authentications_per_ip: int = setting(
-        whole(0, 100_000), "a minute, beyond it 429; 0 is no limit", 30
+        whole(0, 100_000), "a minute, beyond it 429; 0 is no limit", 30, "auth_jwks_url"
     )
     trusted_proxy_hops: int = setting(
         whole(0, 10), "proxies whose `X-Forwarded-For` entries are believed", 1
@@ -627,7 +659,7 @@ class Settings:
         switch, "let clients connect without a token and send it as the first message", False
     )
     auth_deadline_seconds: float = setting(
-        seconds(0.1, 300), "how long such a client may take", 5.0
+        seconds(0.1, 300), "how long such a client may take", 5.0, "auth_first_message"
     )
     compression: bool = setting(
         switch, "offer `permessage-deflate`, each event deflated once", True
@@ -647,6 +679,7 @@ class Settings:
         seconds(0.2, 3_600),
         "sign of life on the task's own queue; five missed and others remove it",
         60.0,
+        "updates_topic_arn",
     )
     audit_interval_seconds: float = setting(
         seconds(0.2, 3_600), "how often delivered events are compared with the log", 30.0
@@ -679,12 +712,49 @@ class Settings:
                 found[field.name] = field.metadata["parse"](value)
             except ValueError as exc:
                 faults.append(f"{name} {exc}, not {value[:80]!r}")
-        needed = ("AUTH_ISSUER", "AUTH_AUDIENCE") if "auth_jwks_url" in found else ()
-        missing = [name for name in needed if name.lower() not in found]
-        faults += [f"{name} is missing: it is needed with AUTH_JWKS_URL" for name in missing]
+        faults += cls._half_open(values)
+        own_region = found.get("aws_region", cls.aws_region)
+        for name in ("updates_topic_arn", *(each for each in found if each.startswith("sqs_"))):
+            region = name in found and region_in(name.upper(), found[name])
+            if region and region != own_region:
+                faults.append(f"AWS_REGION is {own_region}, but {name.upper()} is in {region}")
         if faults:
             raise SettingsError(faults)
         return cls(**found)
+
+    @classmethod
+    def _half_open(cls, values: Mapping[str, str]) -> Iterator[str]:
+        """What would leave the doors open, or shut, against the will of who sets tokens up."""
+        given = {name for name, value in values.items() if value.strip()}
+        known = {field.name.upper() for field in dataclasses.fields(cls)}
+        own = sorted(name for name in known if name.startswith("AUTH_"))
+        if "AUTH_JWKS_URL" in given:
+            for name in (each for each in ("AUTH_ISSUER", "AUTH_AUDIENCE") if each not in given):
+                yield f"{name} is missing: it is needed with AUTH_JWKS_URL"
+        else:
+            for name in sorted(given.intersection(own)):
+                yield f"{name} is set, but AUTH_JWKS_URL is not: everybody could do everything"
+        for name in sorted(given - known):
+            meant = mistaken_for(name, own) if name.upper().startswith("AUTH_") else None
+            if meant:
+                yield f"{name} is no setting: {meant} is meant, it seems"
+
+    def doubts(self, values: Mapping[str, str]) -> list[str]:
+        """What in the environment has no effect, though somebody may think it has."""
+        fields = {field.name.upper(): field for field in dataclasses.fields(self)}
+        found = []
+        for name, value in values.items():
+            field = fields.get(name)
+            if field is None:
+                meant = mistaken_for(name, fields)
+                if meant or name.startswith("AUTH_"):
+                    hint = f", unlike {meant}" if meant else ""
+                    found.append(f"{name} is no setting of this server{hint}")
+            elif value.strip() and (needs := field.metadata["needs"]):
+                changed = getattr(self, field.name) != field.default
+                if changed and not getattr(self, needs):
+                    found.append(f"{name} has no effect without {needs.upper()}")
+        return found
 
     @property
     def queue_urls(self) -> dict[str, str]:
@@ -4980,6 +5050,8 @@ def main() -> int:
         print("All settings: python server.py --help", file=sys.stderr)
         return 2
     set_up_logging(settings.log_level)
+    for doubt in settings.doubts(os.environ):
+        logger.warning("%s", doubt)
     try:
         with asyncio.Runner(loop_factory=fastest_loop()) as runner:
             runner.run(serve(settings))

@@ -594,13 +594,16 @@ class Memory:
 
     def _confirmed(self, position: Position, message: Message) -> str:
         asked, head = position.seq, number(message, "seq")
-        position.confirmed = True
-        position.epoch = word(message, "epoch") or None
+        epoch = word(message, "epoch") or None
+        replaced = position.epoch is not None and epoch != position.epoch
+        position.confirmed, position.epoch = True, epoch
         if message.get("recovered") is True and asked is not None and head is not None:
             missed = max(0, head - asked)
             return f"resumed after {asked}, {missed} missed event{'s' * (missed != 1)} to come"
         position.seq = head
         if message.get("recovered") is False:
+            if replaced or (asked is not None and head is not None and asked > head):
+                return "the log was replaced by another one: fetch the project's state anew"
             return "the log does not reach back that far: fetch the project's state anew"
         return ""
 

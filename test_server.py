@@ -235,6 +235,13 @@ REQUIRED = {
 }
 """The settings without which nothing starts, as an environment has them."""
 
+AUTHENTICATION = {
+    "AUTH_JWKS_URL": "https://issuer.example/keys",
+    "AUTH_ISSUER": "https://issuer.example",
+    "AUTH_AUDIENCE": "gateway",
+}
+"""The settings without which no tokens are looked at."""
+
 
 def settings(
     platform: Platform | None = None, *, topic: bool = False, **overrides: Any
@@ -578,7 +585,7 @@ class TestSettings:
         values = {
             **REQUIRED,
             "SQS_QUEUE_URL_UPDATES": "http://127.0.0.1:4100/000000000000/updates.fifo",
-            "UPDATES_TOPIC_ARN": "arn:aws-cn:sns:cn-north-1:123456789012:events",
+            "UPDATES_TOPIC_ARN": "arn:aws:sns:us-east-1:123456789012:events",
             "EVENTS_TABLE_NAME": "events",
             "WEBSOCKET_PORT": "0",
             "COMPRESSION": "Off",
@@ -652,7 +659,7 @@ class TestSettings:
     def test_wrong_value(self, name: str, value: str) -> None:
         """A value that cannot be is refused by the name of its setting."""
         with pytest.raises(SettingsError) as caught:
-            Settings.from_mapping({**REQUIRED, name: value})
+            Settings.from_mapping({**REQUIRED, **AUTHENTICATION, name: value})
         [fault] = caught.value.faults
         assert fault.startswith(f"{name} ")
 

@@ -571,6 +571,25 @@ class TestResuming:
             {**subscribe, "since": 20, "epoch": "e2"},
         ]
 
+    def test_log_that_is_shorter_than_before(self, start: Callable[..., Process]) -> None:
+        """A log that ends before what the client has is another one, and not too short."""
+
+        def restored(websocket: ServerConnection) -> None:
+            say(websocket, "connected", **CONNECTED)
+            asked = json.loads(websocket.recv(TIMEOUT_S))
+            answer: dict[str, Any] = {"project_id": "p", "seq": 3, "epoch": "e1"}
+            if asked.get("since") == 7:
+                say(websocket, "subscription_confirmed", **answer, recovered=False)
+                websocket.recv(TIMEOUT_S)
+            say(websocket, "subscription_confirmed", **{**answer, "seq": 7})
+            websocket.close(1012)
+
+        with websocket_stub(restored) as place:
+            client = start(CLIENT, f"{place}/?project_id=p")
+            client.until("the log was replaced by another one: fetch the project's state anew")
+            client.type("quit")
+            assert client.end() == 0
+
     @pytest.mark.parametrize(("code", "advice"), [(1008, "send less"), (4401, "--token")])
     def test_refusal_is_final(self, code: int, advice: str) -> None:
         """A close code that says "not you" ends the client with exit code 1."""
