@@ -397,7 +397,7 @@ AGENT_MESSAGES = (
 
 MESSAGES = (*CLIENT_MESSAGES, *SERVER_MESSAGES, *AGENT_MESSAGES)
 
-INTERNAL = {server.Carried, server.Carrier}
+INTERNAL = {server.Carried, server.Carrier, server.CarrierInParts}
 """Message types that only the gateway's own tasks see."""
 
 

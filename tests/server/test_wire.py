@@ -18,6 +18,8 @@ from server import (
     MAX_NESTING,
     AgentMessage,
     BadMessage,
+    Carried,
+    Carrier,
     ErrorCode,
     Forward,
     UnreadableUpdate,
@@ -269,3 +271,40 @@ class TestContext:
         good = forward(data)
         for bad in (good.replace(b'"dev"', b"5"), good.replace(b"forward", b"dance"), good[:-1]):
             assert seconds(bad) < 2 * seconds(good) + 0.001
+
+
+class TestCarrier:
+    """What tasks say to each other: several events in a message, each with any JSON."""
+
+    @given(datas=st.lists(json_texts, min_size=1, max_size=4))
+    @example(datas=[r'"\ud83d"', r'"\\ud83d"', "1"])
+    def test_any_json(self, datas: list[str]) -> None:
+        """Every event comes out as it went in, beside those that are hard to read."""
+        events = [
+            Carried(r'p"\\', number, "c\uffff", 1.5, msgspec.Raw(f'{{"data":{data}}}'.encode()))
+            for number, data in enumerate(datas)
+        ]
+        sent = server.sendable(msgspec.json.encode(Carrier("task", events))).decode()
+        found = server.decode_carrier(sent)
+        assert found.origin == "task"
+        assert [msgspec.structs.astuple(event)[:4] for event in found.events] == [
+            msgspec.structs.astuple(event)[:4] for event in events
+        ]
+        assert [bytes(event.payload) for event in found.events] == [
+            bytes(event.payload) for event in events
+        ]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            r'"\ud83d"',
+            r'{"origin":"t","events":[["\ud83d"]]}',
+            r'{"origin":"t","events":["\ud83d"]}',
+            r'{"origin":"\ud83d","events":[]}',
+            r'{"origin":"t","events":[["p",1,null,0.0,"\ud83d"',
+            r'{"origin":"t","events":[["\ud83d",1,null,0.0,1]]}',
+        ],
+    )
+    def test_of_nobody(self, body: str) -> None:
+        with pytest.raises(msgspec.DecodeError):
+            server.decode_carrier(body)
