@@ -198,11 +198,6 @@ UNFINISHED_MAX_BYTES = 67_108_864  # of all connections; beyond it the oldest go
 SUBSCRIBE_COUNTS_FOR = 3  # messages, in the pace, where the log has to be asked
 FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
-STOP_BUDGET_S = 110.0  # for the whole drain, inside the platform's 120
-HEALTH_CHECKER = "ELB-HealthChecker/2.0"
-HEALTH_CHECKS_SEEN = 3  # in a row, before their absence means anything
-HEALTH_CHECKS_GONE_S = 20.0  # two missed checks of 10 s
-RECONNECT_SPREAD_MS = 1_000
 
 # Fan-out.
 DEFLATE_FROM_BYTES = 256  # below it, the saved bytes cost more than the CPU
@@ -475,6 +470,16 @@ def topic_arn(value: str) -> str:
     return value
 
 
+def target_group(value: str) -> str:
+    shape = r"arn:[\w-]+:elasticloadbalancing:[\w-]+:\d{12}:targetgroup/[\w-]{1,32}/[0-9a-f]{16}"
+    if not re.fullmatch(shape, value):
+        raise ValueError(
+            "must be a target group's ARN like arn:aws:elasticloadbalancing:us-east-1:123456789012"
+            ":targetgroup/name/0123456789abcdef"
+        )
+    return value
+
+
 def keys_url(value: str) -> str:
     parts = urlsplit(value)
     local = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
@@ -675,6 +680,12 @@ class Settings:
     drain_seconds: float = setting(
         seconds(0, 110), "over how long a shutdown spreads the closes", 30.0
     )
+    target_group_arn: str | None = setting(
+        target_group,
+        "target group whose load balancer this task stands behind: the task drains when its target "
+        "does. Without it, a drain begins at SIGTERM",
+        None,
+    )
     task_heartbeat_seconds: float = setting(
         seconds(0.2, 3_600),
         "sign of life on the task's own queue; five missed and others remove it",
@@ -687,7 +698,7 @@ class Settings:
     environment: str = setting(text, "dimension `Environment` of the metrics", "local")
     log_level: str = setting(level, "DEBUG, INFO, WARNING or ERROR", "INFO")
     ecs_container_metadata_uri_v4: str | None = setting(
-        url, "set by ECS; names the task's own queue after the task", None
+        url, "set by ECS: where this task reads its id, for its queue's name, and its address", None
     )
 
     @classmethod
@@ -1888,6 +1899,7 @@ class Aws:
     sqs: SQSClient
     sns: SNSClient
     dynamodb: DynamoDBClient
+    elbv2: Any  # Elastic Load Balancing, version 2
 
 
 def refuse_what_is_no_answer(response_dict: dict[str, Any], **_: Any) -> None:
@@ -1920,7 +1932,7 @@ async def connect(region: str) -> AsyncIterator[Aws]:
     session = AioSession()
     async with contextlib.AsyncExitStack() as stack:
         clients = {}
-        for service in ("sqs", "sns", "dynamodb"):
+        for service in ("sqs", "sns", "dynamodb", "elbv2"):
             client: Any = await stack.enter_async_context(
                 session.create_client(service, region_name=region, config=config)
             )
@@ -3704,6 +3716,9 @@ class Metrics:
     slow_consumers_closed: int = counter("clients closed with 1013")
     catch_ups: int = counter("reads of the log for clients that came back")
     gaps_filled: int = counter("times that events had to be read from the log after all")
+    target_health_errors: int = counter(
+        "DescribeTargetHealth calls that failed; without any that works, a drain begins at SIGTERM"
+    )
     protocol_errors: int = counter("messages answered with an error, and protocol violations")
 
     def __post_init__(self, registry: Registry) -> None:
@@ -4188,8 +4203,191 @@ class Connection(asyncio.Protocol):
             self._gateway.fan_out.give_up(self)  # as one who pings and never reads
 
 
+# --- Drain ----------------------------------------------------------------------------------
+# The orderly end of a task: what begins it, and when who is sent away. Knows no requests.
+
+STOP_BUDGET_S = 110.0  # for the whole drain, inside the platform's 120
+RECONNECT_SPREAD_MS = 1_000
+TARGET_HEALTH_EVERY_S = 10.0  # a deregistration delay has to be longer than this and the drain
+
+
+class TargetHealth:
+    """What the load balancer does with this task, its target.
+
+    A target is deregistered long before its task gets SIGTERM, and at the end of the deregistration
+    delay the load balancer cuts what is left. So the drain begins when it does.
+
+    Source: Elastic Load Balancing API, DescribeTargetHealth.
+    """
+
+    def __init__(
+        self, elbv2: Any, target_group_arn: str, target: Mapping[str, Any], metrics: Metrics
+    ) -> None:
+        self._elbv2 = elbv2
+        self._target_group_arn = target_group_arn
+        self._target = target
+        self._metrics = metrics
+        self._dependency = Dependency("load balancer")
+
+    async def until_draining(self) -> None:
+        """Return once the target's state becomes ``draining``.
+
+        Only as a change from another state: the address may have been that of a crashed task, whose
+        target is still draining.
+        """
+        before: str | None = None
+        warned = False
+        while True:
+            state = await self._state()
+            if state == "draining" and before not in (None, "draining"):
+                return
+            before = state or before
+            if not before and not warned:
+                logger.warning("until the load balancer answers, a drain begins at SIGTERM only")
+                warned = True
+            await asyncio.sleep(TARGET_HEALTH_EVERY_S * random.uniform(0.8, 1.2))  # noqa: S311
+
+    async def _state(self) -> str | None:
+        """The target's state now; ``None`` where the call fails, which changes nothing."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                answer = await self._elbv2.describe_target_health(
+                    TargetGroupArn=self._target_group_arn, Targets=[self._target]
+                )
+            state = answer["TargetHealthDescriptions"][0]["TargetHealth"]["State"]
+        except (*AWS_ERRORS, IndexError, TypeError) as exc:
+            self._metrics.target_health_errors += 1
+            self._dependency.failed(exc, "DescribeTargetHealth")
+            return None
+        self._dependency.worked("DescribeTargetHealth")
+        return str(state)
+
+
+async def wait_for(task: asyncio.Task[None]) -> None:
+    """Return once ``task`` is done; unlike ``await task``, cancelling this leaves it alone."""
+    await asyncio.wait({task})
+
+
+class Drain:
+    """Ends a task in order. Every step is bounded, and all of them by the platform's stop timeout.
+
+    Attributes:
+        wanted: set once the task is to end; it then takes nobody in any more.
+        hurry: set once it is to wait for as little as it can.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        pending: Mapping[Connection, None],
+        forwarder: Forwarder,
+        intake: Intake | None,
+        relay: Relay | None,
+    ) -> None:
+        self.wanted = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self._drain_s = settings.drain_seconds
+        self._forward_timeout_s = settings.forward_timeout_seconds
+        self._registry = registry
+        self._pending = pending  # handshakes and closing handshakes under way
+        self._forwarder = forwarder
+        self._intake = intake
+        self._relay = relay
+        self._receiving: asyncio.Task[None] | None = None
+        self._signals = 0
+        self._left = asyncio.Event()
+        self._ends_at = math.inf
+
+    def signal(self) -> None:
+        """Begin, or hurry if a signal has come before."""
+        self._signals += 1
+        (self.wanted if self._signals == 1 else self.hurry).set()
+
+    def receiving(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        """Have the task that receives updates seen through, not cut."""
+        self._receiving = task
+        return task
+
+    def somebody_left(self) -> None:
+        self._left.set()
+
+    async def run(self, loops: Sequence[asyncio.Task[Any]]) -> None:
+        """Send everybody away, finish what is in hand, then end ``loops``."""
+        logger.info("draining", extra={"connections": len(self._registry.connections)})
+        began_at = time.monotonic()
+        self._ends_at = began_at + STOP_BUDGET_S
+        # 1. No more sockets (the door sees to that) and no more updates. A long poll under way is
+        #    seen through, if that takes no longer than the drain: what SQS hands to a call that
+        #    was cut is invisible to everybody for ten seconds.
+        if self._intake:
+            self._intake.stop()
+        # 2. Send the clients away, spread out so that the others can take them in.
+        await self._close_all()
+        if self._receiving:
+            left_s = began_at + self._drain_s - time.monotonic()
+            await self._within(left_s, wait_for(self._receiving))
+        # 3. See their closing handshakes through.
+        await self._within(CLOSE_TIMEOUT_S, self._everybody_left())
+        # 4. Finish the forwards and updates in hand.
+        await self._within(self._forward_timeout_s, self._forwarder.idle())
+        if self._intake:
+            await self._within(CALL_TIMEOUT_S, self._intake.idle())
+        # 5. End the loops, and take the own queue away.
+        for task in loops:
+            task.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+        if self._relay:
+            await self._relay.close()
+        # 6. Cut who is still there.
+        for connection in tuple(self._pending):
+            connection.transport.abort()
+
+    async def _close_all(self) -> None:
+        began_at = time.monotonic()
+        spread_s = min(self._drain_s, STOP_BUDGET_S / 2)
+        connections = list(self._registry.connections.values())
+        random.shuffle(connections)
+        busy = []
+        for i, connection in enumerate(connections):
+            left_s = began_at + spread_s * i / len(connections) - time.monotonic()
+            if left_s > 0 and not self.hurry.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await self.hurry.wait()
+            if connection.in_flight:
+                connection.hold(True)
+                busy.append(connection)
+            else:
+                self._send_away(connection)
+        if busy:  # who waits for confirmations gets them first
+            await self._within(self._forward_timeout_s, self._forwarder.idle())
+        for connection in busy:
+            self._send_away(connection)
+
+    def _send_away(self, connection: Connection) -> None:
+        after_ms = random.randint(0, RECONNECT_SPREAD_MS)  # noqa: S311
+        connection.send(encode(Reconnect(after_ms)))
+        connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
+
+    async def _everybody_left(self) -> None:
+        while self._pending or self._registry.connections:
+            self._left.clear()
+            await self._left.wait()
+
+    async def _within(self, limit_s: float, waiting: Awaitable[None]) -> None:
+        """Wait for something, but no longer than ``limit_s``, or 1 s if we have to hurry."""
+        limit_s = max(0.0, min(limit_s, self._ends_at - time.monotonic()))
+        waiter = asyncio.ensure_future(waiting)
+        hurry = asyncio.ensure_future(self.hurry.wait())
+        await asyncio.wait({waiter, hurry}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiter}, timeout=1.0 if hurry.done() else 0.0)
+        waiter.cancel()
+        hurry.cancel()
+
+
 # --- Gateway --------------------------------------------------------------------------------
-# All of it together: HTTP answers, messages, the sweep, the drain. Knows no os.environ, no signals.
+# All of it together: HTTP answers, messages, the sweep. Knows no os.environ, no signals.
 
 
 def json_response(protocol: ServerProtocol, status: int, content: Any) -> Response:
@@ -4250,11 +4448,6 @@ def seconds_left(principal: Principal) -> int:
     return int(min(principal.expires_at - time.time(), SESSION_WITHOUT_END_S))
 
 
-async def wait_for(task: asyncio.Task[None]) -> None:
-    """Return once ``task`` is done; unlike ``await task``, cancelling this leaves it alone."""
-    await asyncio.wait({task})
-
-
 class Gateway:
     """One task: its parts, and what they do for one another."""
 
@@ -4284,16 +4477,12 @@ class Gateway:
         self._unfinished_bytes = 0
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
-        self.drain_wanted = asyncio.Event()
-        self.hurry_wanted = asyncio.Event()
+        self.drain = Drain(
+            settings, self.registry, self.pending, self.forwarder, self.intake, self.relay
+        )
         self._admission = Admission(settings, self.now())
         self._anybody = Principal(None, None, math.inf)
         self._verifier = self._make_verifier()
-        self._checked_at = -math.inf
-        self._checks = 0
-        self._somebody_left = asyncio.Event()
-        self._stop_at = math.inf
-        self._receiving: asyncio.Task[None] | None = None
         self._extensions = (
             [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
         )
@@ -4322,8 +4511,11 @@ class Gateway:
             self._tasks, self._aws.sqs, queue_url, self.log, self.relay, self.deliver, self.metrics
         )
 
-    async def run(self) -> None:
+    async def run(self, own_address: str = "") -> None:
         """Serve until a drain is wanted, and drain.
+
+        Args:
+            own_address: by which the load balancer knows this task; ``""`` where there is none.
 
         Raises:
             UpstreamLost: AWS took away what this task cannot do without.
@@ -4341,12 +4533,24 @@ class Gateway:
             logger.warning("AUTH_JWKS_URL is not set: everybody may use every project")
         if not self._settings.allowed_origins:
             logger.warning("ALLOWED_ORIGINS is not set: pages of every origin may connect")
-        loops = [self._tasks.create_task(self._sweep())]
+        loops: list[asyncio.Task[Any]] = [self._tasks.create_task(self._sweep())]
+        if self._settings.target_group_arn:
+            target = {"Id": own_address, "Port": port}
+            loops.append(self._tasks.create_task(self._drain_with(target)))
         starting = self._tasks.create_task(self._start(loops))
-        await self.drain_wanted.wait()
+        await self.drain.wanted.wait()
         starting.cancel()
-        await self._drain(loops)
+        await self.drain.run(loops)
+        metrics_logger.info("metrics", extra=self.metrics.line())
+        logger.info("drained")
         server.close()
+
+    async def _drain_with(self, target: Mapping[str, Any]) -> None:
+        """Begin the drain when the load balancer sends nobody here any more."""
+        arn = cast("str", self._settings.target_group_arn)
+        await TargetHealth(self._aws.elbv2, arn, target, self.metrics).until_draining()
+        logger.info("the load balancer drains this task's target")
+        self.drain.wanted.set()
 
     async def _start(self, loops: list[asyncio.Task[Any]]) -> None:
         """Open the log, then the fan-out, and only then the doors."""
@@ -4364,8 +4568,7 @@ class Gateway:
             loops.append(self._tasks.create_task(self.relay.heartbeat()))
             loops.append(self._tasks.create_task(self.relay.reap()))
         if self.intake:
-            self._receiving = self._tasks.create_task(self.intake.run())
-            loops.append(self._receiving)
+            loops.append(self.drain.receiving(self._tasks.create_task(self.intake.run())))
             loops.append(self._tasks.create_task(self.intake.keep()))
         self.ready.set()
         logger.info("ready", extra={"epoch": self.log.epoch})
@@ -4441,7 +4644,6 @@ class Gateway:
             response = protocol.reject(405, "Only GET and HEAD.\n")
             response.headers["Allow"] = "GET, HEAD"
         elif path == "/health":
-            self._notice_check(connection, request)
             health = self.health()
             response = json_response(protocol, 200 if health["status"] == "ok" else 503, health)
         elif path == "/live":
@@ -4455,22 +4657,6 @@ class Gateway:
         if request.method == "HEAD":
             response.body = b""
         connection.respond(request, response)
-
-    def _notice_check(self, connection: Connection, request: Request) -> None:
-        """See the load balancer's own health checks come, so as to see them stay away.
-
-        From a private address and not forwarded: no client behind it can pass for it, and where
-        there is no such balancer, nobody from outside can start a drain by three requests.
-        """
-        forwarded = "X-Forwarded-For" in request.headers
-        if forwarded or HEALTH_CHECKER not in request.headers.get_all("User-Agent"):
-            return
-        with contextlib.suppress(ValueError):
-            if ipaddress.ip_address(peer_of(connection)).is_private:
-                now = self.now()
-                in_a_row = now - self._checked_at <= HEALTH_CHECKS_GONE_S
-                self._checks = self._checks + 1 if in_a_row else 1
-                self._checked_at = now
 
     def _admit(self, connection: Connection, request: Request) -> None:
         """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
@@ -4518,7 +4704,7 @@ class Gateway:
         try:
             await self._read_keys()
             refusal = self._admission.crowded(connection.address)
-            if self.drain_wanted.is_set():
+            if self.drain.wanted.is_set():
                 refusal = 503, "This server is draining."
             if refusal is not None:
                 connection.respond(request, unwelcome(connection.protocol, *refusal))
@@ -4545,7 +4731,7 @@ class Gateway:
         It is ``starting``, ``draining``, or the part of AWS that fails this task, and then
         ``operation`` is the call that fails.
         """
-        if self.drain_wanted.is_set():
+        if self.drain.wanted.is_set():
             return {"status": "draining"}
         if not self.ready.is_set():
             return {"status": "starting"}
@@ -4768,7 +4954,7 @@ class Gateway:
         """The socket is gone."""
         self._leave(connection)
         self.pending.pop(connection, None)
-        self._somebody_left.set()
+        self.drain.somebody_left()
         if opened:
             self._admission.left(connection.address)
             duration_s = self.now() - connection.opened_at
@@ -4808,11 +4994,6 @@ class Gateway:
                 self._end_sessions()
             self._admission.forget(self.now())
             await self._ping_the_quiet(self._settings.ping_interval_seconds)
-            checks_gone = self.now() - self._checked_at > HEALTH_CHECKS_GONE_S
-            if self._checks >= HEALTH_CHECKS_SEEN and checks_gone:
-                if not self.drain_wanted.is_set():
-                    logger.warning("health checks stay away: draining")
-                self.drain_wanted.set()
             if time.monotonic() >= next_line:
                 next_line += 60
                 metrics_logger.info("metrics", extra=self.metrics.line())
@@ -4844,80 +5025,6 @@ class Gateway:
                 connection.ping()
             elif now - connection.pinged_at >= interval_s and connection.transport.is_reading():
                 connection.transport.abort()
-
-    async def _drain(self, loops: list[asyncio.Task[Any]]) -> None:
-        """Leave in order; every step is bounded, and all of them by the platform's stop timeout."""
-        logger.info("draining", extra={"connections": len(self.registry.connections)})
-        self._stop_at = self.now() + STOP_BUDGET_S
-        # 1. No more sockets (``_admit`` sees to that) and no more updates. A long poll under way
-        #    is seen through, if that takes no longer than the drain: what SQS hands to a call
-        #    that was cut is invisible to everybody for ten seconds.
-        if self.intake:
-            self.intake.stop()
-        # 2. Send the clients away, spread out so that the others can take them in.
-        receiving_ends_at = self.now() + self._settings.drain_seconds
-        await self._close_all()
-        if self._receiving:
-            await self._within(receiving_ends_at - self.now(), wait_for(self._receiving))
-        # 3. See their closing handshakes through.
-        await self._within(CLOSE_TIMEOUT_S, self._gone())
-        # 4. Finish the forwards and updates in hand.
-        await self._within(self._settings.forward_timeout_seconds, self.forwarder.idle())
-        if self.intake:
-            await self._within(CALL_TIMEOUT_S, self.intake.idle())
-        # 5. End the loops, and take the own queue away.
-        for task in loops:
-            task.cancel()
-        await asyncio.gather(*loops, return_exceptions=True)
-        if self.relay:
-            await self.relay.close()
-        # 6. Cut who is still there.
-        for connection in tuple(self.pending):
-            connection.transport.abort()
-        metrics_logger.info("metrics", extra=self.metrics.line())
-        logger.info("drained")
-
-    async def _close_all(self) -> None:
-        started_at = self.now()
-        spread_s = min(self._settings.drain_seconds, STOP_BUDGET_S / 2)
-        connections = list(self.registry.connections.values())
-        random.shuffle(connections)
-        busy = []
-        for i, connection in enumerate(connections):
-            due = started_at + spread_s * i / len(connections)
-            if due > self.now() and not self.hurry_wanted.is_set():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(due):
-                        await self.hurry_wanted.wait()
-            if connection.in_flight:
-                connection.hold(True)
-                busy.append(connection)
-            else:
-                self._send_away(connection)
-        if busy:  # who waits for confirmations gets them first
-            await self._within(self._settings.forward_timeout_seconds, self.forwarder.idle())
-        for connection in busy:
-            self._send_away(connection)
-
-    def _send_away(self, connection: Connection) -> None:
-        after_ms = random.randint(0, RECONNECT_SPREAD_MS)  # noqa: S311
-        connection.send(encode(Reconnect(after_ms)))
-        connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
-
-    async def _gone(self) -> None:
-        while self.pending or self.registry.connections:
-            self._somebody_left.clear()
-            await self._somebody_left.wait()
-
-    async def _within(self, limit_s: float, waiting: Awaitable[None]) -> None:
-        """Wait for something, but no longer than ``limit_s``, or 1 s if we have to hurry."""
-        limit_s = max(0.0, min(limit_s, self._stop_at - self.now()))
-        waiter = asyncio.ensure_future(waiting)
-        hurry = asyncio.ensure_future(self.hurry_wanted.wait())
-        await asyncio.wait({waiter, hurry}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait({waiter}, timeout=1.0 if hurry.done() else 0.0)
-        waiter.cancel()
-        hurry.cancel()
 
 
 # --- Main -----------------------------------------------------------------------------------
@@ -4988,34 +5095,33 @@ def on_signals(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(act))
 
 
-def own_id(metadata_uri: str | None) -> str:
-    """The ECS task's id, or host and a random part.
+def own_id_and_address(metadata_uri: str | None) -> tuple[str, str]:
+    """The ECS task's id, or host name and a random part; and its IPv4 address, or ``""``.
 
     Source: Amazon ECS task metadata endpoint version 4, path ``/task``.
     """
+    own_id, address = f"{socket.gethostname()[:20]}-{uuid.uuid4().hex[:8]}", ""
     if metadata_uri:
         try:
             with urlopen(f"{metadata_uri}/task", timeout=5) as answer:  # noqa: S310
-                return str(json.load(answer)["TaskARN"]).rsplit("/", 1)[-1]
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            logger.warning("the task's metadata cannot be read: %s", exc)
-    return f"{socket.gethostname()[:20]}-{uuid.uuid4().hex[:8]}"
+                task = json.load(answer)
+            own_id = str(task["TaskARN"]).rsplit("/", 1)[-1]
+            # In the network mode awsvpc, all containers of a task have its one address.
+            address = str(task["Containers"][0]["Networks"][0]["IPv4Addresses"][0])
+        except (OSError, ValueError, LookupError, TypeError) as exc:
+            logger.warning("the task's metadata cannot be read: %r", exc)
+    return own_id, address
 
 
 async def serve(settings: Settings) -> None:
     """Run one task until it is told to end."""
-    task_id = await asyncio.to_thread(own_id, settings.ecs_container_metadata_uri_v4)
+    metadata_uri = settings.ecs_container_metadata_uri_v4
+    task_id, address = await asyncio.to_thread(own_id_and_address, metadata_uri)
     try:
         async with connect(settings.aws_region) as aws, asyncio.TaskGroup() as tasks:
             gateway = Gateway(settings, tasks, aws, task_id)
-
-            signals: list[asyncio.Event] = [gateway.hurry_wanted, gateway.drain_wanted]
-
-            def told_to_end() -> None:  # the first time, and again
-                (signals.pop() if len(signals) > 1 else signals[0]).set()
-
-            on_signals(asyncio.get_running_loop(), told_to_end)
-            await gateway.run()
+            on_signals(asyncio.get_running_loop(), gateway.drain.signal)
+            await gateway.run(address)
             raise Drained  # and with it ends whatever still waits for AWS
     except* Drained:
         pass

@@ -290,9 +290,9 @@ async def running_gateway(
         async with asyncio.timeout(DEADLINE_S):
             await gateway.ready.wait()
         yield gateway
-        gateway.drain_wanted.set()
+        gateway.drain.wanted.set()
         await asyncio.wait({running}, timeout=0.5)  # it does not wait for its long poll
-        gateway.hurry_wanted.set()
+        gateway.drain.hurry.set()
         await running
 
 
@@ -4116,8 +4116,8 @@ class TestRelay:
             stand_in.fault = None
             await eventually(lambda: gateway.health() == {"status": "ok"})
             assert [*readiness, relay.ready] == [False, True]
-            gateway.drain_wanted.set()
-            gateway.hurry_wanted.set()
+            gateway.drain.wanted.set()
+            gateway.drain.hurry.set()
             await running
 
     async def test_close_fails(
@@ -5851,7 +5851,7 @@ class TestGateway:
             stand_in.fault = None
             await eventually(gateway.ready.is_set)
             assert (await fetch(gateway, "/health"))[0] == 200
-            gateway.drain_wanted.set()
+            gateway.drain.wanted.set()
             await running
 
     @pytest.mark.usefixtures("impatient")
@@ -5864,7 +5864,7 @@ class TestGateway:
             gateway = Gateway(settings(platform, topic=True), tasks, aws, "task-1")
             running = tasks.create_task(gateway.run())
             await eventually(lambda: gateway.address[1])
-            gateway.drain_wanted.set()
+            gateway.drain.wanted.set()
             async with asyncio.timeout(DEADLINE_S):
                 await running
 
@@ -6321,7 +6321,7 @@ class TestGateway:
             issuer.answer = None
             peer.write(upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}"))
             await eventually(lambda: issuer.reads == 2)
-            gateway.drain_wanted.set()
+            gateway.drain.wanted.set()
             assert (await peer.response())[0] == 503
 
     async def test_keys_not_there_at_first(
@@ -6342,7 +6342,7 @@ class TestGateway:
                 await eventually(gateway.ready.is_set)
                 reads = issuer.reads
                 await eventually(lambda: issuer.reads > reads)
-                gateway.drain_wanted.set()
+                gateway.drain.wanted.set()
                 await running
 
     async def test_key_set_without_end(
@@ -6586,7 +6586,7 @@ class TestGateway:
             [fan_out_queue] = [name for name in stand_in.queues if "-task-" in name]
             peers = [await stack.enter_async_context(peer_of(gateway)) for _ in range(8)]
             begun = time.monotonic()
-            gateway.drain_wanted.set()
+            gateway.drain.wanted.set()
             status, _, body = await fetch(gateway, "/health")
             assert (status, json.loads(body)) == (503, {"status": "draining"})
             async with dialled(gateway) as late:
@@ -6617,9 +6617,9 @@ class TestGateway:
             running = tasks.create_task(gateway.run())
             await eventually(gateway.ready.is_set)
             async with peer_of(gateway) as one, peer_of(gateway) as two:
-                gateway.drain_wanted.set()
+                gateway.drain.wanted.set()
                 await eventually(lambda: len(gateway.registry.connections) == 1)
-                gateway.hurry_wanted.set()
+                gateway.drain.hurry.set()
                 async with asyncio.timeout(DEADLINE_S):
                     await running
                 for peer in (one, two):
@@ -6640,7 +6640,7 @@ class TestGateway:
         ):
             peer.send(action="forward", type="dev", message_id="m1")
             await eventually(lambda: stand_in.calls["sqs", "SendMessageBatch"])
-            gateway.drain_wanted.set()
+            gateway.drain.wanted.set()
             if taken:
                 go_on.set()
             types = []
@@ -6661,31 +6661,11 @@ class TestGateway:
                 for number in range(20):
                     peer.send(action="forward", type="dev", message_id=f"m{number}")
                 await eventually(lambda: gateway.metrics.messages_received == 20)
-            gateway.drain_wanted.set()
+            gateway.drain.wanted.set()
             await eventually(lambda: not gateway.registry.connections)
             go_on.set()
             await eventually(lambda: gateway.metrics.messages_forwarded == 20)
         assert set(sent_ids(stand_in)) == {f"m{number}" for number in range(20)}
-
-    async def test_health_checks_gone(
-        self,
-        platform: aws_standin.Platform,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        """Once the load balancer's checks have stayed away for a while, the drain begins."""
-        monkeypatch.setattr(server, "HEALTH_CHECKS_GONE_S", 0.2)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
-        async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
-            for _ in range(10):
-                assert (await fetch(gateway, User_Agent="curl/8.0"))[0] == 200
-                await asyncio.sleep(0.03)
-            assert not gateway.drain_wanted.is_set()
-            for _ in range(server.HEALTH_CHECKS_SEEN):
-                await fetch(gateway, User_Agent="ELB-HealthChecker/2.0")
-            assert (await peer.receive())["type"] == "reconnect"
-            assert gateway.drain_wanted.is_set()
-        assert "health checks stay away: draining" in caplog.messages
 
 
 # --- Main -----------------------------------------------------------------------------------
@@ -6884,7 +6864,9 @@ class TestMain:
     ) -> None:
         """A task that cannot learn its id warns of it and makes one up."""
         async with task_metadata(answer) as (address, asked):
-            assert await asyncio.to_thread(server.own_id, address)
+            own_id, own_address = await asyncio.to_thread(server.own_id_and_address, address)
+        assert own_id
+        assert own_address == ""
         assert len(asked) == 1
         [warning] = caplog.messages
         assert warning.startswith("the task's metadata cannot be read: ")
@@ -6893,7 +6875,7 @@ class TestMain:
         """The same if nobody answers."""
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
-        assert server.own_id(f"http://127.0.0.1:{port}/v4/abc")
+        assert all(server.own_id_and_address(f"http://127.0.0.1:{port}/v4/abc")) is False
         assert len(caplog.messages) == 1
 
     @posix
@@ -6948,7 +6930,7 @@ class TestMain:
 
     def test_id_elsewhere(self) -> None:
         """Outside ECS every task has an id of its own too."""
-        assert server.own_id(None) != server.own_id(None)
+        assert server.own_id_and_address(None)[0] != server.own_id_and_address(None)[0]
 
     def test_help(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

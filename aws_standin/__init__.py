@@ -1,6 +1,6 @@
 """A fast in-memory stand-in for the AWS calls that server.py makes.
 
-It speaks what the SDKs speak - SQS and DynamoDB in JSON, SNS in the query protocol - over an
+It speaks what the SDKs speak - SQS and DynamoDB in JSON, SNS and load balancing in XML - over an
 ``asyncio.Protocol``, keeps everything in memory, and enforces the rules a caller can trip over:
 size limits, illegal characters, visibility timeouts, FIFO groups, redrive, queue policies,
 conditional transactions, reserved words. It is meant to be fast enough not to be what a benchmark
@@ -32,6 +32,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from aws_standin.dynamodb import DynamoDb, Table
+from aws_standin.elb import Elb
 from aws_standin.model import ACCOUNT, NO_FAULT, REGION, AwsError, Call, Fault, Json
 from aws_standin.queues import Message, Poll, Queue
 from aws_standin.sns import Sns
@@ -65,7 +66,7 @@ def without_aws(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class StandIn:
-    """The three services behind one port of 127.0.0.1.
+    """The services behind one port of 127.0.0.1.
 
     Attributes:
         queues: by name; their `bodies` and `messages` can be looked at, and `push` and `wake` used.
@@ -79,6 +80,7 @@ class StandIn:
     def __init__(self) -> None:
         self.sqs = Sqs()
         self.sns = Sns(self.sqs)
+        self.elb = Elb()
         self.usage = Usage()
         self.dynamodb = DynamoDb(self.usage)
         self.fault: Callable[[Call], Fault | None] | None = None
@@ -133,6 +135,8 @@ class StandIn:
                 return self.sqs.perform(call.operation, call.request, fault.failed)
             case "sns":
                 return self.sns.perform(call.operation, call.request, fault)
+            case "elb":
+                return self.elb.perform(call.operation, call.request)
             case "dynamodb":
                 return self.dynamodb.perform(call.operation, call.request, fault.failed)
 

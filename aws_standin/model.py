@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 Json = dict[str, Any]
-Service = Literal["sqs", "sns", "dynamodb"]
+Service = Literal["sqs", "sns", "dynamodb", "elb"]
 
 REGION: Final = "us-east-1"
 ACCOUNT: Final = "000000000000"

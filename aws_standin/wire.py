@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES: Final = 65_536
 MAX_BODY_BYTES: Final = 16_777_216
+ELB_VERSION: Final = "2015-12-01"  # of its API, by which its calls are told from those of SNS
+XML_SPACE: Final = {
+    "sns": "http://sns.amazonaws.com/doc/2010-03-31/",
+    "elb": f"http://elasticloadbalancing.amazonaws.com/doc/{ELB_VERSION}/",
+}
 
 _REASONS: Final = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found"}
 
@@ -39,8 +44,8 @@ def read_call(headers: Mapping[str, str], body: bytes) -> Call:
     except ValueError as error:
         raise AwsError("MalformedQueryString", str(error)) from None
     operation = flat.pop("Action", "")
-    flat.pop("Version", None)
-    return Call("sns", operation, _unflattened(flat))
+    version = flat.pop("Version", "")
+    return Call("elb" if version == ELB_VERSION else "sns", operation, _unflattened(flat))
 
 
 def _unflattened(flat: Mapping[str, str]) -> Json:
@@ -82,10 +87,10 @@ def _xml(value: Any) -> str:
 
 def write_answer(call: Call, result: Json) -> bytes:
     """A successful HTTP response."""
-    if call.service != "sns":
+    if call.service not in XML_SPACE:
         return _http(200, "application/x-amz-json-1.0", msgspec.json.encode(result))
     body = (
-        f'<{call.operation}Response xmlns="http://sns.amazonaws.com/doc/2010-03-31/">'
+        f'<{call.operation}Response xmlns="{XML_SPACE[call.service]}">'
         f"<{call.operation}Result>{_xml(result)}</{call.operation}Result><ResponseMetadata>"
         f"<RequestId>{uuid.uuid4()}</RequestId></ResponseMetadata></{call.operation}Response>"
     )
@@ -95,9 +100,9 @@ def write_answer(call: Call, result: Json) -> bytes:
 def write_error(service: Service, error: AwsError) -> bytes:
     """An HTTP response that says what went wrong, the way the service says it."""
     sender = "Sender" if error.status < 500 else "Receiver"
-    if service == "sns":
+    if service in XML_SPACE:
         body = (
-            '<ErrorResponse xmlns="http://sns.amazonaws.com/doc/2010-03-31/"><Error>'
+            f'<ErrorResponse xmlns="{XML_SPACE[service]}"><Error>'
             f"<Type>{sender}</Type><Code>{escape(error.code)}</Code>"
             f"<Message>{escape(error.message)}</Message></Error>"
             f"<RequestId>{uuid.uuid4()}</RequestId></ErrorResponse>"

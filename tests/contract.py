@@ -795,7 +795,7 @@ PROMISES = (
     Promise(
         "A planned end is announced: `reconnect`, then 1012, spread over time.",
         "deployments, scaling in",
-        ("TestGateway.test_drain", "TestGateway.test_health_checks_gone"),
+        ("TestGateway.test_drain", "TestTargetHealth.test_draining"),
     ),
     Promise(
         "These documents say what the server does.",

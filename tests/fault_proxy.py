@@ -47,6 +47,7 @@ _HOP_BY_HOP = {
     "x-amz-crc32",
 }
 
+IN_XML = ("sns", "elasticloadbalancing")  # services that speak the query protocol
 _CREDENTIAL = re.compile(r"Credential=[^/]+/\d+/(?P<region>[^/]+)/(?P<service>[^/]+)/aws4_request")
 
 _TASK_QUEUE = re.compile(r"-task-[^/]*$")
@@ -127,13 +128,13 @@ class Call:
     def parse(cls, headers: Mapping[str, str], body: bytes) -> Call:
         """Read the call out of a signed request.
 
-        Raises ValueError for what is no SQS, SNS or DynamoDB call.
+        Raises ValueError for what is no SQS, SNS, DynamoDB or load balancing call.
         """
         credential = _CREDENTIAL.search(headers.get("Authorization", ""))
         if credential is None:
             raise ValueError("the request carries no AWS signature")
         service, region = credential["service"], credential["region"]
-        if service == "sns":
+        if service in IN_XML:
             form = dict(urllib.parse.parse_qsl(body.decode()))
             resource = form.get("TopicArn") or form.get("SubscriptionArn") or "*"
             return cls(service, form["Action"], resource)
@@ -231,7 +232,7 @@ class Answer:
 
 def throttled(call: Call, dice: random.Random) -> Answer:
     """What the service says when it is asked too often, in its own protocol."""
-    if call.service == "sns":
+    if call.service in IN_XML:
         return _sns_error(*dice.choice([(429, "Throttled"), (400, "Throttling")]), "Rate exceeded")
     if call.service == "sqs":
         code = dice.choice(["RequestThrottled", "ThrottlingException"])
@@ -247,7 +248,7 @@ def throttled(call: Call, dice: random.Random) -> Answer:
 def failed(call: Call, dice: random.Random) -> Answer:
     """What the service says when it has a fault of its own."""
     unavailable = dice.random() < 0.5
-    if call.service == "sns":
+    if call.service in IN_XML:
         code = (503, "ServiceUnavailable") if unavailable else (500, "InternalError")
         return _sns_error(*code, "We encountered an internal error. Please try again.")
     if call.service == "sqs":

@@ -6,10 +6,11 @@
 Two ``server.py`` processes on moto stand behind haproxy or nginx as they stand behind
 the load balancer in production: new connections go to the task with the fewest, each task's
 ``/health`` is asked again and again by ``ELB-HealthChecker/2.0``. While an agent publishes numbered
-events, the new task is registered and the old one deregistered: it gets no new connections and no
-health checks, but keeps the clients it has. Once it has missed its health checks for long enough -
-or got SIGTERM - it drains: it sends its clients away one by one, and ends. A client comes back
-after the delay it was told, to the proxy, and resumes from the last event it saw.
+events, the new task is registered and the old one deregistered: it gets no new connections, but
+keeps the clients it has. Once DescribeTargetHealth, which is answered from what the proxy says of
+its servers, tells it so - or it got SIGTERM - it drains: it sends its clients away one by one, and
+ends. A client comes back after the delay it was told, to the proxy, and resumes from the last event
+it saw.
 
 At the end the log must hold every event exactly once and every client must have got exactly what
 the log holds, in its order; each client must have been told to leave and have moved once, within
@@ -45,6 +46,7 @@ from typing import Any
 import aiohttp
 
 from aws_standin import StandIn
+from aws_standin.elb import TARGET_GROUP_ARN, Elb
 from tests.chaos.checker import Event, first_divergence, log_faults
 from tests.chaos.clients import Client
 from tests.chaos.fleet import Fleet, Platform, Task, server_environment, task_metadata
@@ -53,7 +55,7 @@ from tests.chaos.run import read_heads, read_log
 from tests.moto_aws import MotoAws
 
 HEALTH_CHECKER = "ELB-HealthChecker/2.0"
-CHECKS_GONE_SECONDS = 20.0  # without health checks for so long, a task drains: server.py's own
+NOTICED_SECONDS = 12.0  # a task asks for the state of its target every 10 s, give or take a fifth
 STOP_TIMEOUT_SECONDS = 120.0  # the task definition's: then the platform kills
 SPREAD_RATIO = 4.0  # the busiest second may bring back so many times its share of the clients
 OLD, NEW = "old", "new"
@@ -66,7 +68,7 @@ class RehearsalError(Exception):
 class Trigger(enum.Enum):
     """What makes the old task drain."""
 
-    CHECKS = "checks"  # they stay away, as once a target is deregistered
+    TARGET = "target"  # is deregistered, as in every deployment
     SIGTERM = "sigterm"  # as when a deregistration delay of no length has passed
 
 
@@ -78,7 +80,7 @@ class Scenario:
     events: int = 1_000
     projects: int = 5
     drain_seconds: float = 30.0
-    trigger: Trigger = Trigger.CHECKS
+    trigger: Trigger = Trigger.TARGET
     before_seconds: float = 5.0  # of publishing, until the deployment begins
     after_seconds: float = 5.0  # of publishing, once the old task should be gone
 
@@ -89,7 +91,7 @@ class Scenario:
     @property
     def publishing_seconds(self) -> float:
         """The events are spread over the whole deployment, evenly."""
-        waiting = CHECKS_GONE_SECONDS if self.trigger is Trigger.CHECKS else 0.0
+        waiting = NOTICED_SECONDS if self.trigger is Trigger.TARGET else 0.0
         return self.before_seconds + waiting + self.drain_seconds + self.after_seconds
 
     @property
@@ -151,12 +153,16 @@ class Balancer:
         raise NotImplementedError
 
     async def deregister(self) -> None:
-        """Send nobody new to the old task and check it no longer; leave it whom it has."""
+        """Send nobody new to the old task; leave it whom it has."""
+        raise NotImplementedError
+
+    async def state(self, name: str) -> str:
+        """A task's state as DescribeTargetHealth would name it."""
         raise NotImplementedError
 
     async def healthy(self, name: str) -> bool:
         """Whether the last health check of a task went well."""
-        raise NotImplementedError
+        return await self.state(name) == "healthy"
 
     async def close(self) -> None:
         """End it, with all connections that it carries."""
@@ -240,12 +246,14 @@ backend tasks
 
     async def deregister(self) -> None:
         await self._command("set server tasks/old state drain", answer="")
-        await self._command("disable health tasks/old", answer="")
 
-    async def healthy(self, name: str) -> bool:
+    async def state(self, name: str) -> str:
         table = (await self._command("show stat")).removeprefix("# ").splitlines()
         row = next(row for row in csv.DictReader(table) if row["svname"] == name)
-        return row["status"] == "UP" and row["check_status"] == "L7OK"
+        if row["status"] == "UP" and row["check_status"] == "L7OK":
+            return "healthy"
+        states = {"DRAIN": "draining", "MAINT": "unused", "DOWN": "unhealthy"}
+        return states.get(row["status"], "initial")
 
     async def _command(self, command: str, *, answer: str | None = None) -> str:
         """Have a command carried out; ``answer`` is what haproxy says when that went well."""
@@ -296,7 +304,7 @@ http {{
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._checks: dict[str, asyncio.Task[None]] = {}
-        self._checked: dict[str, bool] = {}
+        self._states: dict[str, str] = {}
         self._session = aiohttp.ClientSession(
             headers={"User-Agent": HEALTH_CHECKER}, timeout=aiohttp.ClientTimeout(total=2)
         )
@@ -331,9 +339,10 @@ http {{
         finally:
             writer.close()
         self._checks[OLD].cancel()
+        self._states[OLD] = "draining"
 
-    async def healthy(self, name: str) -> bool:
-        return self._checked.get(name, False)
+    async def state(self, name: str) -> str:
+        return self._states.get(name, "unused")
 
     async def close(self) -> None:
         for check in self._checks.values():
@@ -374,9 +383,9 @@ http {{
         while True:
             try:
                 async with self._session.get(url, headers={"Connection": "close"}) as answer:
-                    self._checked[name] = answer.status == 200
+                    self._states[name] = "healthy" if answer.status == 200 else "unhealthy"
             except (aiohttp.ClientError, TimeoutError):
-                self._checked[name] = False
+                self._states[name] = "unhealthy"
             await asyncio.sleep(1.0)
 
 
@@ -622,9 +631,11 @@ class Rehearsal:
         platform: Platform,
         fleet: FleetBehindBalancer,
         report: Report,
+        elb: Elb,
         say: Callable[[str], None],
     ) -> None:
         self._scenario = scenario
+        self._elb = elb
         self._platform = platform
         self._fleet = fleet
         self._report = report
@@ -647,8 +658,10 @@ class Rehearsal:
             self._fleet.door = Door(balancer)
             try:
                 # 1. Everybody is on the old task.
+                watch = self._watch_targets(balancer, {OLD: old.port, NEW: new.port})
+                self._jobs = [asyncio.create_task(watch)]
                 await self._until("the old task passed a health check", balancer, OLD)
-                self._jobs = [asyncio.create_task(client.run()) for client in self._clients]
+                self._jobs += [asyncio.create_task(client.run()) for client in self._clients]
                 await until("the clients are subscribed", self._settled, 60.0, self._fleet)
                 # 2. An agent begins to work.
                 self._started, self._started_utc = time.monotonic(), time.time()
@@ -682,6 +695,13 @@ class Rehearsal:
         old, new = self._fleet.tasks
         return old, new
 
+    async def _watch_targets(self, balancer: Balancer, ports: Mapping[str, int]) -> None:
+        """Have DescribeTargetHealth answered with what the proxy says of its servers."""
+        while True:
+            for name, port in ports.items():
+                self._elb.states["127.0.0.1", port] = await balancer.state(name)
+            await asyncio.sleep(0.1)
+
     async def _until(self, what: str, balancer: Balancer, name: str) -> None:
         await until(what, lambda: balancer.healthy(name), 20.0, self._fleet)
 
@@ -700,11 +720,11 @@ class Rehearsal:
         old.told_to = Deed.STOP  # from now on it may end, with exit code 0
         await balancer.deregister()
         self._deployed = time.monotonic()
-        self._milestone("the old task is deregistered: no more checks, no new clients")
+        self._milestone("the old task is deregistered: no new clients")
         if self._scenario.trigger is Trigger.SIGTERM:
             old.end(Deed.STOP)
             self._milestone("the old task gets SIGTERM")
-        patience = CHECKS_GONE_SECONDS + STOP_TIMEOUT_SECONDS
+        patience = NOTICED_SECONDS + STOP_TIMEOUT_SECONDS
         try:
             async with asyncio.timeout(patience):
                 self._report.exit_code = await old.process.wait()
@@ -722,7 +742,7 @@ class Rehearsal:
                 if entry.get("message") == message:
                     moment = datetime.datetime.fromisoformat(entry["time"])
                     at = moment.timestamp() - self._started_utc
-                    why = "SIGTERM" if self._scenario.trigger is Trigger.SIGTERM else "checks gone"
+                    why = "SIGTERM" if self._scenario.trigger is Trigger.SIGTERM else "target"
                     self._report.milestones.append((at, f"the old task begins to drain ({why})"))
                     return at
         return math.nan
@@ -839,6 +859,16 @@ class Rehearsal:
         report.gap = longest_gap(after)
 
 
+@contextlib.asynccontextmanager
+async def running_elb() -> AsyncIterator[tuple[Elb, str]]:
+    """A load balancer's API, whatever plays the rest of AWS; yields it and its address."""
+    stand_in = await StandIn().start()
+    try:
+        yield stand_in.elb, stand_in.endpoint_url
+    finally:
+        await stand_in.stop()
+
+
 async def rehearse(
     scenario: Scenario,
     platform: Platform,
@@ -849,9 +879,11 @@ async def rehearse(
 ) -> Report:
     """Hold one rehearsal on an empty platform; what went wrong is in the report's findings."""
     report = Report(scenario, where=aws)
-    async with task_metadata() as metadata_url:
+    async with task_metadata() as metadata_url, running_elb() as (elb, elb_url):
         environment = {
             **server_environment(platform, platform.endpoint_url),
+            "AWS_ENDPOINT_URL_ELASTIC_LOAD_BALANCING_V2": elb_url,
+            "TARGET_GROUP_ARN": TARGET_GROUP_ARN,
             "DRAIN_SECONDS": str(scenario.drain_seconds),
             "MAX_CONNECTIONS_PER_IP": "0",  # all clients have one address here
             # Those of production, not the quick ones of the chaos runs.
@@ -861,7 +893,7 @@ async def rehearse(
         }
         fleet = FleetBehindBalancer(2, environment, metadata_url, seed=0)
         try:
-            await Rehearsal(scenario, platform, fleet, report, say)(balancer)
+            await Rehearsal(scenario, platform, fleet, report, elb, say)(balancer)
         except (RehearsalError, TimeoutError) as failure:
             report.findings.insert(0, str(failure) or "time was up")
         finally:
@@ -917,7 +949,7 @@ def main() -> int:
         "--trigger",
         default=defaults.trigger.value,
         choices=[trigger.value for trigger in Trigger],
-        help="what makes it drain: its health checks stay away (the default), or SIGTERM",
+        help="what makes it drain: its target is deregistered (the default), or SIGTERM",
     )
     parser.add_argument("--proxy", choices=list(BALANCERS), help="default: the first installed")
     parser.add_argument(

@@ -230,6 +230,8 @@ def iam_actions(service: str, operation: str) -> set[str]:
     """
     if operation == "TransactWriteItems":
         return {"dynamodb:PutItem", "dynamodb:UpdateItem"}
+    if service == "elbv2":
+        service = "elasticloadbalancing"
     if service in ("sqs", "sns"):
         operation = operation.removesuffix("Batch")
     return {f"{service}:{operation}"}

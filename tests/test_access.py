@@ -106,8 +106,8 @@ async def starting(
         running = tasks.create_task(gateway.run())
         await eventually(lambda: gateway.address[1])
         yield gateway
-        gateway.drain_wanted.set()
-        gateway.hurry_wanted.set()
+        gateway.drain.wanted.set()
+        gateway.drain.hurry.set()
         await running
 
 

@@ -580,7 +580,7 @@ class TestExamples:
         async with running_gateway(platform) as gateway:
             client = await connect(gateway)
             await client.next()
-            gateway.drain_wanted.set()
+            gateway.drain.wanted.set()
             await client.receive("reconnect")
             assert await client.close_code() == 1012
 

@@ -176,6 +176,7 @@ def project_text() -> str:
     stack = Stack(ContainerImage=IMAGE, NotificationEmail="oncall@example.com")
     texts += [json.dumps([stack.resources, stack.outputs])]
     texts += [field.upper() for field in server.Settings.__dataclass_fields__]
+    texts += server.Metrics.described()
     return "\n".join(texts)
 
 

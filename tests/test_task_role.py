@@ -16,6 +16,7 @@ import pytest
 from websockets.asyncio.client import connect
 
 from aws_standin import StandIn
+from aws_standin.elb import TARGET_GROUP_ARN
 from tests.chaos.fleet import Fleet, server_environment, task_metadata
 from tests.chaos.plan import Scale, make_plan
 from tests.chaos.run import run_on_stand_in
@@ -30,6 +31,8 @@ def statement_of(call: Call) -> str:
     name = call.resource.split(":", 5)[-1]
     if call.service == "dynamodb":
         return "ReadProjects" if name.endswith("-data") else "KeepEventLog"
+    if call.service == "elasticloadbalancing":
+        return "OwnTargetHealth"
     if call.service == "sns":
         if call.operation == "Subscribe":
             return "SubscribeOwnQueue"
@@ -67,7 +70,9 @@ async def calls_for_a_client() -> Counter[Call]:
     plan = FaultPlan(1, NO_FAULTS)
     try:
         async with FaultProxy(platform.endpoint_url, plan) as proxy, task_metadata() as metadata:
-            fleet = Fleet(1, server_environment(platform, proxy.endpoint_url), metadata, seed=1)
+            environment = server_environment(platform, proxy.endpoint_url)
+            environment["TARGET_GROUP_ARN"] = TARGET_GROUP_ARN
+            fleet = Fleet(1, environment, metadata, seed=1)
             try:
                 await fleet.start(0)
                 task = await fleet.any_healthy(random.Random(1))
@@ -86,7 +91,8 @@ async def calls_for_a_client() -> Counter[Call]:
                     QueueUrl=platform.queue_urls["updates"],
                     MessageBody="not an update",
                 )
-                while not any(c.operation == "ChangeMessageVisibility" for c in proxy.calls):
+                last = {"ChangeMessageVisibility", "DescribeTargetHealth"}
+                while not last <= {call.operation for call in proxy.calls}:
                     await asyncio.sleep(0.05)
                 return proxy.calls
             finally:

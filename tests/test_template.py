@@ -590,12 +590,10 @@ class TestLoadBalancer:
         stack = Stack(ContainerImage=IMAGE, DrainSeconds=drain_s)
         group = attributes(stack.resources["TargetGroup"], "TargetGroupAttributes")
         delay_s = int(group["deregistration_delay.timeout_seconds"])
-        assert delay_s >= server.HEALTH_CHECKS_GONE_S + int(drain_s) + 10
+        noticed_s = 1.2 * server.TARGET_HEALTH_EVERY_S + server.CALL_TIMEOUT_S
+        assert delay_s >= noticed_s + int(drain_s) + 10
         (container,) = stack.resources["TaskDefinition"]["ContainerDefinitions"]
         assert container["StopTimeout"] == 120 > int(drain_s)
-        # Two checks fit into the silence that starts the drain: one lost is not a deregistration.
-        check_every_s = stack.resources["TargetGroup"]["HealthCheckIntervalSeconds"]
-        assert 2 * check_every_s <= server.HEALTH_CHECKS_GONE_S
 
     def test_https_refuses_old_tls(self, full: Stack) -> None:
         assert full.resources["HttpsListener"]["SslPolicy"] == "ELBSecurityPolicy-TLS13-1-2-2021-06"
@@ -716,6 +714,7 @@ class TestRoles:
             "EndSubscriptions": "*",
             "ReadProjects": "arn:aws:dynamodb:us-east-1:123456789012:table/agenticai-data",
             "KeepEventLog": "<EventsTable.Arn>",
+            "OwnTargetHealth": "*",
         }
 
     def test_agents_queue_may_be_fifo(self) -> None:
@@ -775,7 +774,7 @@ def calls_in_server() -> set[tuple[str, str]]:
     session = botocore.session.get_session()
     operations = {
         xform_name(operation): (service, operation)
-        for service in ("sqs", "sns", "dynamodb")
+        for service in ("sqs", "sns", "dynamodb", "elbv2")
         for operation in session.get_service_model(service).operation_names
     }
     tree = ast.parse((ROOT / "server.py").read_text("utf-8"))
@@ -974,6 +973,8 @@ def realistic(environment: dict[str, str]) -> dict[str, str]:
     values = {
         "<UpdatesQueue>": "https://sqs.us-east-1.amazonaws.com/123456789012/agenticai-updates-prod.fifo",
         "<UpdatesTopic>": "arn:aws:sns:us-east-1:123456789012:agenticai-updates-prod",
+        "<TargetGroup>": "arn:aws:elasticloadbalancing:us-east-1:123456789012"
+        ":targetgroup/agenticai-tg-prod/0123456789abcdef",
         "<EventsTable>": "agenticai-events-prod",
     }
     return {name: values.get(value, value) for name, value in environment.items()}

@@ -246,7 +246,9 @@ async def task_metadata() -> AsyncIterator[str]:
     async def describe(request: web.Request) -> web.Response:
         identifier = request.match_info["id"]
         arn = f"arn:aws:ecs:us-east-1:123456789012:task/chaos/{identifier}"
-        return web.json_response({"Cluster": "chaos", "TaskARN": arn, "Family": "chaos"})
+        networks = [{"NetworkMode": "awsvpc", "IPv4Addresses": ["127.0.0.1"]}]
+        containers = [{"Name": "websocket-gateway", "Networks": networks}]
+        return web.json_response({"Cluster": "chaos", "TaskARN": arn, "Containers": containers})
 
     application = web.Application()
     application.router.add_get("/{id}/task", describe)

@@ -67,8 +67,8 @@ async def serve(settings: Settings) -> None:
             await gateway.ready.wait()
         print(gateway.address[1], flush=True)
         await asyncio.to_thread(sys.stdin.read)
-        gateway.drain_wanted.set()
-        gateway.hurry_wanted.set()
+        gateway.drain.wanted.set()
+        gateway.drain.hurry.set()
         await running
         raise server.Drained
 

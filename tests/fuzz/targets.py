@@ -246,7 +246,7 @@ class Stage:
         tables.create_platform()
         self.queues = FakeQueues()
         queues, dynamodb = cast("Any", self.queues), cast("Any", FakeDynamoDb(tables))
-        fakes = Aws(queues, queues, dynamodb)
+        fakes = Aws(queues, queues, dynamodb, elbv2=None)
         self.gateway = Gateway(settings(), tasks, fakes, "fuzz")
         self.gateway.ready.set()
 

@@ -1,0 +1,158 @@
+"""The orderly end of a task: what begins it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+import aws_standin
+import server
+from aws_standin import Fault, StandIn
+from aws_standin.elb import TARGET_GROUP_ARN
+from server import Gateway
+from test_server import (
+    SERVER_ERROR,
+    always,
+    aws_clients,
+    eventually,
+    fetch,
+    peer_of,
+    settings,
+    task_group,
+    task_metadata,
+)
+
+ADDRESS = "10.0.0.7"
+DENIED = Fault(status=403, code="AccessDenied")
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the target is asked for again and again."""
+    monkeypatch.setattr(server, "TARGET_HEALTH_EVERY_S", 0.01)
+
+
+@contextlib.asynccontextmanager
+async def balanced_gateway(platform: aws_standin.Platform) -> AsyncIterator[Gateway]:
+    """A gateway that is ready, behind the stand-in's load balancer."""
+    async with aws_clients(platform) as aws, task_group() as tasks:
+        options = settings(platform, drain_seconds=0.0, target_group_arn=TARGET_GROUP_ARN)
+        gateway = Gateway(options, tasks, aws, "task-1")
+        running = tasks.create_task(gateway.run(ADDRESS))
+        await eventually(gateway.ready.is_set)
+        yield gateway
+        gateway.drain.wanted.set()
+        gateway.drain.hurry.set()
+        await running
+
+
+async def asked_again(stand_in: StandIn, times: int = 3) -> None:
+    """Return once the target's state was asked for, and answered, ``times`` more."""
+    asked = stand_in.calls["elb", "DescribeTargetHealth"]
+    await eventually(lambda: stand_in.calls["elb", "DescribeTargetHealth"] > asked + times)
+
+
+def register(stand_in: StandIn, gateway: Gateway, state: str) -> None:
+    stand_in.elb.states[ADDRESS, gateway.address[1]] = state
+
+
+class TestTargetHealth:
+    @pytest.mark.parametrize("before", ["unused", "initial", "healthy", "unhealthy"])
+    async def test_draining(
+        self, platform: aws_standin.Platform, stand_in: StandIn, before: str
+    ) -> None:
+        """The drain begins when the target of this very task changes to draining."""
+        async with balanced_gateway(platform) as gateway, peer_of(gateway) as peer:
+            await asked_again(stand_in)  # it is not registered yet
+            register(stand_in, gateway, before)
+            await asked_again(stand_in)
+            stand_in.elb.states["10.0.0.8", gateway.address[1]] = "draining"
+            stand_in.elb.states[ADDRESS, gateway.address[1] + 1] = "draining"
+            await asked_again(stand_in)
+            assert (await fetch(gateway, "/health"))[0] == 200
+            register(stand_in, gateway, "draining")
+            assert (await peer.receive())["type"] == "reconnect"
+            assert gateway.health() == {"status": "draining"}
+
+    async def test_draining_from_the_start(
+        self, platform: aws_standin.Platform, stand_in: StandIn
+    ) -> None:
+        """The target that a crashed task with this address has left may drain; this one serves."""
+        stand_in.fault = always("DescribeTargetHealth", SERVER_ERROR)
+        async with balanced_gateway(platform) as gateway, peer_of(gateway) as peer:
+            register(stand_in, gateway, "draining")
+            stand_in.fault = None
+            await asked_again(stand_in)
+            assert not gateway.drain.wanted.is_set()
+            register(stand_in, gateway, "healthy")
+            await asked_again(stand_in)
+            register(stand_in, gateway, "draining")
+            assert (await peer.receive())["type"] == "reconnect"
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            SERVER_ERROR,
+            DENIED,
+            Fault(cut=True),
+            Fault(garbage=b"<html>"),
+            Fault(garbage=b"<a/>"),
+            Fault(garbage=b"{}"),
+        ],
+        ids=["500", "denied", "cut", "html", "xml", "json"],
+    )
+    async def test_failing_call(
+        self,
+        platform: aws_standin.Platform,
+        stand_in: StandIn,
+        caplog: pytest.LogCaptureFixture,
+        fault: Fault,
+    ) -> None:
+        """A call that fails changes nothing; it is logged and counted, and health does not care."""
+        stand_in.fault = always("DescribeTargetHealth", fault)
+        with caplog.at_level("INFO", "gateway"):
+            async with balanced_gateway(platform) as gateway, peer_of(gateway) as peer:
+                await asked_again(stand_in)
+                assert gateway.metrics.target_health_errors >= 3
+                register(stand_in, gateway, "healthy")
+                stand_in.fault = None
+                await asked_again(stand_in)
+                stand_in.fault = always("DescribeTargetHealth", fault)
+                await asked_again(stand_in)
+                assert gateway.health() == {"status": "ok"}
+                register(stand_in, gateway, "draining")
+                stand_in.fault = None
+                assert (await peer.receive())["type"] == "reconnect"
+        blind = "until the load balancer answers, a drain begins at SIGTERM only"
+        assert caplog.messages.count(blind) == 1
+        failed = [m for m in caplog.messages if "DescribeTargetHealth failed with" in m]
+        assert len(failed) == 2
+        assert caplog.messages.count("load balancer: DescribeTargetHealth works again") == 2
+
+    async def test_without_a_target_group(
+        self, platform: aws_standin.Platform, stand_in: StandIn
+    ) -> None:
+        """A task that stands behind no load balancer asks none."""
+        async with aws_clients(platform) as aws, task_group() as tasks:
+            gateway = Gateway(settings(platform, drain_seconds=0.0), tasks, aws, "task-1")
+            running = tasks.create_task(gateway.run(ADDRESS))
+            await eventually(gateway.ready.is_set)
+            gateway.drain.signal()
+            gateway.drain.signal()
+            await running
+        assert not stand_in.calls["elb", "DescribeTargetHealth"]
+
+
+class TestOwnAddress:
+    async def test_metadata(self) -> None:
+        """ECS tells a task its id and the address by which the load balancer knows it."""
+        answer = (
+            b'{"TaskARN":"arn:aws:ecs:us-east-1:123456789012:task/cluster/0123abc","Containers":'
+            b'[{"Networks":[{"NetworkMode":"awsvpc","IPv4Addresses":["10.0.2.106"]}]}]}'
+        )
+        async with task_metadata(answer) as (address, _):
+            found = await asyncio.to_thread(server.own_id_and_address, address)
+        assert found == ("0123abc", "10.0.2.106")
