@@ -1034,7 +1034,7 @@ class Event:
 
     @classmethod
     def of(cls, message: EventMessage, sent_at: float = 0.0) -> Event:
-        return cls(message.project_id, message.seq, encode(message), sent_at)
+        return cls(message.project_id, message.seq, sendable(encode(message)), sent_at)
 
     @property
     def payload(self) -> bytes:

@@ -23,6 +23,7 @@ from msgspec import NODEFAULT, Raw, Struct
 
 import server
 from server import ErrorCode
+from tests import inputs
 
 Json = dict[str, Any]
 
@@ -1081,6 +1082,10 @@ def errors_part() -> str:
     )
 
 
+def inputs_part() -> str:
+    return table(("what is sent", "from a client", "from an agent"), inputs.rows())
+
+
 def closes_part() -> str:
     rows = ((str(code), when, do) for code, (when, do) in CLOSES.items())
     return table(("close code", "why", "what to do"), rows)
@@ -1114,6 +1119,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "client": lambda: messages_part(*CLIENT_MESSAGES),
     "server": lambda: messages_part(*SERVER_MESSAGES),
     "agents": lambda: messages_part(*AGENT_MESSAGES),
+    "inputs": inputs_part,
     "errors": errors_part,
     "closes": closes_part,
     "limits": limits_part,
