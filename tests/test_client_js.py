@@ -131,10 +131,11 @@ class TestConsole:
         assert "*" not in policy
 
     def test_nothing_comes_from_outside(self) -> None:
-        """No address in the page but those of the SVG namespace and of the example."""
+        """No address in the page but those of the SVG namespace and of the examples."""
         assert re.findall(r"\bsrc=|@import|url\(", self.page) == []
         addresses = set(re.findall(r"(?:https?|wss?)://[\w.:]+", self.page))
-        assert addresses == {"http://www.w3.org", "ws://127.0.0.1:8080"}
+        examples = {"ws://127.0.0.1:8080", "wss://gateway.example.com"}
+        assert addresses == {"http://www.w3.org", *examples}
 
     def test_peers_words_are_never_markup(self) -> None:
         """Nothing in the page makes markup or code from text."""
