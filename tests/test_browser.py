@@ -201,6 +201,13 @@ class Stage:
                 QueueUrl=self.platform.queue_urls["updates"], MessageBody=json.dumps(update)
             )
 
+    def update(self, kind: str, data: Any, **more: Any) -> None:
+        """Send an update as an agent does."""
+        update = {"project_id": PROJECT, "type": kind, "data": data} | more
+        self.sqs.send_message(
+            QueueUrl=self.platform.queue_urls["updates"], MessageBody=json.dumps(update)
+        )
+
     def close(self) -> None:
         for child in (*(task.child for task in self.tasks), self.agents):
             child.kill()
@@ -1071,6 +1078,44 @@ class TestList:
         assert listed(page) == [1, 2, 3]
         page.wait_for_selector("#t-events:text-is('7')")
 
+    def test_reload_in_the_middle_of_an_answer(
+        self, stage: Stage, open_page: Callable[..., Page]
+    ) -> None:
+        """The page reads again what is under way: the text is whole, and it goes on."""
+        page = open_page(stage.link(PROJECT))
+        start = await_live(page)
+        words = [f"word{number} " for number in range(20)]
+        for number, word in enumerate(words):
+            data = {"stream": "answer", "at": sum(map(len, words[:number])), "text": word}
+            stage.update("answer", data | ({"done": True} if word == words[-1] else {}))
+            if number == 10:
+                await_seq(page, start + 11)
+                page.reload()
+        await_seq(page, start + 20)
+        page.click(f"#events li[data-kind=event][data-seq='{start + 20}']")
+        assert text_of(page, "#detail .stream pre") == "".join(words)
+        assert page.locator("#events li[data-kind=event]").count() == 1
+        assert text_of(page, "#t-gaps") == "0"
+
+    def test_a_flood_of_pieces(
+        self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
+    ) -> None:
+        """Ten thousand pieces are one row, and the text is theirs."""
+        page = open_page(console_link(console, scripted.url, PROJECT))
+        await_live(page)
+        for number in range(10_000):
+            data = {"stream": "s", "at": number * 5, "text": f"{number:04} "}
+            scripted.send(data=data, ephemeral=True)
+            if number % 50 == 49:
+                text = "".join(f"{n:04} " for n in range(number - 49, number + 1))
+                scripted.send(data={"stream": "s", "at": (number - 49) * 5, "text": text})
+        await_seq(page, 200)
+        page.click("#events li[data-kind=event]")
+        await_text(page, "#detail .stream h4", "50,000 characters")
+        whole = "".join(f"{number:04} " for number in range(10_000))
+        assert text_of(page, "#detail .stream pre") == whole
+        assert page.locator("#events li[data-kind=event]").count() == 1
+
     def test_orders_of_others(
         self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
     ) -> None:
@@ -1320,5 +1365,5 @@ def make_small(path: Path) -> None:
     from PIL import Image
 
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     small.save(path, optimize=True)
