@@ -33,21 +33,34 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
 
-from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidHandshake, InvalidStatus
-from websockets.extensions.base import ClientExtensionFactory
-from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
-from websockets.frames import Frame, Opcode
-from websockets.protocol import State
-from websockets.uri import parse_uri
+from local import lacking
+
+try:
+    from websockets.client import ClientProtocol
+    from websockets.exceptions import InvalidHandshake, InvalidStatus
+    from websockets.extensions.base import ClientExtensionFactory
+    from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
+    from websockets.frames import Frame, Opcode
+    from websockets.protocol import State
+    from websockets.uri import parse_uri
+
+    from local.terminal import (
+        CONNECT_ERRORS,
+        TOKEN_VARIABLE,
+        escape,
+        explain,
+        parse_endpoint,
+        parse_positive,
+        parse_token,
+    )
+except ModuleNotFoundError as missing:
+    sys.exit(lacking(missing))
 
 __test__ = False  # a program, not a module of tests: pytest collects nothing from it
 
 # --- Vocabulary ----------------------------------------------------------------------------------
 
 Message = dict[str, Any]
-
-TOKEN_VARIABLE: Final = "WEBSOCKET_TOKEN"
 
 AGENT_TYPES: Final = (
     *("pm", "plan", "planning"),
@@ -130,11 +143,6 @@ def require(condition: object, complaint: str) -> None:
         raise CheckError(complaint)
 
 
-def escape(text: str) -> str:
-    """One line without a character that could drive a terminal: this text may be a peer's."""
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
-
-
 # --- Options -------------------------------------------------------------------------------------
 
 
@@ -154,40 +162,9 @@ class Options:
     json_lines: bool
 
 
-def parse_endpoint(text: str) -> str:
-    """The WebSocket URL meant by a ws, wss, http or https address or by host:port; no query."""
-    scheme, found, rest = text.strip().partition("://")
-    if not found:
-        scheme, rest = "ws", text.strip()
-    secure = {"ws": False, "http": False, "wss": True, "https": True}.get(scheme.lower())
-    if secure is None:
-        raise argparse.ArgumentTypeError(f"{scheme}:// is not one of ws, wss, http, https")
-    try:
-        parts = urlsplit(f"{'wss' if secure else 'ws'}://{rest}")
-        host, _port = parts.hostname, parts.port
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not an address: {error}") from None
-    if not host or re.search(r"[\s\x00-\x1f]", rest):
-        raise argparse.ArgumentTypeError("not an address: expected something like ws://host:8080")
-    return f"{parts.scheme}://{parts.netloc}{parts.path or '/'}"
-
-
-def parse_token(text: str) -> str:
-    """A bearer token that fits in one HTTP header."""
-    if not re.fullmatch(r"[\x21-\x7e]*", text.strip()):
-        raise argparse.ArgumentTypeError("a token is one word of ASCII characters")
-    return text.strip()
-
-
-def parse_positive(text: str) -> float:
-    """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+def parse_gateway(text: str) -> str:
+    """The WebSocket URL that is meant by an address, without a query."""
+    return parse_endpoint(text)[0].partition("?")[0]
 
 
 def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
@@ -198,20 +175,20 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> O
         epilog="Forwards go to real agents: on a system in use, think of --no-forward.",
     )
     add = parser.add_argument
-    add("endpoint", type=parse_endpoint, metavar="ENDPOINT",
+    add("endpoint", type=parse_gateway, metavar="ENDPOINT",
         help="ws://, wss://, http:// or https:// address, or host:port")  # fmt: skip
     add("-k", metavar="TEXT", default="", help="only checks with TEXT in their names")
     add("--no-forward", action="store_true", help="send nothing to the agents")
     add("--agent", default="dev", metavar="TYPE",
-        help="the agent whose updates are waited for (default: %(default)s)")  # fmt: skip
+        help="the agent whose updates are waited for (default: dev)")  # fmt: skip
     add("--project", action="append", default=[], metavar="ID",
         help="project to use, given twice, where a token allows only some")  # fmt: skip
     add("--max-message-bytes", type=parse_positive, default=262144, metavar="N",
-        help="the server's MAX_MESSAGE_BYTES (default: %(default)s)")  # fmt: skip
+        help="the server's MAX_MESSAGE_BYTES (default: 262144)")  # fmt: skip
     add("--timeout", type=parse_positive, default=10.0, metavar="SECONDS",
-        help="the longest wait for an answer (default: %(default)g)")  # fmt: skip
+        help="the longest wait for an answer (default: 10)")  # fmt: skip
     add("--agent-timeout", type=parse_positive, default=5.0, metavar="SECONDS",
-        help="the longest wait for an agent's update (default: %(default)g)")  # fmt: skip
+        help="the longest wait for an agent's update (default: 5)")  # fmt: skip
     add("--token", type=parse_token, default=environment.get(TOKEN_VARIABLE, ""),
         help=f"send 'Authorization: Bearer TOKEN' (default: ${TOKEN_VARIABLE})")  # fmt: skip
     add("--json", action="store_true", help="print a JSON object a check")
@@ -1122,16 +1099,13 @@ def run_check(check: Check, gateway: Gateway) -> Result:
 
 
 def unreachable(gateway: Gateway) -> str:
-    """Why there is no point in checking anything, or "" when the gateway answers."""
+    """Why there is no point in checking anything and what to do, or "" when the gateway answers."""
     try:
         with gateway.connect():
             return ""
-    except InvalidStatus as error:
-        return f"it answers HTTP {error.response.status_code} instead of a WebSocket upgrade"
-    except TimeoutError:
-        return f"no answer within {gateway.options.timeout_s:g} s"
-    except (OSError, InvalidHandshake) as error:
-        return str(error) or type(error).__name__
+    except CONNECT_ERRORS as error:
+        trouble = explain(error, gateway.options.url)
+        return f"{trouble}\nnext:  {trouble.advice}"
 
 
 def report(results: Sequence[Result], duration_s: float, *, json_lines: bool) -> None:
@@ -1163,8 +1137,7 @@ def main() -> int:
         return 2
     gateway = Gateway(options)
     if trouble := unreachable(gateway):
-        print(f"error: cannot reach {gateway.place}: {escape(trouble)}", file=sys.stderr)
-        print("next:  python test-websocket.py ENDPOINT says more", file=sys.stderr)
+        print(f"error: {trouble}", file=sys.stderr)
         return 1
     started_at = time.monotonic()
     results: list[Result] = []

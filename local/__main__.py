@@ -15,14 +15,13 @@ import urllib.request
 from queue import Empty, SimpleQueue
 from types import FrameType
 
+from local import lacking
+
 try:
     from aws_standin import Platform, without_aws
     from aws_standin.thread import ThreadedStandIn
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"{sys.executable} lacks the package {error.name}. `make run` brings along all that is "
-        "needed; without make: python -m pip install -r requirements-local.txt"
-    )
+    sys.exit(lacking(error))
 from local.child import Child
 from local.console import console_link, serve_console
 from local.screen import Screen, colored, log_line

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from tests.moto_aws import MotoAws, Platform
@@ -176,6 +179,54 @@ def gateway(moto_aws: MotoAws) -> Iterator[Gateway]:
     agent.join()
 
 
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+needs_editor = pytest.mark.skipif(
+    importlib.util.find_spec("prompt_toolkit") is None, reason="prompt_toolkit is not installed"
+)
+
+
+def type_into_terminal(lines: Sequence[bytes], **more: str) -> tuple[bytes, bool]:
+    """Type lines into the client, each once the one before was answered, then send it away.
+
+    Returns what it printed, and whether it left the terminal as it was.
+    """
+    import pty
+    import termios
+
+    def answer(websocket: ServerConnection) -> None:
+        say(websocket, "connected", **CONNECTED)
+        for _ in lines:
+            assert json.loads(websocket.recv(TIMEOUT_S)) == {"action": "ping"}
+            say(websocket, "pong", timestamp="2025-11-24T12:00:00Z")
+        websocket.close(1008)
+
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    kept = {"TERM": "xterm", "NO_COLOR": "", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    with websocket_stub(answer) as place:
+        client = subprocess.Popen(
+            [sys.executable, CLIENT, place],
+            cwd=ROOT, env=os.environ | kept | more, stdin=theirs, stdout=theirs, stderr=theirs,
+        )  # fmt: skip
+        printed = b""
+
+        def read_until(wanted: bytes, times: int = 1) -> None:
+            nonlocal printed
+            while printed.count(wanted) < times:
+                printed += os.read(ours, 65536)
+
+        read_until(b"<- connected")
+        for number, line in enumerate(lines, start=1):
+            os.write(ours, line)
+            read_until(b"<- pong", number)
+        read_until(b"error: connection closed (1008")
+        assert client.wait(TIMEOUT_S) == 1
+    unchanged = termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+    return printed, unchanged
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port at which nothing listens."""
@@ -327,8 +378,8 @@ class TestConversation:
             "unsubscribe": "expected: unsubscribe PROJECT",
             "forward": "expected: forward AGENT",
             "forward dev {oops": "the data is not valid JSON",
-            '{"action":': "not valid JSON; to send it all the same: raw TEXT",
             "help": "  raw TEXT ",
+            '{"action":': "not valid JSON; to send it all the same: raw TEXT",
         }
         result = run(CLIENT, gateway.place, typed="\n".join(answers))
         rest = result.stdout
@@ -413,45 +464,75 @@ class TestConversation:
         assert "invalid_json" in result.stdout
         assert result.returncode == 0
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+    @posix
+    @needs_editor
     def test_terminal(self) -> None:
         """A terminal gets colours and a history, and is left as it was in the middle of a line."""
-        import pty
-        import termios
+        # The second line is the first one again, by the key for "up".
+        printed, unchanged = type_into_terminal([b"ping\r", b"\x1b[A\r"])
+        assert b"\x1b[32m<- pong" in printed
+        assert unchanged
 
-        def answer_two(websocket: ServerConnection) -> None:
+    @posix
+    @needs_editor
+    def test_pasted_lines(self) -> None:
+        """JSON that is pasted over several lines is one message."""
+        pasted = b'\x1b[200~{\r  "action": "ping"\r}\x1b[201~\r'
+        printed, _ = type_into_terminal([pasted, b"ping\r"])
+        assert b"not valid" not in printed
+
+    @posix
+    def test_terminal_without_an_editor(self, tmp_path: Path) -> None:
+        """Without prompt_toolkit, lines are read as they are."""
+        (tmp_path / "prompt_toolkit.py").write_text("raise ImportError")
+        printed, unchanged = type_into_terminal([b"ping\n", b"ping\n"], PYTHONPATH=str(tmp_path))
+        assert b"\x1b[32m<- pong" in printed
+        assert unchanged
+
+    @pytest.mark.parametrize("way", ["quit", "end of input", "ctrl-c"])
+    def test_leaves_in_order(self, start: Callable[..., Process], way: str) -> None:
+        """However a person leaves, the server sees a normal closure."""
+        codes: SimpleQueue[int | None] = SimpleQueue()
+
+        def listen(websocket: ServerConnection) -> None:
             say(websocket, "connected", **CONNECTED)
-            for _ in range(2):
+            with contextlib.suppress(ConnectionClosed):
                 websocket.recv(TIMEOUT_S)
-                say(websocket, "pong", timestamp="2025-11-24T12:00:00Z")
-            websocket.close(1008)
+            codes.put(websocket.close_code)
 
-        ours, theirs = pty.openpty()
-        before = termios.tcgetattr(theirs)
-        environment = {**os.environ, "TERM": "xterm", "NO_COLOR": ""}
-        with websocket_stub(answer_two) as place:
-            client = subprocess.Popen(
-                [sys.executable, CLIENT, place],
-                cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
-            )  # fmt: skip
-            printed = b""
-            # The second line is the first one again, by the key for "up".
-            for typed, awaited in [
-                (b"", b"connected"),
-                (b"ping\n", b"pong"),
-                (b"\x1b[A\n", b"pong"),
-            ]:
-                os.write(ours, typed)
-                answer = b"\x1b[32m<- " + awaited
-                while answer not in printed:
-                    printed += os.read(ours, 65536)
-                printed = printed.partition(answer)[2]
-            while b"error: connection closed (1008" not in printed:
-                printed += os.read(ours, 65536)
-            assert client.wait(TIMEOUT_S) == 1
-        assert termios.tcgetattr(theirs) == before
-        os.close(ours)
-        os.close(theirs)
+        with websocket_stub(listen) as place:
+            client = start(CLIENT, place)
+            client.until("<- connected")
+            assert client.popen.stdin is not None
+            if way == "quit":
+                client.type("quit")
+            elif way == "ctrl-c":
+                client.popen.send_signal(signal.SIGINT)
+            else:
+                client.popen.stdin.close()
+            assert client.end() == (130 if way == "ctrl-c" else 0)
+            assert codes.get(timeout=TIMEOUT_S) == 1000
+        assert "Traceback" not in "\n".join(client.seen)
+
+    @pytest.mark.parametrize(
+        ("typed", "sent"),
+        [
+            ('{\n  "action":\n  "ping"\n}\nping\n', ["ping", "ping"]),
+            ('forward qa {"a":\n\n[1,\n2]}\nping\n', ["forward", "ping"]),
+            ('{"action":"ping"}\n{"action":\n"ping"}', ["ping", "ping"]),
+        ],
+    )
+    def test_json_over_several_lines(self, gateway: Gateway, typed: str, sent: list[str]) -> None:
+        """JSON that goes on in the next line is one message."""
+        result = run(CLIENT, gateway.place, typed=typed)
+        assert re.findall(r"-> (\w+)", result.stdout) == sent
+        assert "not valid" not in result.stdout
+
+    def test_server_speaks_first(self, gateway: Gateway) -> None:
+        """What the client wants comes after `connected`, on the screen too."""
+        result = run(CLIENT, gateway.place, "--project", "p", typed="ping\n")
+        shown = re.findall(r"(?:<-|->) \w+", result.stdout)
+        assert shown[:2] == ["<- connected", "-> subscribe"]
 
 
 class TestResuming:
@@ -616,6 +697,12 @@ class TestNoConnection:
         assert advice == "next:  start the server (make run), or check host and port"
         assert result.returncode == 1
 
+    def test_refused_with_input(self, free_port: int) -> None:
+        """Typed lines that come to nothing add no words of Python's own."""
+        result = run(CLIENT, f"127.0.0.1:{free_port}", typed="ping\n" * 100)
+        assert len(result.stderr.splitlines()) == 2
+        assert result.returncode == 1
+
     def test_refused_once(self, free_port: int) -> None:
         """With --once the same is one FAIL line."""
         result = run(CLIENT, f"127.0.0.1:{free_port}", "--once")
@@ -669,6 +756,26 @@ class TestNoConnection:
         assert "Traceback" not in result.stderr
 
 
+class TestCommandLine:
+    """What both programs say of themselves."""
+
+    @pytest.mark.parametrize("program", [CLIENT, CHECKER])
+    def test_missing_package(self, program: str) -> None:
+        """A Python that lacks a package is told what to install, without a traceback."""
+        result = run("-S", program, "127.0.0.1:8080")
+        assert "lacks the package websockets" in result.stderr
+        assert "make run" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert result.returncode == 1
+
+    @pytest.mark.parametrize("arguments", [[CLIENT], [CLIENT, "publish"], [CHECKER]])
+    def test_help(self, arguments: list[str]) -> None:
+        """Defaults are in words, not in Python."""
+        result = run(*arguments, "--help")
+        assert result.returncode == 0
+        assert not re.search(r"default: (None|True|False|\[|\d+\.0)", result.stdout)
+
+
 class TestIntegrationTest:
     """`integration_test.py`."""
 
@@ -709,7 +816,9 @@ class TestIntegrationTest:
         """A gateway that cannot be reached is one error, not a hundred."""
         result = run(CHECKER, f"127.0.0.1:{free_port}")
         assert result.stdout == ""
-        assert f"error: cannot reach 127.0.0.1:{free_port}" in result.stderr
+        problem, advice = result.stderr.splitlines()
+        assert problem == f"error: connection refused: nothing listens at 127.0.0.1:{free_port}"
+        assert advice.startswith("next:  ")
         assert result.returncode == 1
 
     def test_unknown_check(self, gateway: Gateway) -> None:
