@@ -105,6 +105,11 @@ metrics_logger = logging.getLogger("gateway.metrics")
 
 # --- Vocabulary -----------------------------------------------------------------------------
 # The words of the protocol and the limits that are not settings. Nothing mutable.
+#
+# There are two clocks. Durations and deadlines of this process are seconds of the monotonic clock
+# (`time.monotonic`; the event loop's own time is the same clock, read once a turn). Whatever others
+# read too, as tokens, the log and heartbeats, is in unix seconds (`time.time`). A figure of one
+# clock is never compared with one of the other.
 
 EVERYONE = "*"
 """The project whose events reach every connection."""
@@ -226,10 +231,7 @@ SUSPICIOUSLY_SHORT_POLL_S = 1.0
 POLL_USUALLY_S = 0.01  # for messages that are there already, until that was seen
 POLL_USUALLY_MIN_S = 0.002
 GATHER_S = 0.05  # at most, for what may still come
-CALLS_PER_QUEUE = 16
 DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
-FORWARDS_WAITING = 5_000
-FORWARDS_WAITING_BYTES = 32 * 1024 * 1024
 UPDATES_IN_HAND = 500
 UPDATE_VISIBILITY_S = 10
 UPDATE_RECEIVES = 5
@@ -241,14 +243,9 @@ HEADS_REMEMBERED = 512  # projects
 CLOCK_SKEW_S = 60.0
 FAN_OUT_RETENTION_S = 60
 STALE_AFTER_HEARTBEATS = 5
-FAILING_AFTER_S = 15.0
-FAILURE_FORGOTTEN_S = 60.0  # longer than lies between two attempts of any call that is repeated
 
 UNSENDABLE = {"\ufffe": rb"\ufffe", "\uffff": rb"\uffff"}
 """What SQS and SNS refuse of what JSON may hold unescaped (SendMessage API), and its escapes."""
-
-PLAIN_GROUP_ID = "[!-~]{1,128}"
-"""What SQS takes as MessageGroupId and MessageDeduplicationId."""
 
 
 # --- Errors ---------------------------------------------------------------------------------
@@ -369,10 +366,14 @@ def full_jitter_s(attempt: int, *, base_s: float = 0.1, cap_s: float = 5.0) -> f
 class Dependency:
     """A part of AWS that this task depends on, as ``/health`` sees it: each operation by itself.
 
-    An operation fails only after ``FAILING_AFTER_S`` of nothing but errors: a task that is taken
-    out of service for one throttled call would turn a hiccup of AWS into a reconnect storm. It
-    fails until it works again, or until nobody has called it for ``FAILURE_FORGOTTEN_S``.
+    An operation counts as failing only after ``FAILING_AFTER_S`` of nothing but errors: a task
+    that is taken out of service for one throttled call would turn a hiccup of AWS into a reconnect
+    storm. It counts as failing until it works again, or until nobody has called it for
+    ``FORGOTTEN_AFTER_S``, which is longer than the time between two attempts of any retried call.
     """
+
+    FAILING_AFTER_S = 15.0
+    FORGOTTEN_AFTER_S = 60.0
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -386,7 +387,7 @@ class Dependency:
     def failed(self, exc: BaseException, operation: str) -> None:
         now = time.monotonic()
         first, last = self._failures.get(operation, (now, -math.inf))
-        if now - last > FAILURE_FORGOTTEN_S:
+        if now - last > self.FORGOTTEN_AFTER_S:
             first = now
             logger.warning("%s: %s failed with %s, retrying", self.name, operation, error_code(exc))
         self._failures[operation] = (first, now)
@@ -394,9 +395,9 @@ class Dependency:
     @property
     def failing_operation(self) -> str | None:
         """The operation that has been failing for longest, by AWS's name; ``None`` if none is."""
-        recent = time.monotonic() - FAILURE_FORGOTTEN_S
+        recent = time.monotonic() - self.FORGOTTEN_AFTER_S
         for operation, (first, last) in self._failures.items():
-            if last - first > FAILING_AFTER_S and last >= recent:
+            if last - first > self.FAILING_AFTER_S and last >= recent:
                 return operation
         return None
 
@@ -590,21 +591,23 @@ def mistaken_for(name: str, known: Iterable[str]) -> str | None:
 class Settings:
     """What the operator decides; each field is the environment variable of its name in capitals."""
 
-    sqs_queue_url_pm: str = setting(url, "queue of the PM agent; `.fifo` queues work")
-    sqs_queue_url_dev: str = setting(url, "queue of the Dev agent")
-    sqs_queue_url_qa: str = setting(url, "queue of the QA agent")
-    sqs_queue_url_ops: str = setting(url, "queue of the Ops agent")
+    sqs_queue_url_pm: str = setting(url, "URL of the PM agent's queue; it may be a FIFO queue")
+    sqs_queue_url_dev: str = setting(url, "URL of the Dev agent's queue, likewise")
+    sqs_queue_url_qa: str = setting(url, "URL of the QA agent's queue, likewise")
+    sqs_queue_url_ops: str = setting(url, "URL of the Ops agent's queue, likewise")
     dynamodb_table_name: str = setting(
-        text, "the platform's table, where projects have their state"
+        text, "name of the platform's table, which holds the state of projects"
     )
-    sqs_queue_url_updates: str | None = setting(url, "queue in which agents answer", None)
+    sqs_queue_url_updates: str | None = setting(
+        url, "URL of the queue to which agents send updates", None
+    )
     updates_topic_arn: str | None = setting(
-        topic_arn, "topic between the tasks; without it, run one task only", None
+        topic_arn, "ARN of the topic that connects the tasks; without it, run one task only", None
     )
     events_table_name: str | None = setting(
-        text, "table of the event log; by default `DYNAMODB_TABLE_NAME`", None
+        text, "name of the event log's table; the default is `DYNAMODB_TABLE_NAME`", None
     )
-    aws_region: str = setting(text, "region of all of these", "us-east-1")
+    aws_region: str = setting(text, "region of the queues, the topic and the tables", "us-east-1")
     websocket_host: str = setting(text, "address to listen on", "0.0.0.0")  # noqa: S104
     websocket_port: int = setting(whole(0, 65_535), "port to listen on; 0 takes a free one", 8080)
     event_retention_hours: int = setting(
@@ -670,7 +673,9 @@ class Settings:
         switch, "offer `permessage-deflate`, each event deflated once", True
     )
     forward_timeout_seconds: float = setting(
-        seconds(0.1, 300), "a forward that SQS has not taken by then is an error", 10.0
+        seconds(0.1, 300),
+        "seconds after which a forward that SQS has not accepted is an error",
+        10.0,
     )
     ping_interval_seconds: float = setting(
         seconds(0.1, 3_600),
@@ -678,27 +683,32 @@ class Settings:
         25.0,
     )
     drain_seconds: float = setting(
-        seconds(0, 110), "over how long a shutdown spreads the closes", 30.0
+        seconds(0, 110), "seconds over which a shutdown spreads the closing of connections", 30.0
     )
     target_group_arn: str | None = setting(
         target_group,
-        "target group whose load balancer this task stands behind: the task drains when its target "
-        "does. Without it, a drain begins at SIGTERM",
+        "ARN of the target group to which this task belongs; the task drains as soon as the load "
+        "balancer drains its target. Without it, a drain begins at SIGTERM",
         None,
     )
     task_heartbeat_seconds: float = setting(
         seconds(0.2, 3_600),
-        "sign of life on the task's own queue; five missed and others remove it",
+        "seconds between two signs of life on the task's own queue; other tasks remove the queue "
+        "after five that are missing",
         60.0,
         "updates_topic_arn",
     )
     audit_interval_seconds: float = setting(
-        seconds(0.2, 3_600), "how often delivered events are compared with the log", 30.0
+        seconds(0.2, 3_600),
+        "seconds between two comparisons of what was delivered with the log",
+        30.0,
     )
-    environment: str = setting(text, "dimension `Environment` of the metrics", "local")
-    log_level: str = setting(level, "DEBUG, INFO, WARNING or ERROR", "INFO")
+    environment: str = setting(text, "value of the metrics' dimension `Environment`", "local")
+    log_level: str = setting(
+        level, "lowest level that is logged: DEBUG, INFO, WARNING or ERROR", "INFO"
+    )
     ecs_container_metadata_uri_v4: str | None = setting(
-        url, "set by ECS: where this task reads its id, for its queue's name, and its address", None
+        url, "ECS sets it; the task reads its own id and address there", None
     )
 
     @classmethod
@@ -1902,10 +1912,10 @@ class Aws:
     elbv2: Any  # Elastic Load Balancing, version 2
 
 
-def refuse_what_is_no_answer(response_dict: dict[str, Any], **_: Any) -> None:
-    """Let no success pass that is no JSON object, like the page of a proxy.
+def require_json_object(response_dict: dict[str, Any], **_: Any) -> None:
+    """Refuse a successful answer that is not a JSON object, such as the page of a proxy.
 
-    The SDK would take it for an answer without members: a transaction would count as written.
+    The SDK would take it for an answer without members, and a transaction for written.
 
     Raises:
         ResponseParserError: a later attempt may be answered by AWS.
@@ -1913,19 +1923,22 @@ def refuse_what_is_no_answer(response_dict: dict[str, Any], **_: Any) -> None:
     body = response_dict["body"].strip()
     is_object = body[:1] == b"{" and body[-1:] == b"}"
     if response_dict["status_code"] < HTTPStatus.MULTIPLE_CHOICES and body and not is_object:
-        raise ResponseParserError("an answer that is no JSON object")
+        raise ResponseParserError("the answer is not a JSON object")
 
 
 @contextlib.asynccontextmanager
 async def connect(region: str) -> AsyncIterator[Aws]:
-    """The clients. Retries are ours: the SDK's know neither deadlines nor what is idempotent."""
+    """Yield the clients, which make each call once.
+
+    This program makes the retries: the SDK's know neither deadlines nor what is idempotent.
+    """
     config = AioConfig(
         connect_timeout=3,
         read_timeout=RECEIVE_TIMEOUT_S,
         max_pool_connections=100,
         retries={"total_max_attempts": 1},
         tcp_keepalive=True,
-        # Composed anew for every call, the SDK's own user agent is a seventh of the call's CPU.
+        # The SDK composes its own user agent anew for every call, at a seventh of the call's CPU.
         user_agent="agenticai-websocket-gateway",
         parameter_validation=False,  # of parameters that are all made in this file
     )
@@ -1937,11 +1950,11 @@ async def connect(region: str) -> AsyncIterator[Aws]:
                 session.create_client(service, region_name=region, config=config)
             )
             events: BaseEventHooks = client.meta.events
-            # One attempt it is: not even the question whether there should be another. With it
-            # goes DynamoDB's CRC32, which TLS makes needless.
+            # This handler would decide whether to retry. It also checks DynamoDB's CRC32, which
+            # TLS makes needless.
             events.unregister(f"needs-retry.{service}", unique_id=f"retry-config-{service}")
             if client.meta.service_model.resolved_protocol == "json":
-                events.register(f"before-parse.{service}", refuse_what_is_no_answer)
+                events.register(f"before-parse.{service}", require_json_object)
             clients[service] = client
         yield Aws(**clients)
 
@@ -1951,11 +1964,17 @@ async def connect(region: str) -> AsyncIterator[Aws]:
 
 
 class Batcher(Generic[T]):
-    """Adaptive batches.
+    """Sends items in batches whose size follows the load.
 
-    What comes in one turn of the loop goes at once if nothing is under way; else it gathers until
-    a call returns or a batch is full. Under load that spares most calls, without load any wait.
-    What nobody waits for may ``linger_s`` for company all the same.
+    The items of one turn of the event loop are sent at once if no call is under way; otherwise they
+    wait until a call returns or a batch is full. So an idle system adds no wait, and a busy one
+    makes few calls. Where nobody waits for the result, a batch may wait ``linger_s`` seconds for
+    more items even if no call is under way.
+
+    Args:
+        send: makes one call; what it raises ends the process.
+        entries, size_bytes: bounds of one batch, inclusive. A larger item is sent alone.
+        calls: how many may be under way at once.
     """
 
     def __init__(
@@ -1965,7 +1984,7 @@ class Batcher(Generic[T]):
         *,
         entries: int = SQS_BATCH_ENTRIES,
         size_bytes: int = SQS_BATCH_BYTES,
-        calls: int = CALLS_PER_QUEUE,
+        calls: int = 16,
         linger_s: float = 0.0,
     ) -> None:
         self._tasks = tasks
@@ -1999,7 +2018,7 @@ class Batcher(Generic[T]):
         return len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
 
     def _pump_later(self) -> None:
-        """At the end of this turn, so that what comes together goes together; or in a while."""
+        """Pump at the end of this turn of the loop, or after ``linger_s``."""
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._linger_s, self._pump_now)
@@ -2009,7 +2028,7 @@ class Batcher(Generic[T]):
         self._pump(lingered=True)
 
     def _pump(self, *, lingered: bool = False) -> None:
-        """Begin the calls that there is reason for."""
+        """Begin as many calls as the load calls for and the bound allows."""
         while self._waiting and self._calls < self._max_calls:
             reason = lingered if self._linger_s else not self._calls
             if not reason and not self._full:
@@ -2018,7 +2037,7 @@ class Batcher(Generic[T]):
             call = self._call(self._take())
             try:
                 self._tasks.create_task(call)
-            except RuntimeError:  # the process is ending, for a reason that is better told alone
+            except RuntimeError:  # The task group is ending for another reason, which is reported.
                 call.close()
                 return
         if not self._waiting and self._timer is not None:
@@ -2039,7 +2058,7 @@ class Batcher(Generic[T]):
         return batch
 
     async def _call(self, batch: list[T]) -> None:
-        await self._send(batch)  # what it raises ends the process, and with it this batcher
+        await self._send(batch)
         self._calls -= 1
         self._pump()
         if self._waiting:
@@ -2049,17 +2068,18 @@ class Batcher(Generic[T]):
 
 
 Confirm = Callable[[str | None, BadMessage | None], None]
-"""Called once for a forward, with SQS's message id or with the error that its client gets."""
+"""Called once for each forward, with SQS's message id or with the error that its client gets."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class PendingForward:
-    """A message that waits for an agent's queue to take it.
+    """A message that waits until an agent's queue accepts it.
 
     Attributes:
-        size_bytes: of body and attributes, as SQS counts them.
-        submitted_at: seconds of the monotonic clock, as is ``deadline``.
-        unanswered_calls: how many calls had it that may have taken effect and got no answer.
+        size_bytes: the size of body and attributes, as SQS counts them.
+        submitted_at, deadline: seconds of the monotonic clock.
+        unanswered_calls: the number of calls that contained it, were not answered, and may have
+            taken effect.
     """
 
     body: str
@@ -2073,24 +2093,24 @@ class PendingForward:
     unanswered_calls: int = 0
 
     def too_late(self) -> BadMessage:
-        """What its client is told at the deadline."""
+        """The error that the client gets at the deadline."""
         if self.unanswered_calls:
             return BadMessage(
                 ErrorCode.TIMEOUT,
-                "The agent's queue did not answer in time. The message may have arrived: "
+                "The agent's queue did not answer in time. The message may have arrived; "
                 "send it again with the same message_id.",
                 retryable=True,
             )
         return BadMessage(
             ErrorCode.UNAVAILABLE,
-            "The agent's queue did not take the message in time; send it again later.",
+            "The agent's queue did not accept the message in time; send it again later.",
             retryable=True,
         )
 
 
 def fifo_id(value: str) -> str:
     """``value`` as a MessageGroupId or MessageDeduplicationId, hashed where SQS would refuse it."""
-    if re.fullmatch(PLAIN_GROUP_ID, value):
+    if re.fullmatch("[!-~]{1,128}", value):
         return value
     return hashlib.sha256(value.encode()).hexdigest()
 
@@ -2109,8 +2129,8 @@ def deduplication_id(message: AgentMessage) -> str:
 class QueueSender:
     """Sends forwards to one agent's queue.
 
-    Every forward has a deadline of its own, which the forwarder keeps. A call is given as long as
-    the latest of its batch may wait, so that an old forward never makes fresh ones go twice.
+    Every forward has its own deadline, which the forwarder watches. A call may take until the
+    latest deadline in its batch, so that an old forward never has fresh ones sent twice.
     """
 
     def __init__(
@@ -2128,10 +2148,9 @@ class QueueSender:
         self._settle = settle
         self._fifo = queue_url.endswith(".fifo")
         self._dependency = Dependency(f"{name} queue")
-        # Two calls at once may overtake each other: not on a queue that promises order. (Entries of
-        # one call that SQS itself throttles are still sent after those that it took.)
-        calls = 1 if self._fifo else CALLS_PER_QUEUE
-        self.batcher = Batcher(tasks, self._deliver, calls=calls)
+        # Two calls at once may overtake each other, which a queue that promises order must not see.
+        # (Entries of one call that SQS itself throttles are still sent after those it accepted.)
+        self.batcher = Batcher(tasks, self._deliver, calls=1 if self._fifo else 16)
 
     async def _deliver(self, batch: list[PendingForward]) -> None:
         """Send until every forward is confirmed, refused or past its deadline."""
@@ -2145,7 +2164,7 @@ class QueueSender:
             attempt += 1
 
     async def _attempt(self, batch: list[PendingForward], until: float) -> list[PendingForward]:
-        """Make one call. Settles what it decides and returns what may be tried again."""
+        """Make one call, settle the forwards it decides, and return those to be tried again."""
         for forward in batch:
             forward.unanswered_calls += 1
         try:
@@ -2158,8 +2177,8 @@ class QueueSender:
             failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
         except AWS_ERRORS as exc:
             return await self._after_error(batch, exc)
-        except (AttributeError, TypeError):  # an answer, but not of SQS's making
-            return await self._after_error(batch, ResponseParserError("not an answer of SQS"))
+        except (AttributeError, TypeError):
+            return await self._after_error(batch, ResponseParserError("SQS does not answer so"))
         self._dependency.worked("SendMessageBatch")
         again = []
         for i, forward in enumerate(batch):
@@ -2178,7 +2197,7 @@ class QueueSender:
     async def _after_error(
         self, batch: list[PendingForward], exc: BaseException
     ) -> list[PendingForward]:
-        """A call that failed whole: have it tried again, or find the one entry SQS refuses."""
+        """After a call that failed whole, try again, or find the one entry that SQS refuses."""
         lasting = not passes(exc)
         if lasting or isinstance(exc, SdkConnectionError) or error_code(exc) in PASSING_CODES:
             for forward in batch:  # nothing was sent
@@ -2216,11 +2235,15 @@ class QueueSender:
 
 
 class Forwarder:
-    """Takes forwards for all agents, within bounds of count and bytes.
+    """Takes forwards for all agents, as many as its bounds on count and bytes allow.
 
-    The promise: ``confirm`` is called once for every forward taken, with SQS's message id only
-    after SQS accepted it, and with an error once ``timeout_s`` have passed.
+    It promises that ``confirm`` is called exactly once for every forward it has taken: with SQS's
+    message id after SQS has accepted the forward, or with an error, at the latest ``timeout_s``
+    seconds after ``submit``.
     """
+
+    MAX_WAITING = 5_000
+    MAX_WAITING_BYTES = 33_554_432
 
     def __init__(
         self,
@@ -2232,7 +2255,8 @@ class Forwarder:
     ) -> None:
         self._timeout_s = timeout_s
         self._metrics = metrics
-        # In the order of their deadlines, for all may wait equally long: one timer does for all.
+        # All forwards may wait equally long, so that this is in the order of their deadlines, and
+        # one timer is enough.
         self._waiting: dict[PendingForward, None] = {}
         self._waiting_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -2280,25 +2304,25 @@ class Forwarder:
                 raise BadMessage(ErrorCode.INVALID_CHARACTER, sentence)
 
     def _check(self, size: int) -> None:
-        """Whether SQS would take a message of that size, and there is room for it here."""
+        """Refuse a message that SQS would not accept, or for which there is no room here."""
         if size > SQS_BATCH_BYTES:
             sentence = f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes."
             raise BadMessage(ErrorCode.TOO_LARGE, sentence)
-        over_bytes = self._waiting_bytes + size > FORWARDS_WAITING_BYTES
-        if len(self._waiting) >= FORWARDS_WAITING or over_bytes:
+        over_bytes = self._waiting_bytes + size > self.MAX_WAITING_BYTES
+        if len(self._waiting) >= self.MAX_WAITING or over_bytes:
             self._metrics.forward_errors += 1
             sentence = "Too many messages are waiting; send it again later."
             raise BadMessage(ErrorCode.OVERLOADED, sentence, retryable=True)
 
     def _expire(self) -> None:
-        """Tell whose deadline has passed."""
+        """Answer the forwards whose deadline has passed with an error."""
         now = time.monotonic()
         overdue = itertools.takewhile(lambda forward: forward.deadline <= now, self._waiting)
         for forward in tuple(overdue):
             self._settle(forward, None, forward.too_late())
 
     def _expire_at_deadlines(self) -> None:
-        """Do it now, and again at the next deadline."""
+        """Expire forwards now, and again at the next deadline."""
         self._expire()
         self._timer = None
         if self._waiting:
@@ -2306,19 +2330,19 @@ class Forwarder:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._expire_at_deadlines)
 
     def _still_waiting(self, batch: list[PendingForward]) -> list[PendingForward]:
-        """The forwards of ``batch`` whose clients have not been told anything yet."""
+        """The forwards of ``batch`` that are not settled and whose deadline has not passed."""
         self._expire()
         return [forward for forward in batch if forward in self._waiting]
 
     def _settle(
         self, forward: PendingForward, sqs_message_id: str | None, error: BadMessage | None
     ) -> None:
-        """Tell the client, unless its deadline has passed: it has been told then."""
+        """Tell the client what became of its forward, unless it was told so at the deadline."""
         if forward not in self._waiting:
             return
         del self._waiting[forward]
         self._waiting_bytes -= forward.size_bytes
-        forward.body = ""  # its batcher may hold an expired one until a call has returned
+        forward.body = ""  # A batcher may hold an expired forward until a call has returned.
         if error is None:
             self._metrics.forwarded(time.monotonic() - forward.submitted_at)
         else:
@@ -3646,14 +3670,14 @@ class Unit(StrEnum):
     MILLISECONDS = "Milliseconds"
 
 
-SAMPLES = 100  # values an array may have in the Embedded Metric Format
-
 Gauge = Callable[[], float | Mapping[str, float]]
 """Reads what is there now: one figure, or figures by kind, whose sum is the metric."""
 
 
 class Sample:
-    """At most ``SAMPLES`` values, each of those seen with the same chance (reservoir sampling)."""
+    """At most ``SIZE`` values, each of those seen with the same chance (reservoir sampling)."""
+
+    SIZE = 100  # the number of values an array may have in the Embedded Metric Format
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -3661,9 +3685,9 @@ class Sample:
 
     def add(self, value: float) -> None:
         self._seen += 1
-        if len(self.values) < SAMPLES:
+        if len(self.values) < self.SIZE:
             self.values.append(value)
-        elif (place := random.randrange(self._seen)) < SAMPLES:  # noqa: S311
+        elif (place := random.randrange(self._seen)) < self.SIZE:  # noqa: S311
             self.values[place] = value
 
     def take(self) -> list[float]:
@@ -4204,21 +4228,20 @@ class Connection(asyncio.Protocol):
 
 
 # --- Drain ----------------------------------------------------------------------------------
-# The orderly end of a task: what begins it, and when who is sent away. Knows no requests.
-
-STOP_BUDGET_S = 110.0  # for the whole drain, inside the platform's 120
-RECONNECT_SPREAD_MS = 1_000
-TARGET_HEALTH_EVERY_S = 10.0  # a deregistration delay has to be longer than this and the drain
+# The orderly end of a task: what begins it, and when clients are sent away. Knows no requests.
 
 
 class TargetHealth:
-    """What the load balancer does with this task, its target.
+    """The state of this task's own target in the load balancer.
 
-    A target is deregistered long before its task gets SIGTERM, and at the end of the deregistration
-    delay the load balancer cuts what is left. So the drain begins when it does.
+    ECS deregisters a target long before its task gets SIGTERM, and at the end of the deregistration
+    delay the load balancer cuts the connections that are left. So the drain begins with the former.
+    The deregistration delay must be longer than ``EVERY_S`` and the drain together.
 
     Source: Elastic Load Balancing API, DescribeTargetHealth.
     """
+
+    EVERY_S = 10.0
 
     def __init__(
         self, elbv2: Any, target_group_arn: str, target: Mapping[str, Any], metrics: Metrics
@@ -4245,7 +4268,7 @@ class TargetHealth:
             if not before and not warned:
                 logger.warning("until the load balancer answers, a drain begins at SIGTERM only")
                 warned = True
-            await asyncio.sleep(TARGET_HEALTH_EVERY_S * random.uniform(0.8, 1.2))  # noqa: S311
+            await asyncio.sleep(self.EVERY_S * random.uniform(0.8, 1.2))  # noqa: S311
 
     async def _state(self) -> str | None:
         """The target's state now; ``None`` where the call fails, which changes nothing."""
@@ -4264,17 +4287,20 @@ class TargetHealth:
 
 
 async def wait_for(task: asyncio.Task[None]) -> None:
-    """Return once ``task`` is done; unlike ``await task``, cancelling this leaves it alone."""
+    """Return once ``task`` is done; unlike ``await task``, cancelling this does not cancel it."""
     await asyncio.wait({task})
 
 
 class Drain:
-    """Ends a task in order. Every step is bounded, and all of them by the platform's stop timeout.
+    """Ends a task in order. Every step is bounded, and all together by ``BUDGET_S``.
 
     Attributes:
         wanted: set once the task is to end; it then takes nobody in any more.
         hurry: set once it is to wait for as little as it can.
     """
+
+    BUDGET_S = 110.0  # of the 120 s after which the platform kills the task
+    RECONNECT_SPREAD_MS = 1_000
 
     def __init__(
         self,
@@ -4316,7 +4342,7 @@ class Drain:
         """Send everybody away, finish what is in hand, then end ``loops``."""
         logger.info("draining", extra={"connections": len(self._registry.connections)})
         began_at = time.monotonic()
-        self._ends_at = began_at + STOP_BUDGET_S
+        self._ends_at = began_at + self.BUDGET_S
         # 1. No more sockets (the door sees to that) and no more updates. A long poll under way is
         #    seen through, if that takes no longer than the drain: what SQS hands to a call that
         #    was cut is invisible to everybody for ten seconds.
@@ -4345,7 +4371,7 @@ class Drain:
 
     async def _close_all(self) -> None:
         began_at = time.monotonic()
-        spread_s = min(self._drain_s, STOP_BUDGET_S / 2)
+        spread_s = min(self._drain_s, self.BUDGET_S / 2)
         connections = list(self._registry.connections.values())
         random.shuffle(connections)
         busy = []
@@ -4366,7 +4392,7 @@ class Drain:
             self._send_away(connection)
 
     def _send_away(self, connection: Connection) -> None:
-        after_ms = random.randint(0, RECONNECT_SPREAD_MS)  # noqa: S311
+        after_ms = random.randint(0, self.RECONNECT_SPREAD_MS)  # noqa: S311
         connection.send(encode(Reconnect(after_ms)))
         connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
 

@@ -607,7 +607,7 @@ class TestSettings:
         with pytest.raises(SettingsError) as caught:
             Settings.from_mapping(values)
         missing, port, log_level = caught.value.faults
-        assert missing == "SQS_QUEUE_URL_QA is missing: queue of the QA agent"
+        assert missing == "SQS_QUEUE_URL_QA is missing: URL of the QA agent's queue, likewise"
         assert port == "WEBSOCKET_PORT must be a whole number from 0 to 65535, not 'eighty'"
         assert log_level == "LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, not 'LOUD'"
 
@@ -2006,7 +2006,7 @@ class TestForwarder:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Beyond the bound a forward is refused at once, until there is room again."""
-        monkeypatch.setattr(server, "FORWARDS_WAITING", 20)
+        monkeypatch.setattr(server.Forwarder, "MAX_WAITING", 20)
         stand_in.fault = always("SendMessageBatch", Fault(delay_s=0.05))
         async with desk_of(platform, aws) as desk:
             desk.submit_many(20)
@@ -2024,7 +2024,7 @@ class TestForwarder:
         self, platform: aws_standin.Platform, aws: Aws, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What waits is bounded in bytes as well."""
-        monkeypatch.setattr(server, "FORWARDS_WAITING_BYTES", 10_000)
+        monkeypatch.setattr(server.Forwarder, "MAX_WAITING_BYTES", 10_000)
         async with desk_of(platform, aws) as desk:
             desk.submit("m1", data=b'"%s"' % (b"x" * 9_000))
             with pytest.raises(BadMessage, match="Too many"):
@@ -5728,7 +5728,7 @@ class TestGateway:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Beyond the bound of what may wait, the answer is an error at once."""
-        monkeypatch.setattr(server, "FORWARDS_WAITING", 2)
+        monkeypatch.setattr(server.Forwarder, "MAX_WAITING", 2)
         go_on = hold_back(stand_in)
         async with client_of(gateway) as client:
             for number in range(3):

@@ -514,7 +514,7 @@ ERRORS = {
         "SQS did not take the forward in time; it was not sent",
         "send it again with back-off",
         error(
-            "The agent's queue did not take the message in time; send it again later.",
+            "The agent's queue did not accept the message in time; send it again later.",
             ErrorCode.UNAVAILABLE,
             retryable=True,
             **FORWARD,
@@ -534,7 +534,7 @@ ERRORS = {
         "SQS did not answer in time; the forward may have arrived",
         "send it again with the same `message_id`, by which agents know a repetition",
         error(
-            "The agent's queue did not answer in time. The message may have arrived: "
+            "The agent's queue did not answer in time. The message may have arrived; "
             "send it again with the same message_id.",
             ErrorCode.TIMEOUT,
             retryable=True,
@@ -637,8 +637,8 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
         server.FORWARDS_IN_FLIGHT,
         "nothing is read from it until half of them are settled",
     ),
-    ("forwards of all clients that wait for SQS", server.FORWARDS_WAITING, "`overloaded`"),
-    ("the same, bytes", server.FORWARDS_WAITING_BYTES, "`overloaded`"),
+    ("forwards of all clients that wait for SQS", server.Forwarder.MAX_WAITING, "`overloaded`"),
+    ("the same, bytes", server.Forwarder.MAX_WAITING_BYTES, "`overloaded`"),
     ("a forward with its envelope, bytes", server.SQS_BATCH_BYTES, "`too_large`"),
     (
         "time for SQS to take a forward, seconds",

@@ -533,7 +533,7 @@ class TestExamples:
             await client.socket.send(json.dumps(forward))
             await client.receive("unavailable")
             stand_in.fault = always("SendMessageBatch", AwsFault(silent=True))
-            monkeypatch.setattr(server, "FORWARDS_WAITING", 1)
+            monkeypatch.setattr(server.Forwarder, "MAX_WAITING", 1)
             await client.socket.send(json.dumps(forward))
             await client.socket.send(json.dumps(forward))
             await client.receive("overloaded")

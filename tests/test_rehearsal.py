@@ -80,7 +80,7 @@ class TestScenario:
 
     def test_server(self) -> None:
         """The server has noticed by then that its target is deregistered."""
-        assert pytest.approx(1.2 * server.TARGET_HEALTH_EVERY_S) == NOTICED_SECONDS
+        assert pytest.approx(1.2 * server.TargetHealth.EVERY_S) == NOTICED_SECONDS
 
     def test_stop_timeout(self) -> None:
         """A drain has as long as the task definition gives it."""

@@ -590,7 +590,7 @@ class TestLoadBalancer:
         stack = Stack(ContainerImage=IMAGE, DrainSeconds=drain_s)
         group = attributes(stack.resources["TargetGroup"], "TargetGroupAttributes")
         delay_s = int(group["deregistration_delay.timeout_seconds"])
-        noticed_s = 1.2 * server.TARGET_HEALTH_EVERY_S + server.CALL_TIMEOUT_S
+        noticed_s = 1.2 * server.TargetHealth.EVERY_S + server.CALL_TIMEOUT_S
         assert delay_s >= noticed_s + int(drain_s) + 10
         (container,) = stack.resources["TaskDefinition"]["ContainerDefinitions"]
         assert container["StopTimeout"] == 120 > int(drain_s)

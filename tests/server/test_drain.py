@@ -32,7 +32,7 @@ DENIED = Fault(status=403, code="AccessDenied")
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the target is asked for again and again."""
-    monkeypatch.setattr(server, "TARGET_HEALTH_EVERY_S", 0.01)
+    monkeypatch.setattr(server.TargetHealth, "EVERY_S", 0.01)
 
 
 @contextlib.asynccontextmanager

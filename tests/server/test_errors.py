@@ -52,7 +52,7 @@ class TestDependency:
         """An operation fails after fifteen seconds of errors, and no longer once it works."""
         dependency = Dependency("queue")
         states = [dependency.failing_operation]
-        for seconds_later in (0.0, server.FAILING_AFTER_S, 0.1):
+        for seconds_later in (0.0, server.Dependency.FAILING_AFTER_S, 0.1):
             clock.now += seconds_later
             dependency.failed(TimeoutError(), "Receive")
             states.append(dependency.failing_operation)
@@ -71,7 +71,7 @@ class TestDependency:
         """An operation that is not called any more fails no longer; two errors are no outage."""
         dependency = Dependency("event log")
         fail(dependency, clock, "GetItem", for_s=20)
-        clock.now += server.FAILURE_FORGOTTEN_S + 1
+        clock.now += server.Dependency.FORGOTTEN_AFTER_S + 1
         assert dependency.failing_operation is None
         dependency.failed(TimeoutError(), "GetItem")
         assert dependency.failing_operation is None
@@ -152,7 +152,7 @@ class TestHealth:
         part: str,
     ) -> None:
         """One operation fails while all others work: /health is 503 for as long, then 200."""
-        monkeypatch.setattr(server, "FAILING_AFTER_S", 0.2)
+        monkeypatch.setattr(server.Dependency, "FAILING_AFTER_S", 0.2)
         async with running_gateway(platform, topic=True) as gateway, client_of(gateway) as client:
             stand_in.fault = always(operation, SERVER_ERROR)
             push(stand_in, *news(1))
