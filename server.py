@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import heapq
 import ipaddress
 import itertools
 import json
@@ -56,6 +57,7 @@ from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
@@ -147,7 +149,6 @@ class ErrorCode(StrEnum):
     TIMEOUT = "timeout"
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
-    RATE_LIMITED = "rate_limited"
 
 
 class Progress(Enum):
@@ -175,34 +176,29 @@ TOKEN_LEEWAY_S = 30.0
 SESSION_WITHOUT_END_S = 2**31 - 1
 TOKEN_WARNING_S = 60.0
 TOKEN_MAX_CHARS = 16_384
+FIRST_MESSAGE_MAX_BYTES = TOKEN_MAX_CHARS + 1_024
 KEYS_MAX_BYTES = 1_048_576
 KEYS_TRIED = 16  # for one token, of those that fit it
 KEYS_REFRESH_S = 60.0  # at most so often for a key that is not known
 KEYS_LIFETIME_S = 300.0  # a key withdrawn by the issuer is honoured no longer, if it answers
-ADDRESSES_REMEMBERED = 65_536
+ACCOUNTS_REMEMBERED = 65_536
 SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
 AWS_REGION_NAME = r"[a-z]{2,4}(?:-[a-z]+)+-[0-9]{1,2}"
 OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 PLAIN_IPV4 = rf"{OCTET}(?:\.{OCTET}){{3}}"
 
 # Connections.
-PENDING_MAX = 16_384  # handshakes and closes under way; beyond it the oldest goes
 HANDSHAKE_MAX_BYTES = 16_384  # the load balancer's own limit for headers
 HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEEP_INTERVAL_S = 1.0
-FORGOTTEN_AT_ONCE = 4_096  # addresses looked at, each second
+FORGOTTEN_AT_ONCE = 4_096  # accounts looked at, each second
 SWEPT_PER_TURN = 200  # connections, before the others get their turn
-DISCARDED_MAX_BYTES = 1_048_576  # after the end of what is read of a connection
-LARGE_MESSAGE_BYTES = 32_768  # counts for two, twice as much for three, in the pace
-TURN_BYTES = 4_096  # of one connection's input, before the others get their turn
-INFLATED_AT_ONCE_BYTES = 256  # of input: what is held of it is a message or two
+PIECE_BYTES = 4_096  # of input that is parsed at once
+INFLATED_PIECE_BYTES = 256  # the same where input may inflate: it becomes a message or two
 MESSAGE_TIMEOUT_S = 30.0  # from a message's first byte to its last
-UNFINISHED_MAX_BYTES = 67_108_864  # of all connections; beyond it the oldest goes
-SUBSCRIBE_COUNTS_FOR = 3  # messages, in the pace, where the log has to be asked
 FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
-CHOKED_AT_BYTES = 65_536  # a transport's buffer above this is worth a look at each write
 
 # Fan-out.
 DEFLATE_FROM_BYTES = 256  # below it, the saved bytes cost more than the CPU
@@ -212,7 +208,6 @@ CATCHUP_CHUNK_BYTES = 131_072
 CATCHUP_READS = 32  # at once, of pages of up to 1 MB
 CATCHUP_WRITES = 32  # of chunks, in one turn of the loop
 CATCHUP_PAGES = 12  # of one log at most ten are asked for; kept for those who come for the same
-CATCHUP_STALL_S = 30.0
 HOLE_DOUBT_S = 0.5  # before a hole in the log is believed
 RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
 
@@ -631,8 +626,11 @@ class Settings:
         whole(0, 100_000), "beyond it 503 and `Retry-After`; 0 is no limit", 0
     )
     max_subscriptions_per_connection: int = setting(whole(0, 10_000), "0 is no limit", 100)
-    max_messages_per_second: int = setting(
-        whole(0, 100_000), "of one connection, twice that in a burst; 0 is no limit", 200
+    memory_budget_mb: int | None = setting(
+        whole(16, 1_000_000),
+        "megabytes that clients may hold in all; by default two fifths of the container's limit, "
+        "or 512 where it has none",
+        None,
     )
     max_connections_per_ip: int = setting(
         whole(0, 1_000_000), "beyond it 429; 0 is no limit", 1_000
@@ -949,6 +947,7 @@ class Decoders:
     """Made once: building one costs more than using it."""
 
     client_message = msgspec.json.Decoder(ClientMessage)
+    authenticate = msgspec.json.Decoder(Authenticate)
     update = msgspec.json.Decoder(Update)
     carrier = msgspec.json.Decoder(Carrier)
     carrier_in_parts = msgspec.json.Decoder(CarrierInParts)
@@ -1281,6 +1280,18 @@ def subscriptions_in(query: str) -> list[dict[str, Any]]:
     return [{"action": "subscribe", "project_id": p, **resume} for p in project_ids]
 
 
+def decode_first_message(payload: bytes) -> Authenticate:
+    """The only message that a client without a principal may send; nothing else is decoded.
+
+    Raises:
+        BadMessage: it is another one, or none.
+    """
+    if len(payload) <= FIRST_MESSAGE_MAX_BYTES:
+        with contextlib.suppress(*UNREADABLE_JSON):
+            return Decoders.authenticate.decode(payload)
+    raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
+
+
 def queue_of(message: Forward) -> str:
     """The agent, ``pm``, ``dev``, ``qa`` or ``ops``, that a forward goes to.
 
@@ -1315,80 +1326,86 @@ def decode_update(body: str) -> Update:
 # Who may do what, and how much of it. Knows no sockets, no AWS.
 
 
-class TokenBucket:
-    """``rate_per_s`` on average, ``burst`` at once; a rate of 0 allows everything."""
+class Account:
+    """What somebody has used up lately, kept as the moment at which all of it is paid.
 
-    __slots__ = ("_burst", "_rate", "_tokens", "_updated_at")
+    ``share`` units are paid a second. At most ``window_s`` seconds of it are saved up, and at most
+    as many are owed (the generic cell rate algorithm, ITU-T I.371). A share of 0 counts nothing.
 
-    def __init__(self, rate_per_s: float, burst: float, now: float) -> None:
-        self._rate = rate_per_s
-        self._burst = burst
-        self._tokens = self._burst
-        self._updated_at = now
+    Attributes:
+        key: whose account it is.
+        paid_at: when nothing is owed any more, by the loop's clock.
+        users: open connections that are charged to it; it is not forgotten while there are any.
+    """
 
-    def take(self, now: float, amount: int = 1) -> bool:
-        """Whether one more is allowed at ``now``, seconds of a monotonic clock.
+    __slots__ = ("_gate", "_share", "_window_s", "key", "paid_at", "users")
 
-        One that counts for several is let in like any other, and keeps the next out for longer.
-        """
-        if not self._rate:
-            return True
-        self._refill(now)
-        if self._tokens < 1:
+    def __init__(self, key: str, share: float, window_s: float) -> None:
+        self.key = key
+        self.paid_at = -math.inf
+        self.users = 0
+        self._share = share
+        self._window_s = window_s
+        self._gate: asyncio.Lock | None = None  # only for those who ever need it
+
+    def charge(self, amount: float, now: float) -> None:
+        """Have something that was used paid from ``now`` on."""
+        if self._share:
+            started_at = max(self.paid_at, now - self._window_s)
+            self.paid_at = min(started_at + amount / self._share, now + self._window_s)
+
+    def take(self, amount: float, now: float) -> bool:
+        """Charge for something, if what is saved up suffices for it."""
+        if not self.has(amount, now):
             return False
-        self._tokens -= amount
+        self.charge(amount, now)
         return True
 
-    def spend(self, amount: int) -> None:
-        """Have what was let in count for more."""
-        self._tokens -= amount
+    def has(self, amount: float, now: float) -> bool:
+        """Whether what is saved up suffices for ``amount``."""
+        if not self._share:
+            return True
+        saved_s = min(now - self.paid_at, self._window_s)
+        return saved_s * self._share >= amount - 1e-9  # clocks are floats
 
-    def empty(self, now: float) -> bool:
-        """Whether ``take`` would fail."""
-        self._refill(now)
-        return self._rate > 0 and self._tokens < 1
+    def unused(self, now: float) -> bool:
+        """Whether nothing would be lost by forgetting this account."""
+        return not self.users and self.paid_at <= now - self._window_s
 
-    def wait_s(self) -> float:
-        """Seconds until the next is allowed."""
-        return max(0.0, 1 - self._tokens) / self._rate if self._rate else 0.0
-
-    def full(self, now: float) -> bool:
-        """Whether nothing would be lost by forgetting this bucket."""
-        self._refill(now)
-        return self._tokens >= self._burst
-
-    def _refill(self, now: float) -> None:
-        self._tokens = min(self._burst, self._tokens + (now - self._updated_at) * self._rate)
-        self._updated_at = now
+    async def afford(self, amount: float) -> None:
+        """Wait until nothing is owed, one after the other, and charge for something."""
+        now = asyncio.get_running_loop().time
+        self._gate = self._gate or asyncio.Lock()
+        async with self._gate:
+            while self.paid_at > now():
+                await asyncio.sleep(self.paid_at - now())
+            self.charge(amount, now())
 
 
-class Buckets:
-    """A bucket for each address, or several; those that are full again are forgotten."""
+class Accounts:
+    """An account for each key; those that are unused are forgotten."""
 
-    def __init__(self, rate_per_s: float, burst: float) -> None:
-        self._rate = rate_per_s
-        self._burst = burst
-        self._buckets: dict[str, TokenBucket] = {}
+    def __init__(self, share: float, window_s: float) -> None:
+        self._share = share
+        self._window_s = window_s
+        self._accounts: dict[str, Account] = {}
 
-    def of(self, address: str, now: float, worth: int = 1) -> TokenBucket:
-        """The bucket of an address, or of a network that may do as much as ``worth`` of them."""
-        bucket = self._buckets.get(address)
-        if bucket is None:
-            while len(self._buckets) >= ADDRESSES_REMEMBERED:
-                del self._buckets[next(iter(self._buckets))]
-            bucket = TokenBucket(worth * self._rate, worth * self._burst, now)
-            self._buckets[address] = bucket
-        return bucket
+    def of(self, key: str, worth: int = 1) -> Account:
+        """The account of somebody, or of a network that may do as much as ``worth`` of them."""
+        account = self._accounts.get(key)
+        if account is None:
+            while len(self._accounts) >= ACCOUNTS_REMEMBERED:
+                del self._accounts[next(iter(self._accounts))]
+            account = Account(key, worth * self._share, self._window_s)
+            self._accounts[key] = account
+        return account
 
     def forget(self, now: float) -> None:
-        """Look at the oldest; those that are not full come last, and have their turn again."""
-        for address in list(itertools.islice(self._buckets, FORGOTTEN_AT_ONCE)):
-            bucket = self._buckets.pop(address)
-            if not bucket.full(now):
-                self._buckets[address] = bucket
-
-    def __len__(self) -> int:
-        return len(self._buckets)
+        """Look at the oldest; those that are in use come last, and have their turn again."""
+        for key in list(itertools.islice(self._accounts, FORGOTTEN_AT_ONCE)):
+            account = self._accounts.pop(key)
+            if not account.unused(now):
+                self._accounts[key] = account
 
 
 def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
@@ -1428,28 +1445,28 @@ def scopes_of(address: str) -> Iterator[tuple[str, int]]:
 class Admission:
     """Who may come in now, by address and in all."""
 
-    def __init__(self, settings: Settings, now: float) -> None:
+    def __init__(self, settings: Settings) -> None:
         in_all, each = settings.max_handshakes_per_second, settings.max_handshakes_per_second_per_ip
         failures = settings.max_failed_authentications_per_ip
         self._max_connections = settings.max_connections
         self._max_per_address = settings.max_connections_per_ip
-        self._handshakes = TokenBucket(in_all, 2 * in_all, now)
-        self._handshakes_by_address = Buckets(each, 2 * each)
-        self._failures = Buckets(failures / 60, failures)
+        self._handshakes = Account("all", in_all, window_s=2)
+        self._handshakes_by_address = Accounts(each, window_s=2)
+        self._failures = Accounts(failures / 60, window_s=60)
         self._inside = 0
         self._inside_by_address: dict[str, int] = {}
 
     def refusal(self, address: str, now: float) -> tuple[int, str] | None:
         """HTTP status and sentence for who may not come in."""
         scopes = tuple(scopes_of(address))
-        if any(self._failures.of(name, now, worth).empty(now) for name, worth in scopes):
+        if not all(self._failures.of(name, worth).has(1, now) for name, worth in scopes):
             return 429, "Too many failed authentications."
         if crowded := self.crowded(address):
             return crowded
         by_address = self._handshakes_by_address
-        if not all(by_address.of(name, now, worth).take(now) for name, worth in scopes):
+        if not all(by_address.of(name, worth).take(1, now) for name, worth in scopes):
             return 429, "Too many connections from this address at once."
-        if not self._handshakes.take(now):
+        if not self._handshakes.take(1, now):
             return 503, "This server is busy."
         return None
 
@@ -1477,22 +1494,12 @@ class Admission:
     def failed(self, address: str, now: float) -> None:
         """Count a failed authentication."""
         for name, worth in scopes_of(address):
-            self._failures.of(name, now, worth).take(now)
+            self._failures.of(name, worth).take(1, now)
 
     def forget(self, now: float) -> None:
         """Let go of addresses that have been quiet."""
         self._handshakes_by_address.forget(now)
         self._failures.forget(now)
-
-
-class Pace:
-    """How fast one connection sends: over its rate it is told, over twice the rate closed."""
-
-    __slots__ = ("allowed", "patience")
-
-    def __init__(self, rate_per_s: float, now: float) -> None:
-        self.allowed = TokenBucket(rate_per_s, 2 * rate_per_s, now)
-        self.patience = TokenBucket(rate_per_s, 2 * rate_per_s, now)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1786,11 +1793,18 @@ class Channel:
 
 
 class Registry:
-    """The connections by id and the channels by project."""
+    """The connections by id and the channels by project.
+
+    Attributes:
+        pending: handshakes and closes that are under way.
+        unauthenticated: those of ``connections`` that have not brought a token yet.
+    """
 
     def __init__(self) -> None:
         self.connections: dict[str, Connection] = {}
         self.channels: dict[str, Channel] = {}
+        self.pending: dict[Connection, None] = {}
+        self.unauthenticated: dict[Connection, None] = {}
 
     def channel(self, project_id: str) -> Channel:
         channel = self.channels.get(project_id)
@@ -1817,7 +1831,11 @@ class Registry:
             self.channels.pop(channel.project_id, None)
 
     def drop(self, connection: Connection) -> None:
+        """Send a connection nothing more, whatever it is subscribed to or catches up with."""
+        for task in tuple(connection.catching_up.values()):
+            task.cancel()
         self.connections.pop(connection.id, None)
+        self.unauthenticated.pop(connection, None)
         for project_id in tuple(connection.subscriptions):
             self.leave(connection, project_id)
 
@@ -1828,6 +1846,270 @@ class Registry:
             for channel in self.channels.values()
             if channel.project_id != EVERYONE
         )
+
+
+# --- Work and memory ------------------------------------------------------------------------
+# What clients cost: an account of work for each principal, one ledger of memory for the process.
+# Knows no messages and no AWS.
+
+WORK_SHARE = 0.05
+"""Seconds of the loop's CPU time that the connections of one principal may cost a second."""
+
+ADDRESS_WORK_SHARE = 0.5
+"""The same for an address whose connections have no principal: ten times as much, for offices."""
+
+WORK_WINDOW_S = 10.0
+"""An account has at most so many seconds of its share saved up, and owes at most as many."""
+
+PAGE_PRICE_S = 0.002
+"""The work that a page read from the log stands for, beside what is replayed of it."""
+
+REPLAY_PRICE_S_PER_BYTE = 5e-8
+"""The work that a replayed byte stands for: with ``WORK_SHARE``, a megabyte a second."""
+
+TURN_S = 0.001  # of CPU time, for one connection's input, before the others get their turn
+INPUT_SLICE_S = 0.005  # of CPU time, for all input, before the rest of the loop's work
+NOTHING_DUE_S = 0.0005  # if everything else took less since the last slice, nothing was due
+
+# Measured with tracemalloc and by RSS; docs/SECURITY.md has the formula that they make.
+CONNECTION_BYTES = 5_000  # one that is idle
+HANDSHAKE_BYTES = 36_000  # one whose request is not complete
+CHANNEL_BYTES = 2_000  # an open channel without events
+SUBSCRIPTION_BYTES = 250
+CATCH_UP_BYTES = 5_000
+SOCKET_BUFFER_BYTES = 32_768  # asked of the kernel, each way; Linux makes it twice as much
+CHOKED_AT_BYTES = 16_384  # a connection with more unread than this is looked at with each write
+ADMIT_BELOW = 0.9  # of the memory budget; above it, new connections get 503
+RELIEVE_TO = 0.9  # of the memory budget, once it was exceeded
+ENDED_AT_ONCE = 50  # connections, before what they held is counted anew
+STALLED_AFTER_S = 30.0  # without a byte of its backlog moving, a connection is closed
+MEMORY_BUDGET_MB = 512  # where the container has no limit
+MACHINE_BYTES = 2**48  # a cgroup without a limit says a number beyond it, or `max`
+MEMORY_BUDGET_SHARE = 0.4  # of the container's limit; the rest is Python's and the kernel's
+
+
+class Turns:
+    """Whose input is acted on next, and how much of the loop's time input may take.
+
+    The account that has used least comes first. Who is in debt waits until it is paid. Whoever
+    waits keeps the place in time that was due then, and a newcomer's is at most ``WORK_WINDOW_S``
+    in the past, so that who has waited that long comes before all newcomers. The connections of
+    one account take turns.
+
+    All input together gets a slice of CPU time in a turn of the loop, and beyond it as much as the
+    rest of the loop's work has taken since: at most half while anything else is due.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[Account, deque[Connection]] = {}
+        self._order: list[tuple[float, int, Account]] = []  # a heap, of those in `_waiting`
+        self._arrivals = itertools.count()
+        self._left_s = INPUT_SLICE_S
+        self._spent_s = 0.0
+        self._sliced_at_s = time.thread_time()
+        self._slice_is_due = False
+        self._wake_at = math.inf
+
+    def give(self, connection: Connection) -> None:
+        """Have a connection act on its input: now if nobody waits, else in its turn."""
+        idle = self._left_s > 0 and not self._order
+        if idle and connection.account.paid_at <= self._loop.time():
+            self._run(connection)
+        else:
+            self.queue(connection)
+
+    def queue(self, connection: Connection) -> None:
+        """Have a connection act on its input in its turn; until then nothing is read from it."""
+        if connection.queued:
+            return
+        connection.queued = True
+        connection.pause_reading()
+        account = connection.account
+        if account in self._waiting:
+            self._waiting[account].append(connection)
+        else:
+            self._waiting[account] = deque((connection,))
+            self._place(account)
+            self._slice_soon()
+
+    def _place(self, account: Account) -> None:
+        place = max(account.paid_at, self._loop.time() - WORK_WINDOW_S)
+        heapq.heappush(self._order, (place, next(self._arrivals), account))
+
+    def _run(self, connection: Connection) -> None:
+        """Give one connection its turn, and charge it to whomever it belongs to by then."""
+        started_s = time.thread_time()
+        more = connection.take_turn(until_s=started_s + TURN_S)
+        spent_s = time.thread_time() - started_s
+        now = self._loop.time()
+        connection.account.charge(spent_s, now)
+        self._left_s -= spent_s
+        self._spent_s += spent_s
+        if more or connection.account.paid_at > now:
+            self.queue(connection)
+
+    def _slice_soon(self) -> None:
+        if not self._slice_is_due:
+            self._slice_is_due = True
+            self._loop.call_soon(self._slice)
+
+    def _slice(self) -> None:
+        """Let those act whose turn it is, for as long as input may take now."""
+        self._slice_is_due = False
+        now_s = time.thread_time()
+        others_s = now_s - self._sliced_at_s - self._spent_s
+        self._sliced_at_s, self._spent_s = now_s, 0.0
+        earned_s = INPUT_SLICE_S if others_s < NOTHING_DUE_S else self._left_s + others_s
+        self._left_s = min(earned_s, INPUT_SLICE_S)
+        while self._order and self._left_s > 0:
+            place, _, account = self._order[0]
+            if place > self._loop.time():
+                self._wake(place)
+                return
+            heapq.heappop(self._order)
+            waiting = self._waiting[account]
+            connection = waiting.popleft()
+            connection.queued = False
+            self._run(connection)
+            if waiting:
+                self._place(account)
+            else:
+                del self._waiting[account]
+        if self._order:
+            self._slice_soon()
+
+    def _wake(self, at: float) -> None:
+        """Go on when the first debt is paid."""
+        if at < self._wake_at:
+            self._wake_at = at
+            self._loop.call_at(at, self._woken)
+
+    def _woken(self) -> None:
+        self._wake_at = math.inf
+        self._slice_soon()
+
+
+class Ledger:
+    """Every byte held for clients or because of them, by connection and in all.
+
+    Over the budget, the account that holds most loses the connection that has stalled longest, at
+    once. What agents cause counts too, but stops the intake of updates and never a client.
+
+    Attributes:
+        agents_bytes: says what is held for agents.
+    """
+
+    def __init__(self, registry: Registry, metrics: Metrics, budget_bytes: int) -> None:
+        self._registry = registry
+        self._metrics = metrics
+        self._budget_bytes = budget_bytes
+        self._held_bytes = 0
+        self._shared: dict[int, bytes] = {}  # by identity
+        self._shared_bytes = 0
+        self._relief_is_due = False
+        self.agents_bytes: Callable[[], int] = lambda: 0
+
+    @property
+    def clients_bytes(self) -> int:
+        channels = len(self._registry.channels) * CHANNEL_BYTES
+        return self._held_bytes + self._shared_bytes + channels
+
+    @property
+    def admits(self) -> bool:
+        """Whether there is room for another connection."""
+        return self.clients_bytes <= self._budget_bytes * ADMIT_BELOW
+
+    def may_receive(self) -> bool:
+        """Whether there is room for more of what agents send."""
+        return self.clients_bytes + self.agents_bytes() <= self._budget_bytes
+
+    def update(self, connection: Connection) -> None:
+        """Charge a connection with what it holds now."""
+        held = connection.held_bytes()
+        self._held_bytes += held - connection.charged_bytes
+        connection.charged_bytes = held
+        self._check()
+
+    def forget(self, connection: Connection) -> None:
+        self._held_bytes -= connection.charged_bytes
+        connection.charged_bytes = 0
+
+    def share(self, data: bytes) -> None:
+        """Count what is written to many and not read by all of them, once for all of them."""
+        if id(data) not in self._shared:
+            self._shared[id(data)] = data
+            self._shared_bytes += len(data)
+            self._check()
+
+    def let_go(self) -> None:
+        """Stop counting shared bytes that no transport refers to any more."""
+        for key, data in tuple(self._shared.items()):
+            if sys.getrefcount(data) <= 4:  # here: the dict, the tuple, `data` and the argument
+                del self._shared[key]
+                self._shared_bytes -= len(data)
+
+    def figures(self) -> dict[str, int]:
+        """What is held, by kind, in bytes."""
+        kinds = {"unread": self._shared_bytes, "input": 0, "forwards": 0, "connections": 0}
+        for connection in (*self._registry.connections.values(), *self._registry.pending):
+            kinds["unread"] += connection.unread_bytes
+            kinds["input"] += connection.inbox.held_bytes
+            kinds["forwards"] += connection.in_flight_bytes
+            kinds["connections"] += connection.place_bytes
+        kinds["channels"] = len(self._registry.channels) * CHANNEL_BYTES
+        kinds["agents"] = self.agents_bytes()
+        return kinds
+
+    def _check(self) -> None:
+        if self.clients_bytes > self._budget_bytes and not self._relief_is_due:
+            self._relief_is_due = True
+            asyncio.get_running_loop().call_soon(self._relieve)
+
+    def _relieve(self) -> None:
+        """End connections until enough is free, of whoever holds most at each step.
+
+        What many share is free only when the last of them is gone, and a transport lets go of its
+        buffer a moment after it was ended. So a few are ended at a time.
+        """
+        self._relief_is_due = False
+        self.let_go()
+        everybody = {*self._registry.connections.values(), *self._registry.pending}
+        accounts: dict[Account, list[Connection]] = {}
+        for connection in sorted(everybody, key=lambda c: c.stalled_since, reverse=True):
+            if not connection.transport.is_closing():
+                accounts.setdefault(connection.account, []).append(connection)
+        order = [
+            (-sum(connection.held_bytes(shared=True) for connection in connections), place)
+            for place, connections in enumerate(accounts.values())
+        ]
+        heapq.heapify(order)
+        by_place = list(accounts.values())
+        for _ in range(ENDED_AT_ONCE):
+            if not order or self.clients_bytes <= self._budget_bytes * RELIEVE_TO:
+                return
+            held, place = heapq.heappop(order)
+            victim = by_place[place].pop()
+            freed = victim.held_bytes(shared=True)
+            self._end(victim, freed, -held)
+            if by_place[place]:
+                heapq.heappush(order, (held + freed, place))
+        self._check()
+
+    def _end(self, connection: Connection, held_bytes: int, account_bytes: int) -> None:
+        self._metrics.memory_closed += 1
+        logger.warning(
+            "connection ended: the memory budget is used up",
+            extra={
+                "connection_id": connection.id,
+                "address": connection.address,
+                "held_bytes": held_bytes,
+                "account_bytes": account_bytes,
+                "budget_bytes": self._budget_bytes,
+            },
+        )
+        connection.end(CloseCode.TRY_AGAIN_LATER, "this server is short of memory; reconnect")
+        self.forget(connection)
 
 
 # --- Fan-out --------------------------------------------------------------------------------
@@ -1842,9 +2124,10 @@ class FanOut:
     goes out in the turn it came in.
     """
 
-    def __init__(self, max_backlog_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, max_backlog_bytes: int, metrics: Metrics, ledger: Ledger) -> None:
         self._max_backlog_bytes = max_backlog_bytes
         self._metrics = metrics
+        self._ledger = ledger
         self._dirty: list[Channel] = []
 
     def push(self, channel: Channel, event: Event) -> None:
@@ -1874,14 +2157,20 @@ class FanOut:
 
     def _write(self, listeners: set[Connection], data: bytes) -> None:
         dropped = []
+        shared = len(data) > CHOKED_AT_BYTES
         for connection in listeners:
-            if connection.choked and self.overdue(connection):
-                dropped.append(connection)
-                continue
+            if connection.choked:
+                shared = True
+                connection.backlog_bytes += len(data)
+                if self.overdue(connection):
+                    dropped.append(connection)
+                    continue
             try:
                 connection.transport.write(data)
             except Exception:  # what is wrong with one must not keep it from the others
                 dropped.append(connection)
+        if shared:
+            self._ledger.share(data)
         for connection in dropped:
             self.give_up(connection)
 
@@ -1896,6 +2185,13 @@ class FanOut:
         if connection.progress is Progress.OPEN:
             self._metrics.slow_consumers_closed += 1
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
+
+    def gave_up(self, connection: Connection) -> bool:
+        """Close a client that reads too slowly; whether it was so."""
+        if not self.overdue(connection):
+            return False
+        self.give_up(connection)
+        return True
 
 
 # --- Clients --------------------------------------------------------------------------------
@@ -2885,11 +3181,8 @@ class Feed:
         elif placement is Placement.GAP and channel.cursor is not None:
             self._fill_soon(channel)
 
-    def subscribe(self, connection: Connection, request: Subscribe) -> bool:
-        """Confirm, send what was missed, go live; at once where the channel remembers enough.
-
-        Returns whether it was so; else the log has to be asked.
-        """
+    def subscribe(self, connection: Connection, request: Subscribe) -> None:
+        """Confirm, send what was missed, go live; at once where the channel remembers enough."""
         channel = self._registry.channel(request.project_id)
         self._fan_out.flush_channel(channel)  # whoever subscribes again gets all before it
         channel.visitors += 1
@@ -2901,12 +3194,11 @@ class Feed:
             if position >= channel.floor:
                 self._confirm(connection, channel, recovered)
                 self._go_live(connection, channel, position)
-                return True
+                return
         channel.visitors += 1
         task = self._tasks.create_task(self._catch_up(connection, channel, request))
         connection.catching_up[request.project_id] = task
         task.add_done_callback(partial(self._caught_up, connection, channel))
-        return False
 
     def _caught_up(
         self, connection: Connection, channel: Channel, task: asyncio.Task[None]
@@ -2951,7 +3243,7 @@ class Feed:
             return  # closed meanwhile, perhaps by what was sent to confirm
         self._fan_out.flush_channel(channel)
         if missed := [event for event in channel.recent if cast("int", event.seq) > position]:
-            connection.send_chunk(Chunk(missed))
+            connection.replay(Chunk(missed))
         self._registry.join(connection, channel)
 
     async def _catch_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
@@ -2972,7 +3264,7 @@ class Feed:
         if request.since is not None and request.since > (channel.cursor or 0):
             await self._fill(channel)  # the client comes from a task that is ahead of this one
         position, recovered = self._resume_at(channel, request)
-        page = await self._read_on(channel, position)
+        page = await self._read_on(connection, channel, position)
         if page is None:
             position, recovered, page = channel.cursor or 0, False, []
         self._confirm(connection, channel, recovered)
@@ -2981,23 +3273,26 @@ class Feed:
         while position < channel.floor:
             for chunk in page:
                 async with self._turns:  # a crowd that gets the same page at once stops nobody else
-                    connection.send_chunk(chunk)
+                    connection.replay(chunk)
                     await asyncio.sleep(0)
                 await connection.drained()
                 position = chunk.last
-            page = await self._read_on(channel, position)
+            page = await self._read_on(connection, channel, position)
             if page is None:
                 position, page = channel.cursor or 0, []
                 self._confirm(connection, channel, False)
         self._go_live(connection, channel, position)
 
-    async def _read_on(self, channel: Channel, position: int) -> list[Chunk] | None:
+    async def _read_on(
+        self, connection: Connection, channel: Channel, position: int
+    ) -> list[Chunk] | None:
         """What follows ``position`` and is older than what the channel remembers; a page of it.
 
         ``None`` if the log no longer reaches back so far.
         """
         if position >= channel.floor:
             return []
+        await connection.account.afford(PAGE_PRICE_S)
         return await self._pages.get(channel, position, partial(self._page, channel, position))
 
     async def _page(self, channel: Channel, position: int) -> list[Chunk] | None:
@@ -3737,7 +4032,9 @@ class Metrics:
     event_latency: Sample = sample(
         Unit.MILLISECONDS, "from the agent's send to the write to the sockets"
     )
-    slow_consumers_closed: int = counter("clients closed with 1013")
+    slow_consumers_closed: int = counter("clients closed because they read too slowly")
+    memory_closed: int = counter("connections ended because the memory budget was used up")
+    bytes_held: Gauge = gauge(Unit.BYTES, "bytes held for clients and agents, by kind")
     catch_ups: int = counter("reads of the log for clients that came back")
     gaps_filled: int = counter("times that events had to be read from the log after all")
     target_health_errors: int = counter(
@@ -3841,6 +4138,95 @@ class HandshakeProtocol(ServerProtocol):
         yield from super().parse()
 
 
+class Inbox:
+    """A connection's way from bytes to messages (RFC 6455, section 5.4): what was read so far.
+
+    Attributes:
+        protocol: websockets' Sans-I/O protocol, which parses frames and answers control frames.
+        unread: bytes that were received and not parsed yet.
+        unfinished_since: when the message began of which the end is still to come, by the loop's
+            clock; 0 if there is none.
+    """
+
+    __slots__ = (
+        "_fragments", "_frames", "_frames_bytes", "_is_text", "_partial_bytes", "protocol",
+        "unfinished_since", "unread",
+    )  # fmt: skip
+
+    def __init__(self, protocol: ServerProtocol) -> None:
+        self.protocol = protocol
+        self.unread = b""
+        self.unfinished_since = 0.0
+        self._frames: list[Frame] = []
+        self._frames_bytes = 0
+        self._partial_bytes = 0  # of a frame that is not complete
+        self._fragments: bytearray | None = None
+        self._is_text = True
+
+    @property
+    def held_bytes(self) -> int:
+        fragments = len(self._fragments) if self._fragments is not None else 0
+        return len(self.unread) + self._frames_bytes + self._partial_bytes + fragments
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether frames were parsed and not acted on."""
+        return bool(self._frames)
+
+    def parse(self, now: float) -> None:
+        """Parse a piece: of what may inflate a small one, so that little is held unasked."""
+        size = INFLATED_PIECE_BYTES if self.protocol.extensions else PIECE_BYTES
+        piece, self.unread = self.unread[:size], self.unread[size:]
+        self.protocol.receive_data(piece)
+        frames = cast("list[Frame]", self.protocol.events_received())
+        if frames:
+            self._frames += frames
+            self._frames_bytes += sum(len(frame.data) for frame in frames)
+            self._partial_bytes = 0
+        else:
+            self._partial_bytes += len(piece)
+            self.unfinished_since = self.unfinished_since or now
+
+    def next(self, now: float) -> tuple[bytes, bool] | None:
+        """The next complete message and whether it is text; control frames were answered."""
+        while self._frames:
+            received = self._frames.pop(0)
+            data, received.data = received.data, b""  # or the parser holds it until the next frame
+            self._frames_bytes -= len(data)
+            if received.opcode in (Opcode.TEXT, Opcode.BINARY):
+                self._is_text = received.opcode is Opcode.TEXT
+                if received.fin:
+                    return self._whole(bytes(data))
+                self._fragments = bytearray(data)
+                self.unfinished_since = now
+            elif received.opcode is Opcode.CONT and self._fragments is not None:
+                self._fragments += data
+                if received.fin:
+                    return self._whole(bytes(self._fragments))
+        if not self._partial_bytes and self._fragments is None:
+            self.unfinished_since = 0.0
+        return None
+
+    def _whole(self, payload: bytes) -> tuple[bytes, bool]:
+        self._fragments = None
+        self.unfinished_since = 0.0
+        return payload, self._is_text
+
+    def clear(self) -> None:
+        """Let go of everything that was read and not acted on.
+
+        The library's protocol and its parser refer to each other and so may live on for a while,
+        and with them what a hostile client had them inflate.
+        """
+        for received in self._frames:
+            received.data = b""
+        self._frames.clear()
+        self._frames_bytes = self._partial_bytes = 0
+        self._fragments = None
+        self.unread = b""
+        self.unfinished_since = 0.0
+
+
 class Connection(asyncio.Protocol):
     """A client: an ``asyncio.Protocol`` around websockets' Sans-I/O ``ServerProtocol``.
 
@@ -3848,29 +4234,33 @@ class Connection(asyncio.Protocol):
     costs about 5 KB. What needs time (pings, deadlines) is done by the gateway's one sweep.
 
     Attributes:
+        account: which its work is charged to: first its socket's peer, then its principal.
+        backlog_bytes: what the transport would hold if nothing had moved since the last look.
+        charged_bytes: what the ledger has it down for.
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
-        in_flight: forwards not settled yet.
-        on_hold: nothing is acted on, because a token is being looked up.
         deadline: when handshake, authentication or close must be over, by the loop's clock.
+        in_flight, in_flight_bytes: forwards that are not settled yet.
+        moved_at: when the client last read something, or had nothing left to read.
         principal: who it belongs to; ``None`` until that is known.
-        unfinished_bytes, unfinished_until: of a message of which the end has not come, and when
-            it must have come, by the loop's clock.
+        queued: it waits for its turn to act on its input.
         warned: whether the client was told that its token is about to expire.
     """
 
     __slots__ = (
-        "_asked", "_corked", "_deaf", "_discarded", "_drained", "_fragments", "_gateway", "_held",
-        "_partial", "_request_bytes", "_tail", "_text", "_unread", "address", "catch_up_turn",
-        "catching_up", "choked", "close_code", "deadline", "deflates", "heard_at", "id",
-        "in_flight", "on_hold", "opened_at", "pace", "pinged_at", "principal", "progress",
-        "protocol", "subscriptions", "transport", "unfinished_bytes", "unfinished_until", "warned",
+        "_asked", "_corked", "_drained", "_gateway", "_holds", "_paused_at", "_private_bytes",
+        "_request_bytes", "_tail", "account", "address", "backlog_bytes", "catch_up_turn",
+        "catching_up", "charged_bytes", "choked", "close_code", "deadline", "deflates", "heard_at",
+        "id",
+        "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal",
+        "progress", "queued", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
+    account: Account
     transport: asyncio.Transport
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self.protocol = gateway.new_protocol()
+        self.inbox = Inbox(gateway.door.new_protocol())
         self.id = ""
         self.progress = Progress.HANDSHAKE
         self.subscriptions: set[str] = set()
@@ -3878,27 +4268,20 @@ class Connection(asyncio.Protocol):
         self.catch_up_turn: asyncio.Lock | None = None  # only for those who ever need it
         self.deflates = False
         self.choked = False
+        self.queued = False
         self.close_code: int | None = None
-        self.in_flight = 0
-        self.opened_at = self.heard_at = self.pinged_at = 0.0
+        self.in_flight = self.in_flight_bytes = 0
+        self.opened_at = self.heard_at = self.pinged_at = self.moved_at = 0.0
         self.deadline = 0.0
         self.address = ""
         self.principal: Principal | None = None
-        self.pace: Pace | None = None
         self.warned = False
+        self.charged_bytes = self.backlog_bytes = self._private_bytes = 0
         self._asked = False
         self._drained: asyncio.Future[None] | None = None
-        self.on_hold = False
+        self._holds = 0
+        self._paused_at = 0.0
         self._corked: list[bytes] | None = None
-        self._held: list[Frame] = []
-        self._unread = b""
-        self._fragments: bytearray | None = None
-        self._partial = 0  # bytes of a frame that is not complete
-        self.unfinished_bytes = 0
-        self.unfinished_until = 0.0
-        self._text = True
-        self._deaf = False
-        self._discarded = 0
         self._request_bytes = 0
         self._tail = b""
 
@@ -3907,237 +4290,289 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=CHOKED_AT_BYTES)
-        self.heard_at = self._gateway.now()
+        self.heard_at = self.moved_at = self._gateway.now()
         self.deadline = self.heard_at + HANDSHAKE_TIMEOUT_S
-        self._gateway.arrived(self)
+        self._gateway.door.arrived(self)
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._gateway.now()
         try:
-            if self._deaf:
-                self._discard(len(data))
-            elif self.progress is Progress.HANDSHAKE:
-                self._handshake(data)
+            if self.progress is Progress.CLOSING:
+                self._see_the_end(data)
             else:
-                self._unread += data
-                self._take_turn()
+                self.inbox.unread += data
+                self._gateway.turns.give(self)
         except Exception as exc:  # a fault of ours must cost one connection, not the process
             self.fail(exc)
 
     def eof_received(self) -> bool:
         if self.progress is not Progress.HANDSHAKE:  # of thousands half open, all may go at once
-            self.protocol.receive_eof()
+            self.inbox.protocol.receive_eof()
             self._write_out()
         return False  # asyncio closes the transport, after what is still to be written
 
     def pause_writing(self) -> None:
         self.choked = True
+        self._private_bytes = 0
 
     def resume_writing(self) -> None:
         self.choked = False
+        self.moved_at = self._gateway.now()
         self._wake()
 
     def connection_lost(self, _exc: Exception | None) -> None:
         opened = self.progress is not Progress.HANDSHAKE
         self.progress = Progress.LOST
-        # The library's protocol and its parser refer to each other, and so may live on for a
-        # while, and with them what a hostile client had them inflate.
-        self._drop_held()
-        self._unread = b""
-        self.protocol.extensions = []
+        self.inbox.clear()
+        self.inbox.protocol.extensions = []
         self._wake()
-        for task in tuple(self.catching_up.values()):
-            task.cancel()
         self._gateway.forget(self, opened)
+
+    # What it holds and what it costs.
+
+    @property
+    def unread_bytes(self) -> int:
+        """What the client has not read and nobody else is sent: the rest is counted as shared."""
+        size = self.transport.get_write_buffer_size()
+        if not self.choked:
+            return size
+        return min(size, self._private_bytes) + 2 * SOCKET_BUFFER_BYTES
+
+    @property
+    def place_bytes(self) -> int:
+        """What it costs to have it here, whatever it sends and reads."""
+        if self.progress is Progress.HANDSHAKE:
+            return HANDSHAKE_BYTES
+        return (
+            CONNECTION_BYTES
+            + len(self.subscriptions) * SUBSCRIPTION_BYTES
+            + len(self.catching_up) * CATCH_UP_BYTES
+        )
+
+    def held_bytes(self, *, shared: bool = False) -> int:
+        """Bytes held for this client; with ``shared`` those too that others are sent as well."""
+        unread = self.transport.get_write_buffer_size() if shared else self.unread_bytes
+        return unread + self.inbox.held_bytes + self.in_flight_bytes + self.place_bytes
+
+    @property
+    def stalled_since(self) -> float:
+        """Since when nothing of what it holds has moved, by the loop's clock."""
+        if self.choked:
+            return self.moved_at
+        if self.progress is Progress.OPEN:
+            return self.inbox.unfinished_since or math.inf
+        return self.deadline - HANDSHAKE_TIMEOUT_S
+
+    def charge_to(self, account: Account) -> None:
+        """Belong to another account from now on."""
+        self.account.users -= 1
+        account.users += 1
+        self.account = account
+
+    def look(self, now: float) -> None:
+        """See whether the client has read anything since the last look."""
+        size = self.transport.get_write_buffer_size()
+        if not size or size < self.backlog_bytes:
+            self.moved_at = now
+        if size != self.backlog_bytes:
+            self.backlog_bytes = size
+            self._gateway.ledger.update(self)
 
     # The gateway calls these.
 
     def send(self, payload: bytes) -> None:
         """Write one text message; nothing if the connection is no longer open."""
-        if self._corked is not None:
-            self._corked.append(frame(payload))
-        elif self.progress is Progress.OPEN:
-            if self.choked and self._gateway.fan_out.overdue(self):
-                self._gateway.fan_out.give_up(self)
-            else:
-                self.transport.write(frame(payload))
+        if self.progress is Progress.OPEN:
+            self._write(frame(payload))
 
-    def send_chunk(self, chunk: Chunk) -> None:
-        """Write events in one piece, to a client that catches up at its own pace."""
+    def replay(self, chunk: Chunk) -> None:
+        """Write events in one piece, to a client that catches up at its own pace and cost."""
         if self.progress is Progress.OPEN:
             frames = chunk.frames(deflated=self.deflates)
+            self.account.charge(len(frames) * REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
             if self._corked is not None:
                 self._corked.append(frames)
             else:
+                self._gateway.ledger.share(frames)
                 self.transport.write(frames)
 
     async def drained(self) -> None:
         """Return once the client has read most of what was written.
 
         Raises:
-            CancelledError: it is gone, or was closed because it read too little.
+            CancelledError: it is gone; the sweep closes those that read nothing at all.
         """
         if self.choked and self.progress is Progress.OPEN:
             if self._drained is None:
                 self._drained = asyncio.get_running_loop().create_future()
-            await asyncio.wait({self._drained}, timeout=CATCHUP_STALL_S)
-            if self.choked:
-                self._gateway.fan_out.give_up(self)
+            await asyncio.wait({self._drained})
         if self.progress is not Progress.OPEN:
             raise asyncio.CancelledError
 
     def ping(self) -> None:
         self.pinged_at = self._gateway.now()
-        if self.progress is Progress.OPEN and self.protocol.state is State.OPEN:
-            self.protocol.send_ping(b"")
+        if self.progress is Progress.OPEN and self.inbox.protocol.state is State.OPEN:
+            self.inbox.protocol.send_ping(b"")
             self._write_out()
 
-    def forwarding(self, change: int) -> None:
+    def forwarding(self, change: int, size_bytes: int) -> None:
         """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
         self.in_flight += change
+        self.in_flight_bytes += size_bytes * change
+        self._gateway.ledger.update(self)
         if self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
-            self._go_on_soon()
+            self._go_on()
 
-    def hold(self, on: bool) -> None:
-        """Act on nothing more until something that was sent has been looked up."""
-        self.on_hold = on
-        if not on:
-            self._go_on_soon()
+    def hold(self, change: int) -> None:
+        """Act on nothing more, for each +1 until its -1 comes."""
+        self._holds += change
+        if not self._holds:
+            self._go_on()
+
+    def pause_reading(self) -> None:
+        """Read no more for now; what the client must send may come later by as long as that."""
+        if not self._paused_at and not self.transport.is_closing():
+            self._paused_at = self._gateway.now()
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused_at:
+            now = self._gateway.now()
+            paused_s = now - self._paused_at
+            self._paused_at = 0.0
+            self.deadline += paused_s
+            if self.inbox.unfinished_since:
+                self.inbox.unfinished_since += paused_s
+            self.heard_at = now  # its silence was ours
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether what the client sends is read now; else its deadlines stand still."""
+        return not self._paused_at
 
     def close(self, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
-        if self.progress is Progress.OPEN and self.protocol.state is State.OPEN:
+        protocol = self.inbox.protocol
+        if self.progress is Progress.OPEN and protocol.state is State.OPEN:
             if code == CloseCode.POLICY_VIOLATION:
-                self.protocol.fail(code, reason)  # nothing more of it is read
+                protocol.fail(code, reason)  # nothing more of it is read
             else:
-                self.protocol.send_close(code, reason)
+                protocol.send_close(code, reason)
             self._write_out()
         elif self.progress is Progress.OPEN:  # the peer's close frame came with what we close for
-            self._drop_held()
+            self.inbox.clear()
         elif self.progress is Progress.HANDSHAKE:
             self.transport.abort()
 
+    def end(self, code: int, reason: str) -> None:
+        """Close, and free all that is held without waiting for the peer."""
+        unread = self.transport.get_write_buffer_size()
+        self.close(code, reason)
+        if unread:
+            self.transport.abort()  # the close frame would have to wait for it
+        else:
+            self.transport.close()
+
     def fail(self, exc: Exception) -> None:
         logger.error("connection failed", exc_info=exc, extra={"connection_id": self.id})
-        self._drop_held()
+        self.inbox.clear()
         self.close(CloseCode.INTERNAL_ERROR, "internal error")
+
+    def take_turn(self, until_s: float) -> bool:
+        """Act on what was read until the thread's CPU time is ``until_s``; whether more is left."""
+        try:
+            if self.transport.is_closing():
+                return False
+            if self.progress is Progress.HANDSHAKE:
+                self._handshake()
+            else:
+                self._act(until_s)
+        except Exception as exc:  # a fault of ours must cost one connection, not the process
+            self.fail(exc)
+        return self._go_on_reading()
 
     # Inside.
 
     @property
     def _may_act(self) -> bool:
-        closing = (
-            self.progress is Progress.CLOSING
-        )  # nothing is acted on, but the end is to be seen
-        return closing or (self.in_flight < FORWARDS_IN_FLIGHT and not self.on_hold)
+        return self.in_flight < FORWARDS_IN_FLIGHT and not self._holds
 
-    def _take_turn(self) -> None:
-        """Act on a part of what was read, and on the rest when everybody had a turn.
+    def _act(self, until_s: float) -> None:
+        """Act on messages, and parse a piece more where there is no complete one."""
+        now = self._gateway.now()
+        while self._may_act and self.progress is Progress.OPEN:
+            if message := self.inbox.next(now):
+                self._message(*message)
+            elif self.inbox.unread:
+                self.inbox.parse(now)
+                if self.inbox.protocol.state is State.OPEN:
+                    self._write_out()  # pongs, before answers to what came behind their pings
+            else:
+                break
+            if time.thread_time() > until_s:
+                break
+        if self.inbox.protocol.state is State.OPEN or not self.inbox.has_frames:
+            self._write_out()  # what came before the peer's own close frame still counts
 
-        One read brings up to 256 KB. All at once, its 40,000 empty pings would stop everybody
-        for a quarter of a second, and its compressed messages could become 200 MB.
-        """
-        self._act()
-        if not self._held and self._unread and self._may_act:
-            turn, self._unread = self._unread[:TURN_BYTES], self._unread[TURN_BYTES:]
-            # What could inflate is read in small pieces, so that little is held when acting stops.
-            step = INFLATED_AT_ONCE_BYTES if self.protocol.extensions else TURN_BYTES
-            for start in range(0, len(turn), step):
-                if self._held or not self._may_act:
-                    self._unread = turn[start:] + self._unread
-                    break
-                self._parse(turn[start : start + step])
-                self._act()
-        self._write_out()
-        if self.transport.is_closing():
-            return
-        if self._held or self._unread or not self._may_act:
-            if self.transport.is_reading():
-                self.transport.pause_reading()
-            if self._may_act:
-                self._go_on_soon()
-        elif not self.transport.is_reading():
-            self.heard_at = self._gateway.now()  # its silence was ours
-            self.transport.resume_reading()
-
-    def _parse(self, piece: bytes) -> None:
-        self.protocol.receive_data(piece)
-        frames = cast("list[Frame]", self.protocol.events_received())
-        self._held += frames
-        self._partial = 0 if frames else self._partial + len(piece)
-        if self.protocol.state is State.OPEN:
-            self._write_out()  # pongs, before answers to what came behind their pings
-
-    def _act(self) -> None:
-        """Act on what was parsed, for as long as that is allowed."""
-        done = 0
-        while done < len(self._held) and self._may_act:
-            received = self._held[done]
-            self._frame(received)
-            received.data = b""  # or the parser keeps it alive until the next frame comes
-            done += 1
-        del self._held[:done]
-        unfinished = self._partial + len(self._fragments or b"")
-        if unfinished != self.unfinished_bytes and self.progress is Progress.OPEN:
-            self._gateway.unfinished(self, unfinished)
-
-    def _drop_held(self) -> None:
-        """Let go of everything that was read and not acted on."""
-        for received in self._held:
-            received.data = b""  # as in ``_act``
-        self._held.clear()
-        self._fragments = None
-
-    def _discard(self, size: int) -> None:
-        """Read on, or the peer may never see why; but not for ever, whatever it goes on sending."""
-        self._discarded += size
-        if self._discarded > DISCARDED_MAX_BYTES and self.transport.is_reading():
-            self.transport.pause_reading()
-
-    def _go_on_soon(self) -> None:
-        asyncio.get_running_loop().call_soon(self._go_on)
+    def _go_on_reading(self) -> bool:
+        """Read on if everything was acted on; return whether something waits for another turn."""
+        if self.transport.is_closing() or self.progress is Progress.CLOSING:
+            return False
+        left = self.inbox.has_frames or bool(self.inbox.unread)
+        if left or not self._may_act:
+            self.pause_reading()
+        else:
+            self.resume_reading()
+        self._gateway.ledger.update(self)
+        return left and self._may_act
 
     def _go_on(self) -> None:
-        try:
-            if not self.transport.is_closing():
-                self._take_turn()
-        except Exception as exc:  # as in ``data_received``
-            self.fail(exc)
+        if self.progress is Progress.OPEN and not self.transport.is_closing():
+            self._gateway.turns.queue(self)
+
+    def _see_the_end(self, data: bytes) -> None:
+        """Read on for the peer's close frame, and act on nothing else."""
+        self.inbox.protocol.receive_data(data)
+        self.inbox.protocol.events_received()
+        self._write_out()
 
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         self._drained = None
 
-    def _handshake(self, data: bytes) -> None:
+    def _handshake(self) -> None:
         """Read the request, however slowly it comes, and answer it."""
+        data, self.inbox.unread = self.inbox.unread, b""
+        protocol = self.inbox.protocol
         if self._asked:
             self.transport.abort()  # it goes on before it has an answer
             return
         self._request_bytes += len(data)
         self._tail = (self._tail + data)[-4:]
-        self.protocol.receive_data(data)
-        events = self.protocol.events_received()
-        if self.protocol.close_expected():
+        protocol.receive_data(data)
+        events = protocol.events_received()
+        if protocol.close_expected():
             # Not a request, or not only one; the library itself answers those that are too long.
-            if events or isinstance(self.protocol.handshake_exc, InvalidMessage):
+            if events or isinstance(protocol.handshake_exc, InvalidMessage):
                 self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
         elif events and (len(events) > 1 or self._tail != b"\r\n\r\n"):
-            response = self.protocol.reject(400, "Data before the end of the handshake.\n")
-            self.protocol.send_response(response)
+            protocol.send_response(protocol.reject(400, "Data before the end of the handshake.\n"))
         elif events:
             self._asked = True
-            self._gateway.answer(self, cast("Request", events[0]))
+            self._gateway.door.answer(self, cast("Request", events[0]))
             return
         elif self._request_bytes > HANDSHAKE_MAX_BYTES:
-            self.protocol.send_response(self.protocol.reject(431, "The request is too large.\n"))
+            protocol.send_response(protocol.reject(431, "The request is too large.\n"))
         self._write_out()
 
     def respond(self, request: Request, response: Response) -> None:
         """Answer the handshake, at once or when it is known who the client is."""
         if self.progress is not Progress.HANDSHAKE or self.transport.is_closing():
             return
-        self.protocol.send_response(response)
+        self.inbox.protocol.send_response(response)
         if response.status_code == 101:
             self._open(request)
         else:
@@ -4145,11 +4580,11 @@ class Connection(asyncio.Protocol):
 
     def _open(self, request: Request) -> None:
         """Swap the handshake's protocol, which keeps the request alive, for a lean one."""
-        handshake = self.protocol
+        handshake = self.inbox.protocol
         self._corked = handshake.data_to_send()
         self.id = str(handshake.id)
-        self.protocol = self._gateway.new_protocol(State.OPEN)
-        self.protocol.extensions = handshake.extensions
+        self.inbox.protocol = self._gateway.door.new_protocol(State.OPEN)
+        self.inbox.protocol.extensions = handshake.extensions
         # A smaller window than the shared frames are made with cannot read them: such a client
         # negotiated compression and gets plain frames all the same (RFC 7692, section 6).
         self.deflates = any(
@@ -4159,72 +4594,69 @@ class Connection(asyncio.Protocol):
         self.progress = Progress.OPEN
         self.opened_at = self.heard_at
         try:
-            self._gateway.welcome(self, request)
+            self._gateway.messages.welcome(self, request)
         finally:
             greeting, self._corked = self._corked, None
             self.transport.write(b"".join(greeting))  # with what was sent so far, in one packet
 
-    def _frame(self, received: Frame) -> None:
-        """Put messages together; control frames were answered by the protocol."""
-        opcode = received.opcode
-        counts = opcode in (Opcode.PING, Opcode.PONG) or not received.fin
-        if counts and not self._gateway.within_pace(self):
+    def _message(self, payload: bytes, is_text: bool) -> None:
+        protocol = self.inbox.protocol
+        failed = protocol.close_sent is not None and protocol.close_rcvd is None
+        if failed:
             return
-        if opcode in (Opcode.TEXT, Opcode.BINARY):
-            self._text = opcode is Opcode.TEXT
-            if received.fin:
-                self._message(received.data)
-            else:
-                self._fragments = bytearray(received.data)
-        elif opcode is Opcode.CONT and self._fragments is not None:
-            self._fragments += received.data
-            if received.fin:
-                message, self._fragments = self._fragments, None
-                self._message(message)
-
-    def _message(self, data: bytes | bytearray | memoryview) -> None:
-        failed = self.protocol.close_sent is not None and self.protocol.close_rcvd is None
-        if failed or self.progress is not Progress.OPEN:
-            return  # but what came before the peer's own close frame still counts
-        if not self._text:
-            self._gateway.refuse(
-                self,
-                BadMessage(
-                    ErrorCode.BINARY_FRAME,
-                    "Send text frames; binary ones are not read.",
-                    **context_of(data),
-                ),
+        if not is_text:
+            sentence = "Send text frames; binary ones are not read."
+            self._gateway.messages.refuse(
+                self, BadMessage(ErrorCode.BINARY_FRAME, sentence, **context_of(payload))
             )
             return
-        payload = bytes(data)
         if not payload.isascii():
             try:
                 payload.decode()
             except UnicodeDecodeError:
-                self.protocol.fail(CloseCode.INVALID_DATA, "text must be UTF-8")
+                protocol.fail(CloseCode.INVALID_DATA, "text must be UTF-8")
                 return
-        self._gateway.message(self, payload)
+        self._gateway.messages.handle(self, payload)
+
+    def _write(self, data: bytes) -> None:
+        """Write what only this client is sent, unless it reads too slowly."""
+        if self._corked is not None:
+            self._corked.append(data)
+        elif not (self.choked and self._gateway.fan_out.gave_up(self)):
+            self.transport.write(data)
+            self._note_private(len(data))
+
+    def _note_private(self, size_bytes: int) -> None:
+        if self.choked:
+            self._private_bytes += size_bytes
+            self.backlog_bytes += size_bytes
+            self._gateway.ledger.update(self)
 
     def _write_out(self) -> None:
         """Write what the protocol has to say, and follow it into the closing handshake."""
-        parts = self.protocol.data_to_send()
+        protocol = self.inbox.protocol
+        parts = protocol.data_to_send()
         if data := b"".join(parts):
             self.transport.write(data)
+            self._note_private(len(data))
         if parts and not parts[-1] and self.transport.can_write_eof():
             with contextlib.suppress(OSError):  # the peer may have reset the connection already
                 self.transport.write_eof()
-            self._deaf = True
-            self._unread = b""
-        if self.progress is Progress.OPEN and self.protocol.state is not State.OPEN:
-            self.progress = Progress.CLOSING
-            sent = self.protocol.close_sent
-            self.close_code = sent.code if sent else CloseCode.ABNORMAL_CLOSURE
-            self.deadline = self._gateway.now() + CLOSE_TIMEOUT_S
-            self._gateway.closing(self)
-            self._drop_held()
-            self._go_on_soon()  # to read on, whatever paused it: else the peer's end is not seen
-        elif self.choked and self._gateway.fan_out.overdue(self):
-            self._gateway.fan_out.give_up(self)  # as one who pings and never reads
+        if self.progress is Progress.OPEN and protocol.state is not State.OPEN:
+            self._begin_to_close()
+        elif self.choked and self.progress is Progress.OPEN:
+            self._gateway.fan_out.gave_up(self)  # as one who pings and never reads
+
+    def _begin_to_close(self) -> None:
+        """Read on, whatever paused it, or the peer's end is not seen; and discard what comes."""
+        protocol = self.inbox.protocol
+        self.progress = Progress.CLOSING
+        self.close_code = protocol.close_sent.code if protocol.close_sent else None
+        self.inbox.clear()
+        protocol.extensions = []  # nothing more is inflated
+        self.resume_reading()
+        self.deadline = self._gateway.now() + CLOSE_TIMEOUT_S
+        self._gateway.closing(self)
 
 
 # --- Drain ----------------------------------------------------------------------------------
@@ -4306,7 +4738,6 @@ class Drain:
         self,
         settings: Settings,
         registry: Registry,
-        pending: Mapping[Connection, None],
         forwarder: Forwarder,
         intake: Intake | None,
         relay: Relay | None,
@@ -4316,7 +4747,6 @@ class Drain:
         self._drain_s = settings.drain_seconds
         self._forward_timeout_s = settings.forward_timeout_seconds
         self._registry = registry
-        self._pending = pending  # handshakes and closing handshakes under way
         self._forwarder = forwarder
         self._intake = intake
         self._relay = relay
@@ -4366,7 +4796,7 @@ class Drain:
         if self._relay:
             await self._relay.close()
         # 6. Cut who is still there.
-        for connection in tuple(self._pending):
+        for connection in tuple(self._registry.pending):
             connection.transport.abort()
 
     async def _close_all(self) -> None:
@@ -4382,7 +4812,7 @@ class Drain:
                     async with asyncio.timeout(left_s):
                         await self.hurry.wait()
             if connection.in_flight:
-                connection.hold(True)
+                connection.hold(+1)
                 busy.append(connection)
             else:
                 self._send_away(connection)
@@ -4397,7 +4827,7 @@ class Drain:
         connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
 
     async def _everybody_left(self) -> None:
-        while self._pending or self._registry.connections:
+        while self._registry.pending or self._registry.connections:
             self._left.clear()
             await self._left.wait()
 
@@ -4474,6 +4904,415 @@ def seconds_left(principal: Principal) -> int:
     return int(min(principal.expires_at - time.time(), SESSION_WITHOUT_END_S))
 
 
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket whose connections inherit bounded buffers: they are the container's memory too."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+    try:
+        sock.bind((host, port))
+    except OSError as exc:
+        sock.close()
+        raise OSError(exc.errno, f"cannot listen on {host} port {port}: {exc.strerror}") from None
+    return sock
+
+
+class Door:
+    """Answers HTTP requests, and lets WebSocket clients in."""
+
+    def __init__(self, gateway: Gateway, settings: Settings, verifier: Verifier | None) -> None:
+        self._gateway = gateway
+        self._settings = settings
+        self.verifier = verifier
+        self.admission = Admission(settings)
+        self.work_by_address = Accounts(ADDRESS_WORK_SHARE, WORK_WINDOW_S)
+        self.work_by_subject = Accounts(WORK_SHARE, WORK_WINDOW_S)
+        self._anybody = Principal(None, None, math.inf)
+        self._extensions = (
+            [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
+        )
+
+    def new_protocol(self, state: State = State.CONNECTING) -> ServerProtocol:
+        connecting = state is State.CONNECTING
+        return (HandshakeProtocol if connecting else ServerProtocol)(
+            state=state,
+            extensions=self._extensions,
+            max_size=self._settings.max_message_bytes,
+            select_subprotocol=choose_subprotocol if connecting else None,
+        )
+
+    def arrived(self, connection: Connection) -> None:
+        """A socket was accepted; until it says who it is, its work is its peer's."""
+        connection.account = self.work_by_address.of(peer_of(connection))
+        connection.account.users += 1
+        self._gateway.registry.pending[connection] = None
+        self._gateway.ledger.update(connection)
+
+    def answer(self, connection: Connection, request: Request) -> None:
+        """Have a request answered: at once, unless the issuer's keys must be read for it."""
+        protocol = connection.inbox.protocol
+        path, _ = split_target(request.path)
+        if path in WEBSOCKET_PATHS:
+            self._admit(connection, request)
+            return
+        if request.method not in ("GET", "HEAD"):
+            response = protocol.reject(405, "Only GET and HEAD.\n")
+            response.headers["Allow"] = "GET, HEAD"
+        elif path == "/health":
+            health = self._gateway.health()
+            response = json_response(protocol, 200 if health["status"] == "ok" else 503, health)
+        elif path == "/live":
+            response = json_response(protocol, 200, {"status": "ok"})
+        elif path == "/stats" and self._is_local(connection, request):
+            response = json_response(protocol, 200, self._gateway.metrics.stats())
+        else:
+            response = protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
+        if path != "/stats":  # which no page on this machine may read
+            response.headers["Access-Control-Allow-Origin"] = "*"
+        if request.method == "HEAD":
+            response.body = b""
+        connection.respond(request, response)
+
+    def _is_local(self, connection: Connection, request: Request) -> bool:
+        return (
+            peer_of(connection) in ("127.0.0.1", "::1") and "X-Forwarded-For" not in request.headers
+        )
+
+    def _admit(self, connection: Connection, request: Request) -> None:
+        """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
+        settings, headers = self._settings, request.headers
+        connection.address = client_address(
+            peer_of(connection), headers.get_all("X-Forwarded-For"), settings.trusted_proxy_hops
+        )
+        connection.charge_to(self.work_by_address.of(connection.address))
+        refusal: tuple[int, str] | None
+        foreign = set(headers.get_all("Origin")) - set(settings.allowed_origins)
+        if settings.allowed_origins and foreign:
+            refusal = 403, "Pages of this origin may not connect."
+        else:
+            refusal = self._closed() or self.admission.refusal(
+                connection.address, self._gateway.now()
+            )
+        if refusal is not None:
+            connection.respond(request, unwelcome(connection.inbox.protocol, *refusal))
+        else:
+            self._identify(connection, request)
+
+    def _closed(self) -> tuple[int, str] | None:
+        """Why nobody may come in now."""
+        status = self._gateway.health()["status"]
+        if status in ("starting", "draining"):
+            return 503, f"This server is {status}."
+        if not self._gateway.ledger.admits:
+            return 503, "This server is full."
+        return None
+
+    def _identify(self, connection: Connection, request: Request, *, last: bool = False) -> None:
+        """Find out whose connection this is; with ``last`` without reading keys for it."""
+        protocol = connection.inbox.protocol
+        token = bearer_token(request.headers)
+        if self.verifier is None:
+            connection.principal = self._anybody
+        elif token is not None:
+            try:
+                self.know(connection, self.verifier.verify(token))
+            except NotAuthenticated as exc:
+                if not last and isinstance(exc, UnknownKey) and self.keys_may_help():
+                    self._gateway.tasks.create_task(self._identify_later(connection, request))
+                    return
+                self.count_failure(connection, exc, last=last)
+        if connection.principal is None and (
+            token is not None or not self._settings.auth_first_message
+        ):
+            connection.respond(request, unwelcome(protocol, 401, "A valid token is needed."))
+        else:
+            connection.respond(request, protocol.accept(request))
+
+    async def _identify_later(self, connection: Connection, request: Request) -> None:
+        try:
+            await self.read_keys()
+            refusal = self._closed() or self.admission.crowded(connection.address)
+            if refusal is not None:
+                connection.respond(request, unwelcome(connection.inbox.protocol, *refusal))
+            else:
+                self._identify(connection, request, last=True)
+        except Exception as exc:  # a fault of ours must cost one connection, not the process
+            connection.fail(exc)
+
+    def know(self, connection: Connection, principal: Principal) -> None:
+        """A connection's principal is known: its work is charged to that from now on."""
+        connection.principal = principal
+        connection.charge_to(self.work_by_subject.of(str(principal.subject)))
+
+    def keys_may_help(self) -> bool:
+        return self.verifier is not None and self.verifier.keys.may_read_again(self._gateway.now())
+
+    async def read_keys(self) -> None:
+        if self.verifier is not None:
+            await self.verifier.keys.read(self._gateway.now())
+
+    def count_failure(self, connection: Connection, exc: NotAuthenticated, *, last: bool) -> None:
+        """Hold a refused token against its address, unless it may be the keys that are old.
+
+        When the issuer has changed its keys, and they must not be read again yet, a whole office
+        of honest clients would be locked out; so would it be by one forgotten page that goes on
+        with a token that was good once.
+        """
+        if not isinstance(exc, Expired) and (last or not isinstance(exc, UnknownKey)):
+            self.admission.failed(connection.address, self._gateway.now())
+        logger.info("token refused: %s", exc, extra={"connection_id": connection.id})
+
+    def forget_the_quiet(self, now: float) -> None:
+        """Let go of addresses and principals that have been quiet."""
+        self.admission.forget(now)
+        self.work_by_address.forget(now)
+        self.work_by_subject.forget(now)
+
+
+class Messages:
+    """What a client's messages do."""
+
+    def __init__(self, gateway: Gateway, settings: Settings) -> None:
+        self._gateway = gateway
+        self._settings = settings
+
+    def welcome(self, connection: Connection, request: Request) -> None:
+        """A handshake is complete: register, greet, and subscribe to what the URL asks for."""
+        gateway = self._gateway
+        gateway.registry.pending.pop(connection, None)
+        gateway.registry.connections[connection.id] = connection
+        gateway.door.admission.entered(connection.address)
+        gateway.metrics.connections_opened += 1
+        logger.info("connection opened", extra={"connection_id": connection.id})
+        connection.send(encode(Connected(timestamp=timestamp(), connection_id=connection.id)))
+        if connection.principal is None:
+            connection.deadline = gateway.now() + self._settings.auth_deadline_seconds
+            gateway.registry.unauthenticated[connection] = None
+        else:
+            gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
+        try:
+            for subscription in self._asked_for_in(connection, request):
+                self.handle(connection, encode(subscription))
+        except BadMessage as exc:
+            self.refuse(connection, exc)
+
+    def _asked_for_in(self, connection: Connection, request: Request) -> list[dict[str, Any]]:
+        """The subscribe messages that a URL stands for.
+
+        Raises:
+            BadMessage: one answer for all of them.
+        """
+        subscriptions = subscriptions_in(split_target(request.path)[1])
+        limit = self._settings.max_subscriptions_per_connection
+        if subscriptions and connection.principal is None:
+            sentence = "Authenticate first, and subscribe then: the URL's project_id is ignored."
+            raise BadMessage(ErrorCode.UNAUTHENTICATED, sentence)
+        if limit and len(subscriptions) > limit:
+            sentence = f"A connection may have {limit} subscriptions; the URL asks for more."
+            raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
+        return subscriptions
+
+    def handle(self, connection: Connection, payload: bytes) -> None:
+        """Answer a message at once or, a forward, when SQS has answered."""
+        self._gateway.metrics.messages_received += 1
+        message: ClientMessage | None = None
+        try:
+            if connection.principal is None:
+                message = decode_first_message(payload)
+            else:
+                message = decode_message(payload)
+            self._act(connection, message)
+        except BadMessage as exc:
+            self.refuse(connection, exc, message)
+
+    def _act(self, connection: Connection, message: ClientMessage) -> None:
+        if isinstance(message, Authenticate):
+            self._authenticate(connection, message.token)
+            return
+        if connection.principal is None:
+            raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
+        project_id = getattr(message, "project_id", None)
+        # An agent answers where it was asked: a forward for everyone comes back to everyone.
+        strictly = isinstance(message, Forward)
+        may_use = connection.principal.may_use
+        if not isinstance(message, Ping) and not may_use(project_id, strictly=strictly):
+            raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
+        match message:
+            case Forward():
+                self._forward(connection, message)
+            case Subscribe():
+                self._subscribe(connection, message)
+            case Unsubscribe():
+                if project_id != EVERYONE:  # whose events reach everyone, asked for or not
+                    self._gateway.feed.unsubscribe(connection, message.project_id)
+                connection.send(encode(UnsubscriptionConfirmed(message.project_id)))
+            case Ping():
+                connection.send(encode(Pong(timestamp())))
+
+    def _subscribe(self, connection: Connection, message: Subscribe) -> None:
+        limit = self._settings.max_subscriptions_per_connection
+        current = (connection.subscriptions | connection.catching_up.keys()) - {EVERYONE}
+        counts = limit and message.project_id != EVERYONE
+        if counts and len(current - {message.project_id}) >= limit:
+            sentence = f"A connection may have {limit} subscriptions; end another one first."
+            raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
+        self._gateway.feed.subscribe(connection, message)
+
+    def _authenticate(self, connection: Connection, token: str, *, last: bool = False) -> None:
+        """Take a token as the first message, or a fresh one of the same subject."""
+        gateway, door = self._gateway, self._gateway.door
+        if door.verifier is None:
+            connection.send(encode(Authenticated(SESSION_WITHOUT_END_S)))
+            return
+        try:
+            principal = door.verifier.verify(token)
+        except NotAuthenticated as exc:
+            if not last and isinstance(exc, UnknownKey) and door.keys_may_help():
+                connection.hold(+1)
+                gateway.tasks.create_task(self._authenticate_later(connection, token))
+                return
+            self._turn_out(connection, exc, last=last)
+            return
+        before = connection.principal
+        if before is not None and before.subject != principal.subject:
+            self._turn_out(connection, NotAuthenticated("the fresh token is another subject's"))
+            return
+        door.know(connection, principal)
+        connection.warned = False
+        if gateway.registry.unauthenticated.pop(connection, principal) is None:
+            gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
+        connection.send(encode(Authenticated(seconds_left(principal))))
+        for project_id in tuple(connection.subscriptions | connection.catching_up.keys()):
+            if not principal.may_use(project_id):
+                gateway.feed.unsubscribe(connection, project_id)
+                connection.send(encode(UnsubscriptionConfirmed(project_id)))
+
+    async def _authenticate_later(self, connection: Connection, token: str) -> None:
+        try:
+            await self._gateway.door.read_keys()
+            if connection.progress is Progress.OPEN:
+                self._authenticate(connection, token, last=True)
+            connection.hold(-1)
+        except Exception as exc:  # a fault of ours must cost one connection, not the process
+            connection.fail(exc)
+
+    def _turn_out(
+        self, connection: Connection, exc: NotAuthenticated, *, last: bool = False
+    ) -> None:
+        self._gateway.door.count_failure(connection, exc, last=last)
+        connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
+
+    def _forward(self, connection: Connection, message: Forward) -> None:
+        queue = queue_of(message)
+        message.message_id = message_id = message.message_id or str(uuid.uuid4())
+        size_bytes = len(bytes(message.data))
+
+        def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
+            connection.forwarding(-1, size_bytes)
+            if error is not None:
+                self.refuse(connection, error, message)
+            elif sqs_message_id is not None:
+                connection.send(encode(ForwardConfirmed(message_id, sqs_message_id)))
+
+        body = AgentMessage(
+            type=message.type,
+            message_id=message_id,
+            project_id=message.project_id,
+            data=message.data,
+            connection_id=connection.id,
+            client_id=message.client_id or connection.id,
+            user=connection.principal.subject if connection.principal else None,
+            timestamp=timestamp(),
+        )
+        self._gateway.forwarder.submit(queue, body, done)
+        connection.forwarding(+1, size_bytes)
+
+    def refuse(
+        self, connection: Connection, exc: BadMessage, message: ClientMessage | None = None
+    ) -> None:
+        """Tell a client what is wrong, and with which of its messages."""
+        self._gateway.metrics.protocol_errors += 1
+        context = dict(exc.context)
+        if message is not None:
+            context["action"] = message.__struct_config__.tag
+            for name in ("message_id", "project_id"):
+                if value := getattr(message, name, None):
+                    context[name] = value
+        connection.send(encode(ErrorMessage(str(exc), exc.code, **context)))
+
+
+class Sweep:
+    """Does for all connections what each would need a timer for."""
+
+    def __init__(self, gateway: Gateway, settings: Settings) -> None:
+        self._gateway = gateway
+        self._ping_interval_s = settings.ping_interval_seconds
+
+    async def run(self) -> NoReturn:
+        gateway, interval_s = self._gateway, min(SWEEP_INTERVAL_S, self._ping_interval_s / 4)
+        next_line = time.monotonic() + 60
+        while True:
+            await asyncio.sleep(interval_s)
+            async for connection in self._overdue(gateway.registry.pending):
+                connection.transport.abort()
+            async for connection in self._overdue(gateway.registry.unauthenticated):
+                connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
+            async for connection in in_turns(tuple(gateway.registry.connections.values())):
+                if connection.progress is Progress.OPEN:
+                    self._look_at(connection)
+            gateway.ledger.let_go()
+            gateway.door.forget_the_quiet(gateway.now())
+            if time.monotonic() >= next_line:
+                next_line += 60
+                metrics_logger.info("metrics", extra=gateway.metrics.line())
+
+    async def _overdue(self, waiting: Mapping[Connection, None]) -> AsyncIterator[Connection]:
+        """Those whose deadline has passed, and who still wait when it is their turn."""
+        now = self._gateway.now
+        async for connection in in_turns([c for c in waiting if c.deadline <= now()]):
+            if connection in waiting and connection.deadline <= now() and connection.is_read:
+                yield connection
+
+    def _look_at(self, connection: Connection) -> None:
+        """Close a connection that is over, and ping one that is quiet."""
+        now = self._gateway.now()
+        connection.look(now)
+        if now - connection.moved_at > STALLED_AFTER_S:
+            self._gateway.metrics.slow_consumers_closed += 1
+            connection.end(CloseCode.TRY_AGAIN_LATER, "nothing was read; resume with since")
+            return
+        self._end_session(connection)
+        if not connection.is_read or connection.progress is not Progress.OPEN:
+            return
+        since = connection.inbox.unfinished_since
+        if since and now - since > MESSAGE_TIMEOUT_S:
+            connection.close(CloseCode.POLICY_VIOLATION, "a message was not finished in time")
+        elif now - connection.heard_at >= self._ping_interval_s:
+            self._ping(connection, now)
+
+    def _end_session(self, connection: Connection) -> None:
+        """Warn who has a token that is about to expire, and close who has one that did."""
+        if connection.principal is None or connection.principal.expires_at == math.inf:
+            return
+        left_s = connection.principal.expires_at - time.time()
+        if left_s <= 0:
+            connection.close(CLOSE_UNAUTHENTICATED, "the token has expired")
+        elif left_s <= TOKEN_WARNING_S + TOKEN_LEEWAY_S and not connection.warned:
+            connection.warned = True
+            connection.send(encode(TokenExpiring(max(0, int(left_s - TOKEN_LEEWAY_S)))))
+
+    def _ping(self, connection: Connection, now: float) -> None:
+        """Ping who is quiet, and drop who does not answer."""
+        if connection.pinged_at <= connection.heard_at:
+            connection.ping()
+        elif connection.backlog_bytes:
+            connection.pinged_at = now  # behind all that: whether it moves is what counts
+        elif now - connection.pinged_at >= self._ping_interval_s:
+            connection.transport.abort()
+
+
 class Gateway:
     """One task: its parts, and what they do for one another."""
 
@@ -4481,12 +5320,19 @@ class Gateway:
         self, settings: Settings, tasks: asyncio.TaskGroup, aws: Aws, task_id: str
     ) -> None:
         self._settings = settings
-        self._tasks = tasks
+        self.tasks = tasks
         self._aws = aws
         self.now = asyncio.get_running_loop().time
         self.registry = Registry()
         self.metrics = Metrics(settings.environment, self.registry)
-        self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics)
+        self.turns = Turns()
+        budget_mb = settings.memory_budget_mb or MEMORY_BUDGET_MB
+        self.ledger = Ledger(self.registry, self.metrics, budget_mb * 1_048_576)
+        self.metrics.bytes_held = self.ledger.figures
+        self.door = Door(self, settings, self._make_verifier())
+        self.messages = Messages(self, settings)
+        self.sweep = Sweep(self, settings)
+        self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics, self.ledger)
         timeout_s = settings.forward_timeout_seconds
         self.forwarder = Forwarder(tasks, aws.sqs, settings.queue_urls, timeout_s, self.metrics)
         self.log = EventLog(aws.dynamodb, settings.log_table, settings.event_retention_hours * 3600)
@@ -4496,22 +5342,9 @@ class Gateway:
         )  # fmt: skip
         self.relay = self._make_relay(task_id)
         self.intake = self._make_intake()
-        # All three in the order in which it began, so of deadline.
-        self.pending: dict[Connection, None] = {}
-        self._nameless: dict[Connection, None] = {}
-        self._unfinished: dict[Connection, None] = {}
-        self._unfinished_bytes = 0
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
-        self.drain = Drain(
-            settings, self.registry, self.pending, self.forwarder, self.intake, self.relay
-        )
-        self._admission = Admission(settings, self.now())
-        self._anybody = Principal(None, None, math.inf)
-        self._verifier = self._make_verifier()
-        self._extensions = (
-            [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
-        )
+        self.drain = Drain(settings, self.registry, self.forwarder, self.intake, self.relay)
 
     def _make_verifier(self) -> Verifier | None:
         settings = self._settings
@@ -4525,16 +5358,14 @@ class Gateway:
         if not settings.updates_topic_arn:
             return None
         heartbeat_s = settings.task_heartbeat_seconds
-        return Relay(
-            self._tasks, aws.sqs, aws.sns, settings.updates_topic_arn, task_id, heartbeat_s
-        )
+        return Relay(self.tasks, aws.sqs, aws.sns, settings.updates_topic_arn, task_id, heartbeat_s)
 
     def _make_intake(self) -> Intake | None:
         queue_url = self._settings.sqs_queue_url_updates
         if not queue_url:
             return None
         return Intake(
-            self._tasks, self._aws.sqs, queue_url, self.log, self.relay, self.deliver, self.metrics
+            self.tasks, self._aws.sqs, queue_url, self.log, self.relay, self.deliver, self.metrics
         )
 
     async def run(self, own_address: str = "") -> None:
@@ -4548,22 +5379,21 @@ class Gateway:
         """
         server = await asyncio.get_running_loop().create_server(
             lambda: Connection(self),
-            self._settings.websocket_host,
-            self._settings.websocket_port,
+            sock=listening_socket(self._settings.websocket_host, self._settings.websocket_port),
             backlog=LISTEN_BACKLOG,
         )
         host, port, *_ = server.sockets[0].getsockname()
         self.address = (host, port)
         logger.info("listening", extra={"host": host, "port": port})
-        if self._verifier is None:
+        if self.door.verifier is None:
             logger.warning("AUTH_JWKS_URL is not set: everybody may use every project")
         if not self._settings.allowed_origins:
             logger.warning("ALLOWED_ORIGINS is not set: pages of every origin may connect")
-        loops: list[asyncio.Task[Any]] = [self._tasks.create_task(self._sweep())]
+        loops: list[asyncio.Task[Any]] = [self.tasks.create_task(self.sweep.run())]
         if self._settings.target_group_arn:
             target = {"Id": own_address, "Port": port}
-            loops.append(self._tasks.create_task(self._drain_with(target)))
-        starting = self._tasks.create_task(self._start(loops))
+            loops.append(self.tasks.create_task(self._drain_with(target)))
+        starting = self.tasks.create_task(self._start(loops))
         await self.drain.wanted.wait()
         starting.cancel()
         await self.drain.run(loops)
@@ -4580,22 +5410,20 @@ class Gateway:
 
     async def _start(self, loops: list[asyncio.Task[Any]]) -> None:
         """Open the log, then the fan-out, and only then the doors."""
-        if self._verifier is not None:
-            await self._first_keys(self._verifier.keys)
-            loops.append(self._tasks.create_task(self._keep_keys(self._verifier.keys)))
+        if self.door.verifier is not None:
+            await self._first_keys(self.door.verifier.keys)
+            loops.append(self.tasks.create_task(self._keep_keys(self.door.verifier.keys)))
         await self.log.open()
         await self.feed.open(self.registry.channel(EVERYONE))
-        loops.append(
-            self._tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds))
-        )
+        loops.append(self.tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds)))
         if self.relay:
             await self.relay.start()
-            loops.append(self._tasks.create_task(self.relay.run(self._carried)))
-            loops.append(self._tasks.create_task(self.relay.heartbeat()))
-            loops.append(self._tasks.create_task(self.relay.reap()))
+            loops.append(self.tasks.create_task(self.relay.run(self._carried)))
+            loops.append(self.tasks.create_task(self.relay.heartbeat()))
+            loops.append(self.tasks.create_task(self.relay.reap()))
         if self.intake:
-            loops.append(self.drain.receiving(self._tasks.create_task(self.intake.run())))
-            loops.append(self._tasks.create_task(self.intake.keep()))
+            loops.append(self.drain.receiving(self.tasks.create_task(self.intake.run())))
+            loops.append(self.tasks.create_task(self.intake.keep()))
         self.ready.set()
         logger.info("ready", extra={"epoch": self.log.epoch})
 
@@ -4648,109 +5476,6 @@ class Gateway:
             name: plain(value) for name, value in item.items() if name not in ("PK", "SK")
         }
 
-    # HTTP.
-
-    def new_protocol(self, state: State = State.CONNECTING) -> ServerProtocol:
-        connecting = state is State.CONNECTING
-        return (HandshakeProtocol if connecting else ServerProtocol)(
-            state=state,
-            extensions=self._extensions,
-            max_size=self._settings.max_message_bytes,
-            select_subprotocol=choose_subprotocol if connecting else None,
-        )
-
-    def answer(self, connection: Connection, request: Request) -> None:
-        """Have a request answered: at once, unless the issuer's keys must be read for it."""
-        protocol = connection.protocol
-        path, _ = split_target(request.path)
-        if path in WEBSOCKET_PATHS:
-            self._admit(connection, request)
-            return
-        if request.method not in ("GET", "HEAD"):
-            response = protocol.reject(405, "Only GET and HEAD.\n")
-            response.headers["Allow"] = "GET, HEAD"
-        elif path == "/health":
-            health = self.health()
-            response = json_response(protocol, 200 if health["status"] == "ok" else 503, health)
-        elif path == "/live":
-            response = json_response(protocol, 200, {"status": "ok"})
-        elif path == "/stats" and self._is_local(connection, request):
-            response = json_response(protocol, 200, self.metrics.stats())
-        else:
-            response = protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
-        if path != "/stats":  # which no page on this machine may read
-            response.headers["Access-Control-Allow-Origin"] = "*"
-        if request.method == "HEAD":
-            response.body = b""
-        connection.respond(request, response)
-
-    def _admit(self, connection: Connection, request: Request) -> None:
-        """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
-        settings, protocol, headers = self._settings, connection.protocol, request.headers
-        connection.address = client_address(
-            peer_of(connection),
-            headers.get_all("X-Forwarded-For"),
-            settings.trusted_proxy_hops,
-        )
-        refusal: tuple[int, str] | None
-        foreign = set(headers.get_all("Origin")) - set(settings.allowed_origins)
-        if settings.allowed_origins and foreign:
-            refusal = 403, "Pages of this origin may not connect."
-        elif (status := self.health()["status"]) in ("starting", "draining"):
-            refusal = 503, f"This server is {status}."
-        else:
-            refusal = self._admission.refusal(connection.address, self.now())
-        if refusal is not None:
-            connection.respond(request, unwelcome(protocol, *refusal))
-        else:
-            self._identify(connection, request)
-
-    def _identify(self, connection: Connection, request: Request, *, last: bool = False) -> None:
-        """Find out whose connection this is; with ``last`` without reading keys for it."""
-        protocol = connection.protocol
-        token = bearer_token(request.headers)
-        if self._verifier is None:
-            connection.principal = self._anybody
-        elif token is not None:
-            try:
-                connection.principal = self._verifier.verify(token)
-            except NotAuthenticated as exc:
-                if not last and isinstance(exc, UnknownKey) and self._keys_may_help():
-                    self._tasks.create_task(self._identify_later(connection, request))
-                    return
-                self._count_failure(connection, exc, last=last)
-        if connection.principal is None and (
-            token is not None or not self._settings.auth_first_message
-        ):
-            connection.respond(request, unwelcome(protocol, 401, "A valid token is needed."))
-        else:
-            connection.respond(request, protocol.accept(request))
-
-    async def _identify_later(self, connection: Connection, request: Request) -> None:
-        try:
-            await self._read_keys()
-            refusal = self._admission.crowded(connection.address)
-            if self.drain.wanted.is_set():
-                refusal = 503, "This server is draining."
-            if refusal is not None:
-                connection.respond(request, unwelcome(connection.protocol, *refusal))
-            else:
-                self._identify(connection, request, last=True)
-        except Exception as exc:  # a fault of ours must cost one connection, not the process
-            connection.fail(exc)
-
-    def _keys_may_help(self) -> bool:
-        return self._verifier is not None and self._verifier.keys.may_read_again(self.now())
-
-    async def _read_keys(self) -> None:
-        if self._verifier is not None:
-            await self._verifier.keys.read(self.now())
-
-    def _is_local(self, connection: Connection, request: Request) -> bool:
-        return (
-            peer_of(connection) in ("127.0.0.1", "::1") and "X-Forwarded-For" not in request.headers
-        )
-
     def health(self) -> dict[str, str]:
         """``status`` is ``ok``, or says why the load balancer should send nobody here.
 
@@ -4768,221 +5493,20 @@ class Gateway:
 
     # Connections.
 
-    def arrived(self, connection: Connection) -> None:
-        """A socket was accepted; of too many that say nothing, the oldest has to go."""
-        if len(self.pending) >= PENDING_MAX:
-            next(iter(self.pending)).transport.abort()
-        self.pending[connection] = None
-
-    def welcome(self, connection: Connection, request: Request) -> None:
-        """A handshake is complete: register, greet, and subscribe to what the URL asks for."""
-        self.pending.pop(connection, None)
-        self.registry.connections[connection.id] = connection
-        self._admission.entered(connection.address)
-        self.metrics.connections_opened += 1
-        logger.info("connection opened", extra={"connection_id": connection.id})
-        connection.send(encode(Connected(timestamp=timestamp(), connection_id=connection.id)))
-        if connection.principal is None:
-            connection.deadline = self.now() + self._settings.auth_deadline_seconds
-            self._nameless[connection] = None
-        else:
-            self.registry.join(connection, self.registry.channel(EVERYONE))
-        try:
-            for subscription in subscriptions_in(split_target(request.path)[1]):
-                self._handle(connection, encode(subscription))
-        except BadMessage as exc:
-            self.refuse(connection, exc)
-
-    def message(self, connection: Connection, payload: bytes) -> None:
-        """One message of a client, if it does not send too many."""
-        self.metrics.messages_received += 1
-        if self.within_pace(connection, 1 + len(payload) // LARGE_MESSAGE_BYTES):
-            self._handle(connection, payload)
-
-    def within_pace(self, connection: Connection, amount: int = 1) -> bool:
-        """Whether a connection may send one more; it is told if not, and closed if it goes on."""
-        rate = self._settings.max_messages_per_second
-        if not rate:
-            return True
-        now = self.now()
-        pace = connection.pace = connection.pace or Pace(rate, now)
-        if pace.allowed.take(now, amount):
-            return True
-        wait_ms = math.ceil(pace.allowed.wait_s() * 1000)
-        sentence = f"More than {rate} messages a second; this one was dropped."
-        self.refuse(
-            connection, BadMessage(ErrorCode.RATE_LIMITED, sentence, retry_after_ms=wait_ms)
-        )
-        if not pace.patience.take(now, amount):
-            connection.close(CloseCode.POLICY_VIOLATION, "too many messages")
-        return False
-
-    def _handle(self, connection: Connection, payload: bytes) -> None:
-        """Answer a message at once or, a forward, when SQS has answered."""
-        try:
-            message = decode_message(payload)
-        except BadMessage as exc:
-            self.refuse(connection, exc)
-            return
-        try:
-            self._act(connection, message)
-        except BadMessage as exc:
-            self.refuse(connection, exc, message)
-
-    def _act(self, connection: Connection, message: ClientMessage) -> None:
-        if isinstance(message, Authenticate):
-            self._authenticate(connection, message.token)
-            return
-        if connection.principal is None:
-            raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
-        project_id = getattr(message, "project_id", None)
-        # An agent answers where it was asked: a forward for everyone comes back to everyone.
-        strictly = isinstance(message, Forward)
-        may_use = connection.principal.may_use
-        if not isinstance(message, Ping) and not may_use(project_id, strictly=strictly):
-            raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
-        match message:
-            case Forward():
-                self._forward(connection, message)
-            case Subscribe():
-                self._subscribe(connection, message)
-            case Unsubscribe():
-                if project_id != EVERYONE:  # whose events reach everyone, asked for or not
-                    self.feed.unsubscribe(connection, message.project_id)
-                connection.send(encode(UnsubscriptionConfirmed(message.project_id)))
-            case Ping():
-                connection.send(encode(Pong(timestamp())))
-
-    def _subscribe(self, connection: Connection, message: Subscribe) -> None:
-        limit = self._settings.max_subscriptions_per_connection
-        current = (connection.subscriptions | connection.catching_up.keys()) - {EVERYONE}
-        counts = limit and message.project_id != EVERYONE
-        if counts and len(current - {message.project_id}) >= limit:
-            sentence = f"A connection may have {limit} subscriptions; end another one first."
-            raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
-        at_once = self.feed.subscribe(connection, message)
-        if not at_once and connection.pace is not None:
-            connection.pace.allowed.spend(SUBSCRIBE_COUNTS_FOR - 1)
-
-    def _authenticate(self, connection: Connection, token: str, *, last: bool = False) -> None:
-        """Take a token as the first message, or a fresh one of the same subject."""
-        if self._verifier is None:
-            connection.send(encode(Authenticated(SESSION_WITHOUT_END_S)))
-            return
-        try:
-            principal = self._verifier.verify(token)
-        except NotAuthenticated as exc:
-            if not last and isinstance(exc, UnknownKey) and self._keys_may_help():
-                connection.hold(True)
-                self._tasks.create_task(self._authenticate_later(connection, token))
-                return
-            self._turn_out(connection, exc, last=last)
-            return
-        before = connection.principal
-        if before is not None and before.subject != principal.subject:
-            self._turn_out(connection, NotAuthenticated("the fresh token is another subject's"))
-            return
-        connection.principal, connection.warned = principal, False
-        if self._nameless.pop(connection, principal) is None:
-            self.registry.join(connection, self.registry.channel(EVERYONE))
-        connection.send(encode(Authenticated(seconds_left(principal))))
-        for project_id in tuple(connection.subscriptions | connection.catching_up.keys()):
-            if not principal.may_use(project_id):
-                self.feed.unsubscribe(connection, project_id)
-                connection.send(encode(UnsubscriptionConfirmed(project_id)))
-
-    async def _authenticate_later(self, connection: Connection, token: str) -> None:
-        try:
-            await self._read_keys()
-            if connection.progress is Progress.OPEN:
-                self._authenticate(connection, token, last=True)
-            connection.hold(False)
-        except Exception as exc:  # a fault of ours must cost one connection, not the process
-            connection.fail(exc)
-
-    def _turn_out(
-        self, connection: Connection, exc: NotAuthenticated, *, last: bool = False
-    ) -> None:
-        self._count_failure(connection, exc, last=last)
-        connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
-
-    def _count_failure(self, connection: Connection, exc: NotAuthenticated, *, last: bool) -> None:
-        """Hold a refused token against its address, unless it may be the keys that are old.
-
-        When the issuer has changed its keys, and they must not be read again yet, a whole office
-        of honest clients would be locked out; so would it be by one forgotten page that goes on
-        with a token that was good once.
-        """
-        if not isinstance(exc, Expired) and (last or not isinstance(exc, UnknownKey)):
-            self._admission.failed(connection.address, self.now())
-        logger.info("token refused: %s", exc, extra={"connection_id": connection.id})
-
-    def _forward(self, connection: Connection, message: Forward) -> None:
-        queue = queue_of(message)
-        message.message_id = message_id = message.message_id or str(uuid.uuid4())
-
-        def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
-            connection.forwarding(-1)
-            if error is not None:
-                self.refuse(connection, error, message)
-            elif sqs_message_id is not None:
-                connection.send(encode(ForwardConfirmed(message_id, sqs_message_id)))
-
-        body = AgentMessage(
-            type=message.type,
-            message_id=message_id,
-            project_id=message.project_id,
-            data=message.data,
-            connection_id=connection.id,
-            client_id=message.client_id or connection.id,
-            user=connection.principal.subject if connection.principal else None,
-            timestamp=timestamp(),
-        )
-        self.forwarder.submit(queue, body, done)
-        connection.forwarding(+1)
-
-    def refuse(
-        self, connection: Connection, exc: BadMessage, message: ClientMessage | None = None
-    ) -> None:
-        """Tell a client what is wrong, and with which of its messages."""
-        self.metrics.protocol_errors += 1
-        context = dict(exc.context)
-        if message is not None:
-            context["action"] = message.__struct_config__.tag
-            for name in ("message_id", "project_id"):
-                if value := getattr(message, name, None):
-                    context[name] = value
-        connection.send(encode(ErrorMessage(str(exc), exc.code, **context)))
-
     def closing(self, connection: Connection) -> None:
         """The closing handshake has begun: no more events, and a deadline."""
-        self._leave(connection)
-        self.pending[connection] = None
-
-    def unfinished(self, connection: Connection, size_bytes: int) -> None:
-        """A connection has so much of a message whose end is still to come.
-
-        Deflated, 300 bytes can stand for 256 KB; so all of it together is bounded, and what stays
-        unfinished the longest is least likely to be an honest client's.
-        """
-        if not connection.unfinished_bytes:
-            connection.unfinished_until = self.now() + MESSAGE_TIMEOUT_S
-            self._unfinished[connection] = None
-        self._unfinished_bytes += size_bytes - connection.unfinished_bytes
-        connection.unfinished_bytes = size_bytes
-        if not size_bytes:
-            self._unfinished.pop(connection, None)
-        elif self._unfinished_bytes > UNFINISHED_MAX_BYTES:
-            oldest = next(iter(self._unfinished))
-            oldest.close(CloseCode.TRY_AGAIN_LATER, "too much is unfinished; send it again")
+        self.registry.drop(connection)
+        self.registry.pending[connection] = None
 
     def forget(self, connection: Connection, opened: bool) -> None:
         """The socket is gone."""
-        self._leave(connection)
-        self.pending.pop(connection, None)
+        self.registry.drop(connection)
+        self.registry.pending.pop(connection, None)
+        self.ledger.forget(connection)
+        connection.account.users -= 1
         self.drain.somebody_left()
         if opened:
-            self._admission.left(connection.address)
+            self.door.admission.left(connection.address)
             duration_s = self.now() - connection.opened_at
             self.metrics.connection_duration.add(duration_s)
             logger.info(
@@ -4993,64 +5517,6 @@ class Gateway:
                     "seconds": round(duration_s, 1),
                 },
             )
-
-    def _leave(self, connection: Connection) -> None:
-        for task in tuple(connection.catching_up.values()):
-            task.cancel()
-        self._nameless.pop(connection, None)
-        if connection.unfinished_bytes:
-            self.unfinished(connection, 0)
-        self.registry.drop(connection)
-
-    # Time.
-
-    async def _sweep(self) -> NoReturn:
-        """Do for all connections what each would need a timer for."""
-        interval_s = min(SWEEP_INTERVAL_S, self._settings.ping_interval_seconds / 4)
-        next_line = time.monotonic() + 60
-        while True:
-            await asyncio.sleep(interval_s)
-            async for connection in self._overdue(self.pending):
-                connection.transport.abort()
-            async for connection in self._overdue(self._nameless):
-                connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
-            for connection in [c for c in self._unfinished if c.unfinished_until <= self.now()]:
-                connection.close(CloseCode.POLICY_VIOLATION, "a message was not finished in time")
-            if self._verifier is not None:
-                self._end_sessions()
-            self._admission.forget(self.now())
-            await self._ping_the_quiet(self._settings.ping_interval_seconds)
-            if time.monotonic() >= next_line:
-                next_line += 60
-                metrics_logger.info("metrics", extra=self.metrics.line())
-
-    async def _overdue(self, waiting: Mapping[Connection, None]) -> AsyncIterator[Connection]:
-        """Those whose deadline has passed, and who still wait when it is their turn."""
-        async for connection in in_turns([c for c in waiting if c.deadline <= self.now()]):
-            if connection in waiting and connection.deadline <= self.now():
-                yield connection
-
-    def _end_sessions(self) -> None:
-        """Warn who has a token that is about to expire, and close who has one that did."""
-        now = time.time()
-        for connection in tuple(self.registry.connections.values()):
-            left_s = connection.principal.expires_at - now if connection.principal else math.inf
-            if left_s <= 0:
-                connection.close(CLOSE_UNAUTHENTICATED, "the token has expired")
-            elif left_s <= TOKEN_WARNING_S + TOKEN_LEEWAY_S and not connection.warned:
-                connection.warned = True
-                in_seconds = max(0, int(left_s - TOKEN_LEEWAY_S))
-                connection.send(encode(TokenExpiring(in_seconds)))
-
-    async def _ping_the_quiet(self, interval_s: float) -> None:
-        """Ping who said nothing for ``interval_s``; drop who has not answered the last ping."""
-        now = self.now()
-        quiet = [c for c in self.registry.connections.values() if now - c.heard_at >= interval_s]
-        async for connection in in_turns(quiet):
-            if connection.pinged_at <= connection.heard_at:
-                connection.ping()
-            elif now - connection.pinged_at >= interval_s and connection.transport.is_reading():
-                connection.transport.abort()
 
 
 # --- Main -----------------------------------------------------------------------------------
@@ -5139,8 +5605,25 @@ def own_id_and_address(metadata_uri: str | None) -> tuple[str, str]:
     return own_id, address
 
 
+def container_limit_mb() -> int | None:
+    """The memory limit of the container's cgroup in MiB; ``None`` if there is none.
+
+    Source: the kernel's cgroup-v2.rst (memory.max) and cgroup-v1/memory.rst.
+    """
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limit = int(Path(path).read_text(encoding="ascii"))
+            if limit < MACHINE_BYTES:
+                return limit // 1_048_576
+    return None
+
+
 async def serve(settings: Settings) -> None:
     """Run one task until it is told to end."""
+    limit_mb = container_limit_mb()
+    if settings.memory_budget_mb is None and limit_mb is not None:
+        budget_mb = int(limit_mb * MEMORY_BUDGET_SHARE)
+        settings = dataclasses.replace(settings, memory_budget_mb=budget_mb)
     metadata_uri = settings.ecs_container_metadata_uri_v4
     task_id, address = await asyncio.to_thread(own_id_and_address, metadata_uri)
     try:

@@ -556,16 +556,6 @@ ERRORS = {
             project_id="proj_999",
         ),
     ),
-    ErrorCode.RATE_LIMITED: Fault(
-        "the connection sends too many messages; this one was dropped, unread",
-        "wait `retry_after_ms`, then send again what has no answer. Who does not slow down is "
-        "closed with 1008",
-        error(
-            "More than 200 messages a second; this one was dropped.",
-            ErrorCode.RATE_LIMITED,
-            retry_after_ms=5,
-        ),
-    ),
 }
 
 CLOSES = {
@@ -613,19 +603,9 @@ def examples() -> dict[str, Json]:
 LIMITS: tuple[tuple[str, str | int, str], ...] = (
     ("a message from a client, bytes after inflating", "max_message_bytes", "close 1009"),
     (
-        "messages of a connection, a second; pings, pongs and fragments count too",
-        "max_messages_per_second",
-        "`rate_limited`; at more than twice that, close 1008",
-    ),
-    (
         "time from a message's first byte to its last, seconds",
         int(server.MESSAGE_TIMEOUT_S),
         "close 1008",
-    ),
-    (
-        "unfinished messages of all clients, bytes after inflating",
-        server.UNFINISHED_MAX_BYTES,
-        "close 1013, of the one that is unfinished the longest",
     ),
     (
         "subscriptions of a connection",

@@ -36,7 +36,6 @@ from aws_standin import StandIn
 from server import (
     EVERYONE,
     Admission,
-    Buckets,
     Gateway,
     Keys,
     NotAuthenticated,
@@ -60,7 +59,7 @@ from test_server import (
     stand_in,
     task_group,
 )
-from tests.hostile import CLOSE, PONG, frame
+from tests.hostile import CLOSE, frame
 from tests.issuer import (
     AUDIENCE,
     ISSUER,
@@ -302,7 +301,7 @@ class TestAdmission:
             "max_handshakes_per_second_per_ip": 0,
             "max_failed_authentications_per_ip": 0,
         }
-        return Admission(settings(**{**off, **limits}), 0.0)
+        return Admission(settings(**{**off, **limits}))
 
     def test_off(self) -> None:
         """Limits of 0 refuse nobody."""
@@ -362,27 +361,6 @@ class TestAdmission:
         admission.failed("a", 10.1)
         assert admission.refusal("a", 10.1) is not None
         assert all(admission.refusal("a", 71.0) is None for _ in range(6))
-
-    def test_bookkeeping_is_bounded(self) -> None:
-        """A million addresses are not remembered, and the last ones are."""
-        buckets = Buckets(1, 2)
-        for number in range(server.ADDRESSES_REMEMBERED + 5_000):
-            assert buckets.of(str(number), 0.0).take(0.0)
-        assert len(buckets) == server.ADDRESSES_REMEMBERED
-        bucket = buckets.of(str(server.ADDRESSES_REMEMBERED + 4_999), 0.0)
-        assert [bucket.take(0.0) for _ in range(2)] == [True, False]
-
-    def test_bookkeeping_forgets(self) -> None:
-        """Only those are remembered of whom forgetting would change something."""
-        buckets = Buckets(1, 2)
-        buckets.of("early", 0.0).take(0.0)
-        buckets.of("late", 9.5).take(9.5)
-        buckets.forget(10.0)
-        assert len(buckets) == 1
-        assert buckets.of("late", 10.0).take(10.0)
-        assert not buckets.of("late", 10.0).take(10.0)
-        buckets.forget(20.0)
-        assert len(buckets) == 0
 
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
     def test_connections_are_counted(self, moves: list[tuple[str, bool]]) -> None:
@@ -1082,7 +1060,9 @@ class TestKeys:
             async with client_of(gateway) as client:
                 await client.send(action="authenticate", token=token_of(key_id="key-9"))
                 await (await client.socket.ping())
-            await eventually(lambda: not gateway.registry.connections and not gateway.pending)
+            await eventually(
+                lambda: not gateway.registry.connections and not gateway.registry.pending
+            )
             assert await status_of(gateway, token_of()) == 101
         assert not [record for record in caplog.records if record.exc_info]
 
@@ -1137,7 +1117,7 @@ class TestKeys:
             issuer.released.clear()
             token = token_of(key_id="key-2")
             coming = [asyncio.create_task(status_of(gateway, token)) for _ in range(50)]
-            await eventually(lambda: len(gateway.pending) == 50)
+            await eventually(lambda: len(gateway.registry.pending) == 50)
             issuer.released.set()
             assert await asyncio.gather(*coming) == [101] * 50
             assert issuer.reads == 2
@@ -1368,7 +1348,7 @@ class TestLimits:
                     return 101
 
                 coming = [asyncio.create_task(enter()) for _ in range(10)]
-                await eventually(lambda: len(gateway.pending) == 10)
+                await eventually(lambda: len(gateway.registry.pending) == 10)
                 issuer.released.set()
                 assert sorted(await asyncio.gather(*coming)) == [101] * 3 + [429] * 7
                 assert len(gateway.registry.connections) == 3
@@ -1438,65 +1418,6 @@ class TestLimits:
                     assert (await closed_with(client))[0] == 4401
             assert await status_of(gateway, token_of()) == 429
 
-    async def test_messages(self, platform: aws_standin.Platform) -> None:
-        """Over its rate a client is told how long to wait, and closed with 1008 if it does not."""
-        async with (
-            running_gateway(platform, max_messages_per_second=10) as gateway,
-            client_of(gateway) as client,
-            client_of(gateway) as other,
-        ):
-            for _ in range(400):
-                await client.socket.send('{"action":"ping"}')
-            answers: list[Json] = []
-            assert (await closed_with(client, answers))[0] == 1008
-            assert [answer["type"] for answer in answers[:20]] == ["pong"] * 20
-            limited = [answer for answer in answers if answer.get("code") == "rate_limited"]
-            assert len(limited) >= 20
-            assert all(0 < answer["retry_after_ms"] <= 100 for answer in limited)
-            assert await other.has_nothing_more()
-
-    async def test_patience(self, platform: aws_standin.Platform) -> None:
-        """Who waits as long as it was told is served again."""
-        async with (
-            running_gateway(platform, max_messages_per_second=5) as gateway,
-            client_of(gateway) as client,
-        ):
-            answers: list[Json] = []
-            while not answers or answers[-1]["type"] == "pong":
-                answers.append(await client.ask(action="ping"))
-            assert answers[-1]["code"] == "rate_limited"
-            await asyncio.sleep(answers[-1]["retry_after_ms"] / 1000 + 0.01)
-            assert (await client.ask(action="ping"))["type"] == "pong"
-
-    async def test_pings_and_fragments(self, platform: aws_standin.Platform) -> None:
-        """Frames that are no messages count as well, pongs too."""
-        flood = {
-            "pings": b"\x89\x80\x00\x00\x00\x00" * 2_000,
-            "pongs": frame(b"", PONG) * 2_000,
-            "fragments": b"\x01\x80\x00\x00\x00\x00" + b"\x00\x80\x00\x00\x00\x00" * 20_000,
-        }
-        for frames in flood.values():
-            async with (
-                running_gateway(platform, max_messages_per_second=10) as gateway,
-                client_of(gateway) as client,
-            ):
-                client.socket.transport.write(frames)
-                assert (await closed_with(client))[0] == 1008
-
-    @pytest.mark.parametrize(
-        "words",
-        [
-            f"Those of {server.LARGE_MESSAGE_BYTES:,} bytes count for two",
-            f"has to be read counts for {server.SUBSCRIBE_COUNTS_FOR};",
-            f"may take {server.MESSAGE_TIMEOUT_S:g} seconds",
-            f"may have {server.UNFINISHED_MAX_BYTES:,} bytes together",
-        ],
-    )
-    def test_documented(self, words: str) -> None:
-        """What counts for how much, and what has how long, is in the protocol's own words."""
-        text = (SERVER.parent / "docs" / "PROTOCOL.md").read_text("utf-8")
-        assert words in " ".join(text.split())
-
     async def test_subscriptions(self, platform: aws_standin.Platform) -> None:
         """A connection has so many subscriptions; everyone's own and repeated ones are free."""
         async with (
@@ -1516,7 +1437,7 @@ class TestLimits:
         """Each limit is off at 0."""
         names = (
             "max_connections", "max_connections_per_ip", "max_handshakes_per_second",
-            "max_handshakes_per_second_per_ip", "max_messages_per_second",
+            "max_handshakes_per_second_per_ip",
             "max_subscriptions_per_connection", "max_failed_authentications_per_ip",
         )  # fmt: skip
         off: dict[str, Any] = dict.fromkeys(names, 0)
@@ -1701,7 +1622,7 @@ class TestNothingLeaks:
                 writer.write(b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n")
                 writer.transport.abort()
             assert await status_of(gateway) == 101
-            await eventually(lambda: not gateway.pending)
+            await eventually(lambda: not gateway.registry.pending)
         assert not [record for record in caplog.records if record.exc_info]
 
     async def test_no_versions(self, platform: aws_standin.Platform, issuer: Issuer) -> None:

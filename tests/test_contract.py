@@ -168,7 +168,7 @@ class TestSchemas:
             ("update", {"type": "pong"}),
             ("update", {"type": ""}),
             ("event", {"seq": "2"}),
-            ("rate_limited", {"code": "too_fast"}),
+            ("overloaded", {"code": "too_fast"}),
         ],
     )
     def test_wrong_message(self, title: str, change: Json) -> None:
@@ -473,12 +473,10 @@ class TestExamples:
 
     @shows(
         "invalid_json", "invalid_message", "invalid_field", "unknown_action", "unknown_type",
-        "binary_frame", "invalid_character", "rate_limited",
+        "binary_frame", "invalid_character",
     )  # fmt: skip
-    async def test_mistakes(
-        self, platform: tests.moto_aws.Platform, transcript: Transcript, connect: Connect
-    ) -> None:
-        """What is wrong with a message is answered, and the connection stays, up to a point."""
+    async def test_mistakes(self, platform: tests.moto_aws.Platform, connect: Connect) -> None:
+        """What is wrong with a message is answered, and the connection stays."""
         forward = EXAMPLES["forward"]
         resume = EXAMPLES["resume"]
         mistakes: Mapping[str, str | bytes] = {
@@ -496,15 +494,6 @@ class TestExamples:
             for title, mistake in mistakes.items():
                 await client.socket.send(mistake)
                 await client.receive(title)
-            async with asyncio.timeout(DEADLINE_S):
-                with contextlib.suppress(ConnectionClosed):
-                    while True:
-                        await client.socket.send(json.dumps(EXAMPLES["ping"]))
-                        await asyncio.sleep(0)  # the gateway runs in this loop too
-            while (answer := await client.next())["type"] == "pong":
-                pass
-            transcript.note("rate_limited", answer)
-            assert await client.close_code() == 1008
 
     @shows("too_large", "too_many_subscriptions", "overloaded", "unavailable", "timeout")
     async def test_troubles(

@@ -15,7 +15,7 @@ from websockets.http11 import Request
 
 import server
 from bench.servers import stand_in
-from server import Chunk, Connection, Event, Gateway, Progress, Settings, deflate, frame
+from server import Connection, Event, Gateway, Messages, Progress, Settings, deflate, frame
 
 BINARY = 0x82
 BINARY_DEFLATED = 0xC2
@@ -26,25 +26,26 @@ class EchoConnection(Connection):
 
     __slots__ = ()
 
-    def _message(self, data: bytes | bytearray | memoryview) -> None:
-        if self._text or self.progress is not Progress.OPEN:
-            super()._message(data)
+    def _message(self, payload: bytes, is_text: bool) -> None:
+        if is_text or self.progress is not Progress.OPEN:
+            super()._message(payload, is_text)
         elif self.deflates:
-            self.transport.write(frame(deflate(bytes(data)), BINARY_DEFLATED))
+            self.transport.write(frame(deflate(payload), BINARY_DEFLATED))
         else:
-            self.transport.write(frame(bytes(data), BINARY))
+            self.transport.write(frame(payload, BINARY))
 
 
-class EchoGateway(Gateway):
-    """A gateway whose clients talk to themselves."""
+class EchoMessages(Messages):
+    """What comes is sent back."""
 
     def welcome(self, connection: Connection, request: Request) -> None:  # noqa: ARG002
-        self.pending.pop(connection, None)
-        self.registry.connections[connection.id] = connection
-        self._admission.entered(connection.address)
+        self._gateway.registry.pending.pop(connection, None)
+        self._gateway.registry.connections[connection.id] = connection
+        self._gateway.door.admission.entered(connection.address)
 
-    def message(self, connection: Connection, payload: bytes) -> None:
-        connection.send_chunk(Chunk([Event("echo", 0, payload)]))
+    def handle(self, connection: Connection, payload: bytes) -> None:
+        event = Event("echo", 0, payload)
+        connection.transport.write(event.deflated if connection.deflates else event.frame)
 
 
 READY_S = 30.0
@@ -52,7 +53,6 @@ UNLIMITED = {
     "MAX_MESSAGE_BYTES": "1048576",
     "MAX_BACKLOG_BYTES": "1073741824",
     "MAX_HANDSHAKES_PER_SECOND_PER_IP": "0",
-    "MAX_MESSAGES_PER_SECOND": "0",
     "DRAIN_SECONDS": "0",
     "LOG_LEVEL": "ERROR",
 }
@@ -61,7 +61,8 @@ UNLIMITED = {
 async def serve(settings: Settings) -> None:
     """Print the port, and echo until stdin ends."""
     async with server.connect(settings.aws_region) as aws, asyncio.TaskGroup() as tasks:
-        gateway = EchoGateway(settings, tasks, aws, "echo")
+        gateway = Gateway(settings, tasks, aws, "echo")
+        gateway.messages = EchoMessages(gateway, settings)
         running = tasks.create_task(gateway.run())
         async with asyncio.timeout(READY_S):
             await gateway.ready.wait()

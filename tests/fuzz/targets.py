@@ -321,7 +321,7 @@ async def _connection(data: bytes) -> None:
                     await a_few_turns()
             await a_few_turns()
             if state == "on hold" and not pipe.closed:
-                connection.hold(False)
+                connection.hold(-1)
                 await a_few_turns()
             if not pipe.closed and not connection.eof_received():
                 pipe.abort()
@@ -330,7 +330,7 @@ async def _connection(data: bytes) -> None:
                 task.cancel()
     assert connection.progress is Progress.LOST
     assert not stage.gateway.registry.connections
-    assert not stage.gateway.pending
+    assert not stage.gateway.registry.pending
     assert not stage.gateway.registry.subscriptions
     for body in stage.queues.forwarded:
         assert json.loads(body)["connection_id"] == connection.id
@@ -343,7 +343,7 @@ def _bring_into(state: str, connection: Connection) -> None:
     elif state == "failed":
         connection.data_received(b"\xff\xff")
     elif state == "on hold":
-        connection.hold(True)
+        connection.hold(+1)
     elif state == "half":
         connection.data_received(b"\x01\x83\x00\x00\x00\x00\xf0\x9f\x8e")
 

@@ -339,7 +339,7 @@ class TestNetworks:
             "max_handshakes_per_second_per_ip": 0,
             "max_failed_authentications_per_ip": 0,
         }
-        return Admission(settings(**{**off, **limits}), 0.0)
+        return Admission(settings(**{**off, **limits}))
 
     @staticmethod
     def customers(count: int, site: str = "2001:db8:1") -> list[str]:
