@@ -6302,7 +6302,7 @@ class TestGateway:
     async def test_stalled_catch_up(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A client that stops reading in its catch-up is ended, and frees what was written to it."""
+        """A client that stops reading in its catch-up is ended, with what was written to it."""
         monkeypatch.setattr(server, "STALLED_AFTER_S", 0.1)
         async with running_gateway(platform) as gateway:
             await fill_log(gateway, 100, 20_000)
