@@ -943,6 +943,12 @@ class CarrierInParts(Struct):
     events: list[list[Raw]]
 
 
+class DataWithoutD(Struct, rename={"data": "cata"}):
+    """A message of which only ``data`` are of interest, as it is with a c for every d."""
+
+    data: Raw = Raw()
+
+
 class Decoders:
     """Made once: building one costs more than using it."""
 
@@ -950,6 +956,7 @@ class Decoders:
     authenticate = msgspec.json.Decoder(Authenticate)
     update = msgspec.json.Decoder(Update)
     carrier = msgspec.json.Decoder(Carrier)
+    data_without_d = msgspec.json.Decoder(DataWithoutD)
     carrier_in_parts = msgspec.json.Decoder(CarrierInParts)
     envelope = msgspec.json.Decoder(
         msgspec.defstruct(
@@ -1106,9 +1113,9 @@ def too_deep(text: bytes) -> bool:
     """
     if text.count(b"[") + text.count(b"{") <= MAX_NESTING:
         return False
-    if b"\\" in text:
-        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    others = bytes(set(range(256)) - set(b'[]{}"'))
+    if b"\\" in text:  # what is escaped ends no string
+        text = text.replace(b"\\\\", b"--").replace(b'\\"', b"--")
+    others = bytes(range(256)).translate(None, b'[]{}"')
     steps = text.translate(STEPS, others).replace(b'""', b"")
     outside_strings = b"".join(steps.split(b'"')[::2]).replace(b"\x01\xff", b"")
     depths = itertools.accumulate(memoryview(outside_strings).cast("b"))
@@ -1138,6 +1145,34 @@ def with_halves(text: bytes) -> bytes:
     return text
 
 
+WITHOUT_D = bytes.maketrans(b"dD", b"cc")  # a digit like it, which no number or literal may have
+
+
+def decode_around_data(decoder: msgspec.json.Decoder[T], payload: bytes) -> T | None:
+    """Decode a message that has halves of surrogate pairs in its ``data`` alone, the fast way.
+
+    The parser gets a copy with a c for every d: of the same length, and without surrogates. Where
+    the ``data`` are in it, they are in the message; ``None`` where that takes a closer look.
+    """
+    copy = payload.translate(WITHOUT_D)
+    data = bytes(Decoders.data_without_d.decode(copy).data)
+    key = re.search(rb'"data"[ \t\r\n]*:[ \t\r\n]*', payload)
+    if key is None or not copy.startswith(data, key.end()):
+        return None
+    start, end = key.end(), key.end() + len(data)
+    try:
+        message: Any = decoder.decode(b"%bnull%b" % (payload[:start], payload[end:]))
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return None
+    if hasattr(message, "data"):
+        if bytes(message.data) != b"null":
+            return None  # what was found is deeper inside
+        message.data = Raw(payload[start:end])
+    return cast("T", message)
+
+
 def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
     """Decode a message with half a surrogate pair somewhere; ``data`` keep it, byte for byte.
 
@@ -1145,6 +1180,8 @@ def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
         BadMessage: it is in a field that this program reads itself.
         msgspec.DecodeError: that was not what is wrong with the message.
     """
+    if message := decode_around_data(decoder, payload):
+        return message
     envelope = Decoders.envelope.decode(without_halves(payload))
     fields = {
         name: with_halves(bytes(value))
@@ -1156,9 +1193,8 @@ def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
         try:
             msgspec.json.decode(value, type=Raw)
         except msgspec.DecodeError:
-            raise BadMessage(
-                ErrorCode.INVALID_FIELD, f'"{name}" has half a surrogate pair.'
-            ) from None
+            sentence = f'"{name}" has half a surrogate pair.'
+            raise BadMessage(ErrorCode.INVALID_FIELD, sentence) from None
     readable = b",".join([b'"%b":%b' % (name.encode(), fields[name]) for name in fields])
     message = decoder.decode(b"{%b}" % readable)
     if data is not None and hasattr(message, "data"):
@@ -1211,8 +1247,6 @@ def decode(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
-            if not re.search(rb"\\u[dD]", payload):
-                raise
             message = decode_halves(decoder, payload)
     except RecursionError:
         raise BadMessage(ErrorCode.INVALID_MESSAGE, nested_too_deep()) from None

@@ -413,7 +413,7 @@ def _as_message(data: bytes) -> None:
         assert len(said["message"]) < 500
         return
     try:
-        content = json.loads(data.decode())
+        content = json.loads(data.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError:
         return  # a connection closes with 1007 before
     if isinstance(message, Subscribe | Unsubscribe):
@@ -444,7 +444,7 @@ def _as_update(text: str) -> None:
     project_id = update.project_id or server.EVERYONE
     message = EventMessage(update.type, project_id, update.data, 1, server.timestamp())
     event = server.Event.of(message)
-    assert json.loads(event.payload)["type"] == json.loads(text)["type"]
+    assert json.loads(event.payload)["type"] == json.loads(text.removeprefix("\ufeff"))["type"]
     peer = ClientProtocol(parse_uri("ws://gateway/"), state=State.OPEN, max_size=None)
     peer.extensions = [PerMessageDeflate(True, True, 15, 15)]
     peer.receive_data(event.deflated + event.frame)

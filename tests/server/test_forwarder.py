@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 
 import aws_standin
 from aws_standin import Call, Fault, StandIn
-from server import Aws
+from server import Aws, Forward, decode_message
 from test_server import (
     aws_clients,
     client_of,
@@ -92,3 +93,29 @@ class TestClientIds:
                 desk.submit("1", user=user, client_id="ada's tab")
                 assert await desk.codes() == {}
         assert sent_ids(stand_in, "dev.fifo") == ["1", "1"]
+
+
+class TestCost:
+    async def test_half_a_surrogate_pair(
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
+    ) -> None:
+        """To forward a message with halves costs at most twice what one without them costs."""
+        size = 40_000
+        whole, halves = ("\\ud83d\\ude00" * size, "\\ud83d" * 2 * size)
+        assert len(whole) == len(halves)
+
+        async def seconds(text: str) -> float:
+            payload = f'{{"action":"forward","type":"dev","data":"{text}"}}'.encode()
+            started = time.process_time()
+            for number in range(4):
+                message = decode_message(payload)
+                assert isinstance(message, Forward)
+                desk.submit(f"{started}-{number}", data=bytes(message.data))
+                await desk.forwarder.idle()
+            return time.process_time() - started
+
+        async with desk_of(platform, aws, timeout_s=60.0) as desk:
+            took = [(await seconds(whole), await seconds(halves)) for _ in range(6)]
+            assert await desk.codes() == {}
+        assert len(stand_in.queues["agenticai-dev-queue"].bodies) == 6 * 2 * 4
+        assert min(half for _, half in took) < 2 * min(ordinary for ordinary, _ in took)

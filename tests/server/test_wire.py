@@ -86,6 +86,33 @@ class TestHalfSurrogatePairs:
         assert bytes(update.data) == data.encode()
         assert update.event_id == "😀"
 
+    @pytest.mark.parametrize(
+        ("before", "data", "after"),
+        [
+            (r'"x":{"data":"\uD83d"},', r'"\ud83d"', ""),
+            (r'"x":{"data":"\ud83d"},', r'"\uc83c"', ""),
+            ("", r'"\uc83c"', r',"x":{"data":"\ud83d"}'),
+            (r'"data":"\uD83d",', r'"\ud83d"', ""),
+            (r'"data":"\ud83d",', r'"\uc83c"', ""),
+            ("", r'"\ud83d"', r',"cata":"\uc83c"'),
+            (r'"cata":"\ud83d",', '"data"', ""),
+            (r'"x":"\"data\":\ud83d",', r'["d\ud83d","c\ud83d"]', ' ,"y":1'),
+            (r'"\ud83d":"data",', r'{"data":"\uDE00"}', r',"message_ic":"\ud83d"'),
+            ("", "null", r',"x":"\ud83d"'),
+        ],
+    )
+    def test_which_data(self, before: str, data: str, after: str) -> None:
+        """The data that count are found, also beside others that look like them."""
+        for head in ('"action":"forward","type":"dev"', '"type":"t"'):
+            text = f'{{{before}{head},"data" :\t{data}{after}}}'
+            read = decode_update(text) if "action" not in text else decode_message(text.encode())
+            assert bytes(read.data) == data.encode()  # type: ignore[union-attr]
+
+    def test_data_by_another_spelling(self) -> None:
+        """A name may be written with escapes, too."""
+        message = decode_message(rb'{"\u0064ata":"\ud83d","action":"forward","type":"\u0064ev"}')
+        assert message == Forward("dev", data=msgspec.Raw(rb'"\ud83d"'))
+
     @pytest.mark.parametrize("half", HALVES)
     @pytest.mark.parametrize("field", ["action", "type", "message_id", "project_id", "client_id"])
     def test_fields_that_are_read(self, field: str, half: str) -> None:
@@ -112,7 +139,18 @@ class TestHalfSurrogatePairs:
 
     @pytest.mark.parametrize(
         "data",
-        [r'"\ud83d\uzzzz"', r'"\ud8"', r'"\ud83d', r'["\ud83d",]', r'"\ud83d"}', '"\\ud83d\n"'],
+        [
+            "1d",
+            "nuld",
+            r'["\ud83d",1D]',
+            r'"\d"',
+            r'"\ud83d\uzzzz"',
+            r'"\ud8"',
+            r'"\ud83d',
+            r'["\ud83d",]',
+            r'"\ud83d"}',
+            '"\\ud83d\n"',
+        ],
     )
     def test_no_json(self, data: str) -> None:
         """What is no JSON for another reason is refused as before, with its ids."""
