@@ -1,324 +1,1156 @@
-/** The gateway's client: see agenticai-ws.d.ts. */
-const PONG_MS = 5000; // silence of a dead socket
-const CONNECT_MS = 15000; // getToken and handshake
-const LASTED_MS = 5000; // then the back-off starts anew
+/**
+ * Client of the AgenticAI WebSocket gateway. What it promises: agenticai-ws.d.ts.
+ *
+ * `Machine` decides. It knows no socket, no timer, no promise and no listener: each of its methods is something
+ * that has happened, and leaves in `io` what is to be done and in `news` what the page is to be told. `connect`
+ * does both. It calls listeners only between two steps of the machine, one after the other, never inside one
+ * another, so that a listener may call anything.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+
+// --- Vocabulary ---
+
+const PATIENCE_MS = 5000; // silence after a ping that ends a connection; doubled by each one that it ended
+const PATIENCE_MAX_MS = 60000;
+const PROMPT_FOR_MS = 60000; // answers within PATIENCE_MS for so long end what a slow network has taught
+const CONNECT_MS = 15000; // url, getToken and handshake
+const LASTED_MS = 5000; // a connection that lasted so long starts the back-off anew
+const WAKE_MS = 5000; // between two attempts that nothing but a waking page brought about
+const BUSY_MS = 3000; // the gateway says every two seconds that it does not read
+const REPLAY_MS = 2000; // for which a catch-up is left alone before another one is asked for
+const AFTER_MS_MAX = 120000; // what a gateway may wish for
+const CLOSE_MS = 1000; // for a deliberate close, where a socket can be ended at all
+const TIMER_MAX_MS = 2 ** 31 - 1; // what setTimeout can carry
 const MAX_FRAME = 4 << 20; // characters
+const EVERYONE = '*';
+// Forwards on their way at once. A gateway stops reading, pings too, at 32 that wait for SQS.
+const WINDOW = 31;
+// What a gateway without `ref` takes a second, in its own units, is 200: it drops the rest and cannot say what.
+const PACE_PER_MS = 0.15;
+const PACE_BURST = 150;
+const LARGE_BYTES = 32768; // for which a message counts once more
+const SUBSCRIBE_COUNTS_FOR = 3;
+const PROJECT_MAX_CHARS = 256; // a longer one is not repeated in the error about it
 const WAKE = ['online', 'offline', 'pageshow', 'visibilitychange'];
-const isSeq = (value) => Number.isSafeInteger(value) && value >= 0;
+// Events of a subscription that are ours: an agent's of these names reach listeners of `event` only.
+const OWN = new Set(['event', 'gap', 'snapshot', 'state', 'stream', 'error']);
+
+const isSeq = (/** @type {unknown} */ value) => Number.isSafeInteger(value) && /** @type {number} */ (value) >= 0;
+
+let ofThisPage; // the same for all its connections and for as long as it is there, made with the first
+
+/** By which a message that is sent again is known to be the same, over whatever connection. */
+function clientId() {
+  return ofThisPage ??= crypto.randomUUID?.() ?? crypto.getRandomValues(new Uint32Array(4)).join('-'); // the first: https only
+}
 
 export class GatewayError extends Error {
-  constructor(code, retryable = false, message = code, detail) {
+  /** @type {string} */ code;
+  /** @type {boolean} */ retryable;
+  /** @type {any} */ detail;
+
+  constructor(code, retryable = false, message = code, detail = undefined) {
     super(message);
-    Object.assign(this, { name: 'GatewayError', code, retryable, detail });
+    this.name = 'GatewayError';
+    this.code = code;
+    this.retryable = retryable;
+    this.detail = detail;
   }
+}
+
+// --- The machine ---
+
+/**
+ * @typedef {{ action: string, since?: number, epoch?: string, snapshot?: boolean, ref?: string }} Request
+ *   What waits for an answer.
+ * @typedef {{ position: any, head: any, epoch?: string, settlesBy: number }} Flow
+ *   What the server sends by itself since it confirmed: every event after `position`, in order. `head` is the
+ *   highest `seq` known to exist, `settlesBy` how long what was missed may take to come. Numbers, or undefined
+ *   from a gateway that has no log.
+ * @typedef {{ seq?: number, epoch?: string }} Position
+ *   A place in a log.
+ */
+
+/** What is subscribed at the server: one a project, whoever on the page is interested. */
+class Channel {
+  /** @type {Set<Reader>} */ readers = new Set();
+  /** One at a time: the server answers only the latest. @type {Request | null} */
+  request = null;
+  /** @type {Flow | null} */
+  flow = null;
+  /** Of the last confirmation, also of an earlier connection. @type {string | undefined} */
+  epoch = undefined;
+  /** Why nothing is asked for at present. @type {GatewayError | null} */
+  refusal = null;
+  /** A snapshot follows the last confirmation. */
+  snapshotDue = false;
+
+  constructor(project) {
+    this.project = project;
+  }
+}
+
+/** One position in a project's log: a subscription of the page, or one loop over it. */
+class Reader {
+  /** `pending`, `live`, `failed` or `closed`. */
+  state = 'pending';
+  /** Everything after `at` comes by the channel's flow. */
+  covered = false;
+  /** Its loop is full: it is left out, and reads again after `at` when there is room. */
+  behind = false;
+  /** Told news are void once this has moved. */
+  turn = 0;
+
+  constructor(channel, { since, epoch, snapshot = false }, tell) {
+    this.channel = channel;
+    /** The last event on its way to the page. @type {any} */ this.at = since;
+    /** @type {string | undefined} */ this.epoch = epoch;
+    this.snapshot = this.wantsSnapshot = snapshot;
+    this.tell = tell; // (name, values, position) of the page's side
+  }
+}
+
+class Machine {
+  /** For the driver to do, in order. */
+  /** @type {any[]} */ io = [];
+  /** For the page to hear, in order. */
+  /** @type {any[]} */ news = [];
+  /** `connecting`, `open`, `waiting` or `closed`. */
+  state = 'connecting';
+  /** Set by the driver before each step: the time, and what the socket has not sent yet. */
+  now = 0;
+  buffered = 0;
+  /** Why the state is `closed`. @type {GatewayError | null} */
+  ended = null;
+  /** @type {number | undefined} */ latency = undefined;
+
+  /** @type {Map<string, Channel>} */ channels = new Map();
+  /** Messages that SQS does not have yet, by their id, in the page's order. */
+  /** @type {Map<string, any>} */ forwards = new Map();
+  /** The first that is up, if that is known. @type {number | undefined} */ deadline = undefined;
+
+  // Attempts.
+  attempts = 0;
+  attemptAt = 0; // or, when connecting, until when it may take
+  notBefore = 0;
+  wokenAt = -Infinity;
+  refusals = 0; // of the token, in a row
+  fresh = false;
+
+  // The connection.
+  /** @type {number | undefined} */ openedAt = undefined;
+  announced = false; // that answers carry the `ref` of their message
+  maxBytes = Infinity;
+  asked = new Map(); // ref -> what was sent under it
+  refs = 0;
+  inFlight = 0;
+  abandonedBytes = 0; // of the largest message sent on it that the page no longer waits for
+
+  // Signs of life.
+  /** [ref, sent at] of those without an answer. @type {[string | undefined, number][]} */ pings = [];
+  pingAt = Infinity;
+  /** The first ping since anything was heard. @type {number | undefined} */ silentSince = undefined;
+  bufferedThen = 0;
+  slept = false;
+  patience = PATIENCE_MS;
+  promptSince = 0;
+  busyUntil = 0;
+
+  // Sending.
+  pumpAt = Infinity; // when what had to wait is to be tried again
+  holdUntil = 0;
+  credit = PACE_BURST;
+  creditAt = 0;
+
+  /** Those of `connect`, and whether a token that was refused may be followed by another. */
+  constructor({ minDelay, maxDelay, maxRetries, pingInterval, maxPending, random, renewable }) {
+    this.minDelay = minDelay;
+    this.maxDelay = maxDelay;
+    this.maxRetries = maxRetries;
+    this.pingInterval = pingInterval;
+    this.maxPending = maxPending;
+    this.random = random;
+    this.renewable = renewable;
+  }
+
+  /** When `timer` is to be called at the latest. */
+  get due() {
+    let due = Math.min(this.pumpAt, this.firstDeadline());
+    if (this.state === 'connecting' || this.state === 'waiting') due = Math.min(due, this.attemptAt);
+    if (this.state === 'open') {
+      due = Math.min(due, this.busyUntil || this.pingAt);
+      if (this.silentSince !== undefined) due = Math.min(due, this.silentSince + this.patience);
+    }
+    return due;
+  }
+
+  get busy() {
+    return this.busyUntil > 0;
+  }
+
+  // What happens on the network.
+
+  start() {
+    this.attemptAt = this.now + CONNECT_MS;
+    this.io.push({ do: 'dial', fresh: this.fresh });
+    this.become('connecting');
+  }
+
+  /** An attempt failed before there was a socket. */
+  failed(error) {
+    this.tell('error', new GatewayError('connect_failed', true, String(error), error));
+    this.lost(0, 'connect failed');
+  }
+
+  message(frame) {
+    let message;
+    try {
+      if (typeof frame === 'string' && frame.length <= MAX_FRAME) message = JSON.parse(frame);
+    } catch {
+      // is reported below
+    }
+    if (message?.seq === null) delete message.seq;
+    const { type, seq = 0 } = message ?? {};
+    this.silentSince = undefined;
+    this.slept = false;
+    if (typeof type !== 'string' || !isSeq(seq) || (type === 'connected') === (this.state === 'open')) {
+      return this.tell('error', new GatewayError('bad_message', false, 'bad message', message));
+    }
+    this.tell('message', message);
+    const channel = this.channels.get(message.project_id);
+    switch (type) {
+      case 'connected': return this.opened(message);
+      case 'subscription_confirmed': return channel && this.confirmed(channel, message);
+      case 'unsubscription_confirmed': return channel && this.unsubscribed(channel, message);
+      case 'project_snapshot': return channel && this.snapshot(channel, message.data);
+      case 'forward_confirmed': return this.accepted(message);
+      case 'error': return this.refused(message);
+      case 'pong': return this.pong(message);
+      case 'reconnect': return this.notBefore = this.now + Math.min(Number(message.after_ms) || 0, AFTER_MS_MAX);
+      case 'authenticated': case 'token_expiring': return undefined;
+      case 'busy': if (message.project_id === undefined) return this.held();
+    }
+    if (channel) this.deliver(channel, message);
+    else this.tell('event', message);
+  }
+
+  /** The socket is gone, was given up (code 0), or never came to be. */
+  lost(code, reason) {
+    const { now } = this;
+    const { openedAt } = this;
+    this.io.push({ do: 'drop' });
+    if (code === 1009 && !this.announced) this.blame(reason);
+    this.fresh = code === 4401 || openedAt === undefined; // a page is not shown that a handshake was refused with 401
+    if (code === 1008 || code === 4401 && !this.renewable) return this.end(new GatewayError('refused', false, reason), code);
+    if (code === 4401 && ++this.refusals > 1) this.tell('error', new GatewayError('unauthenticated', true, reason));
+    if (openedAt !== undefined && now - openedAt >= LASTED_MS) {
+      this.attempts = 0;
+      if (code !== 4401) this.refusals = 0;
+    }
+    if (this.attempts >= this.maxRetries) return this.end(new GatewayError('gave_up', true, reason), code);
+    const most = Math.min(this.maxDelay, this.minDelay * 2 ** this.attempts++);
+    const delay = Math.max(this.random() * most, this.notBefore - now);
+    this.attemptAt = now + delay;
+    this.become('waiting', { code, reason, delay });
+    this.reset();
+  }
+
+  /** Time has come for whatever is due. */
+  timer() {
+    const { now } = this;
+    if (this.state === 'connecting' && now >= this.attemptAt) this.lost(0, 'timeout');
+    else if (this.state === 'waiting' && now >= this.attemptAt) this.start();
+    if (this.state === 'open') this.watch();
+    if (now >= this.pumpAt) {
+      this.pumpAt = Infinity;
+      this.pump();
+    }
+    if (now >= this.firstDeadline()) {
+      for (const forward of [...this.forwards.values()]) {
+        if (now >= forward.deadline) this.settle(forward, new GatewayError('timeout', true));
+      }
+    }
+  }
+
+  /** The page is seen again, or its network has changed. */
+  wake(name) {
+    if (this.state === 'open') {
+      if (this.silentSince === undefined && !this.busy) this.ping();
+      return;
+    }
+    if (this.ended || name === 'offline') return;
+    const soonest = Math.max(this.notBefore, this.wokenAt + WAKE_MS);
+    if (soonest > this.now) {
+      if (this.state === 'waiting' && soonest < this.attemptAt) this.attemptAt = this.wokenAt = soonest;
+    } else if (this.state === 'waiting' || name === 'online') { // an attempt begun without a network may hang
+      this.wokenAt = this.now;
+      this.io.push({ do: 'drop' });
+      this.start();
+    }
+  }
+
+  // What the page calls.
+
+  close() {
+    this.end(new GatewayError('closed'));
+  }
+
+  reconnect() {
+    if (this.ended) throw this.ended;
+    this.io.push({ do: 'drop' });
+    this.attempts = 0;
+    this.reset();
+    this.start();
+  }
+
+  /** A new reader of a project. */
+  join(project, options, tell) {
+    if (this.ended) throw this.ended;
+    let channel = this.channels.get(project);
+    if (!channel) this.channels.set(project, channel = new Channel(project));
+    const reader = new Reader(channel, options, tell);
+    const { since, epoch } = options;
+    const { flow } = channel;
+    channel.readers.add(reader);
+    channel.refusal = null;
+    // What already flows is all it needs, unless it asks for the past or may know another log.
+    const served = flow && !reader.snapshot && (since === undefined
+      || since >= flow.position && since <= flow.head && (epoch ?? flow.epoch) === flow.epoch);
+    if (served) {
+      Object.assign(reader, { at: since ?? flow.head, epoch: flow.epoch, covered: true, state: 'live' });
+    }
+    this.reconcile(channel);
+    return reader;
+  }
+
+  leave(reader, error = undefined) {
+    const { channel } = reader;
+    if (!channel.readers.delete(reader)) return;
+    this.turnTo(reader, 'closed', { error });
+    this.reconcile(channel);
+  }
+
+  /** A reader's loop is full: what follows `seq` is to come again. */
+  pause(reader, seq, epoch) {
+    Object.assign(reader, { behind: true, covered: false, at: seq, epoch, turn: reader.turn + 1 });
+  }
+
+  resume(reader) {
+    reader.behind = false;
+    this.reconcile(reader.channel);
+  }
+
+  forward(forward) {
+    if (this.ended) throw this.ended;
+    if (this.forwards.has(forward.id)) throw new GatewayError('duplicate_id');
+    if (this.forwards.size >= this.maxPending) throw new GatewayError('queue_full', true);
+    forward.deadline = this.now + forward.timeout;
+    if (this.state === 'open') this.checkSize(forward);
+    this.forwards.set(forward.id, forward);
+    this.deadline = Math.min(this.firstDeadline(), forward.deadline);
+    this.pumpForwards();
+  }
+
+  /** A forward has an end; `result` where SQS has it. */
+  settle(forward, error, result = /** @type {any} */ (undefined)) {
+    if (!this.forwards.delete(forward.id)) return;
+    if (this.deadline === forward.deadline) this.deadline = undefined;
+    if (forward.sent) {
+      this.inFlight--;
+      if (error) this.abandonedBytes = Math.max(this.abandonedBytes, forward.bytes);
+    }
+    if (forward.ref) this.asked.delete(forward.ref);
+    this.io.push({ do: 'settle', forward, error, result });
+    this.pumpForwards();
+  }
+
+  // Inside: telling.
+
+  tell(name, ...values) {
+    this.news.push({ name, values });
+  }
+
+  become(state, info = {}) {
+    this.state = state;
+    this.tell('state', state, info);
+  }
+
+  /** `position` is what the page's side takes over when it hears of it. */
+  inform(reader, name, values, position = /** @type {Position | undefined} */ (undefined)) {
+    this.news.push({ reader, turn: reader.turn, name, values, position });
+  }
+
+  turnTo(reader, state, { error, position } = /** @type {{ error?: GatewayError, position?: Position }} */ ({})) {
+    if (reader.state !== state || position) this.inform(reader, 'state', reader.state === state ? [] : [state, error], position);
+    reader.state = state;
+  }
+
+  // Inside: the connection.
+
+  opened({ ref, max_message_bytes: maxBytes }) {
+    const { now } = this;
+    this.announced = Boolean(ref);
+    this.maxBytes = Number.isSafeInteger(maxBytes) ? maxBytes : Infinity;
+    this.openedAt = this.promptSince = this.creditAt = now;
+    this.credit = PACE_BURST;
+    this.become('open');
+    this.ping();
+    for (const forward of [...this.forwards.values()]) {
+      try {
+        this.checkSize(forward);
+      } catch (error) {
+        this.settle(forward, error);
+      }
+    }
+    this.pump();
+  }
+
+  /** Nothing of a connection outlives it. */
+  reset() {
+    Object.assign(this, {
+      openedAt: undefined, inFlight: 0, abandonedBytes: 0, pings: [], pingAt: Infinity, silentSince: undefined,
+      slept: false, pumpAt: Infinity, holdUntil: 0, announced: false, maxBytes: Infinity,
+    });
+    this.asked.clear();
+    if (this.busy) this.unheld();
+    for (const forward of this.forwards.values()) forward.sent = false;
+    for (const [project, channel] of this.channels) {
+      Object.assign(channel, { request: null, flow: null, refusal: null, snapshotDue: false });
+      if (!channel.readers.size) this.channels.delete(project);
+      for (const reader of channel.readers) {
+        reader.covered = false;
+        reader.wantsSnapshot = reader.snapshot;
+        this.turnTo(reader, 'pending');
+      }
+    }
+  }
+
+  end(error, code) {
+    if (this.ended) return;
+    const deliberate = code === undefined;
+    this.ended = error;
+    this.io.push({ do: 'drop' }, { do: 'end' });
+    this.become('closed', { code, reason: error.message });
+    for (const forward of [...this.forwards.values()]) this.settle(forward, error);
+    for (const { readers } of [...this.channels.values()]) {
+      for (const reader of [...readers]) this.leave(reader, deliberate ? undefined : error);
+    }
+    this.channels.clear();
+    this.pumpAt = Infinity;
+    this.busyUntil = 0;
+  }
+
+  // Inside: signs of life.
+
+  watch() {
+    const { now } = this;
+    if (this.busy && now >= this.busyUntil) {
+      this.unheld();
+      this.ping();
+      this.pump();
+    }
+    const deadline = this.silentSince === undefined ? Infinity : this.silentSince + this.patience;
+    if (now >= deadline) {
+      if (this.buffered < this.bufferedThen) { // what was sent before the ping still makes its way
+        this.bufferedThen = this.buffered;
+        this.silentSince = now;
+      } else if (now - deadline > this.patience && !this.slept) { // slept: the answer may be next
+        this.slept = true;
+        this.silentSince = undefined;
+        this.ping();
+      } else {
+        this.patience = Math.min(PATIENCE_MAX_MS, 2 * this.patience);
+        this.lost(0, 'no answer');
+      }
+    } else if (!this.busy && now >= this.pingAt) {
+      this.ping();
+    }
+  }
+
+  ping() {
+    const { now } = this;
+    this.pingAt = now + this.pingInterval;
+    if (this.silentSince === undefined) {
+      this.silentSince = now;
+      this.bufferedThen = this.buffered;
+    }
+    this.credit--;
+    this.pings.push([this.send({ action: 'ping' }, this), now]);
+    for (const channel of this.channels.values()) {
+      if (channel.refusal?.retryable) this.askAgain(channel);
+    }
+  }
+
+  pong({ ref }) {
+    const i = Math.max(0, this.pings.findIndex(([sent]) => sent !== undefined && sent === ref));
+    const [, sentAt] = this.pings[i] ?? [];
+    if (sentAt === undefined) return;
+    for (const [sent] of this.pings.splice(0, i + 1)) this.asked.delete(sent);
+    this.latency = this.now - sentAt;
+    if (this.latency > PATIENCE_MS) this.promptSince = this.now;
+    else if (this.now - this.promptSince >= PROMPT_FOR_MS) this.patience = PATIENCE_MS;
+  }
+
+  /** The gateway is there, and does not read. */
+  held() {
+    if (!this.busy) this.tell('busy', true);
+    this.busyUntil = this.now + BUSY_MS;
+  }
+
+  unheld() {
+    this.busyUntil = 0;
+    this.tell('busy', false);
+  }
+
+  // Inside: sending.
+
+  /** Write a message; what answers to its `ref`, where the gateway knows that, is `from`. */
+  send(message, from) {
+    const ref = this.announced ? String(++this.refs) : undefined;
+    if (ref) this.asked.set(ref, from);
+    this.io.push({ do: 'send', text: JSON.stringify({ ref, ...message }) });
+    return ref;
+  }
+
+  /** Whether a message that counts for `cost` may go now; if not, there will be another try. */
+  mayGo(cost) {
+    let at = Math.max(this.busyUntil, this.holdUntil);
+    if (!this.announced) {
+      this.credit = Math.min(PACE_BURST, this.credit + (this.now - this.creditAt) * PACE_PER_MS);
+      this.creditAt = this.now;
+      if (this.credit < cost) at = Math.max(at, this.now + Math.ceil((cost - this.credit) / PACE_PER_MS));
+    }
+    if (at > this.now) {
+      if (!this.busy) this.pumpAt = Math.min(this.pumpAt, at); // else the end of that leads here
+      return false;
+    }
+    this.credit -= cost;
+    return true;
+  }
+
+  pump() {
+    if (this.state !== 'open') return;
+    for (const channel of [...this.channels.values()]) this.reconcile(channel);
+    this.pumpForwards();
+  }
+
+  pumpForwards() {
+    if (this.state !== 'open') return;
+    for (const forward of this.forwards.values()) {
+      if (forward.sent) continue;
+      const cost = Math.min(PACE_BURST, 1 + Math.floor(forward.bytes / LARGE_BYTES));
+      if (this.inFlight >= WINDOW || !this.mayGo(cost)) return;
+      forward.sent = true;
+      this.inFlight++;
+      let { text } = forward;
+      forward.ref = this.announced ? String(++this.refs) : undefined;
+      const prefix = `{"ref":"${forward.ref}",`;
+      if (forward.ref && forward.bytes + prefix.length - 1 <= this.maxBytes) { // else its id has to do
+        this.asked.set(forward.ref, forward);
+        text = prefix + text.slice(1);
+      }
+      this.io.push({ do: 'send', text });
+    }
+  }
+
+  firstDeadline() {
+    if (this.deadline === undefined) {
+      this.deadline = Infinity;
+      for (const { deadline } of this.forwards.values()) this.deadline = Math.min(this.deadline, deadline);
+    }
+    return this.deadline;
+  }
+
+  checkSize({ bytes }) {
+    if (bytes <= this.maxBytes) return;
+    throw new GatewayError('too_large', false, `The message has ${bytes} bytes; the gateway takes ${this.maxBytes}.`);
+  }
+
+  /** A gateway that announces no bound closes with 1009 and names no message: the largest, or it would be sent for ever. */
+  blame(reason) {
+    let largest;
+    for (const forward of this.forwards.values()) {
+      if (forward.sent && !(forward.bytes <= largest?.bytes)) largest = forward;
+    }
+    if (largest?.bytes >= this.abandonedBytes) this.settle(largest, new GatewayError('too_large', false, reason));
+  }
+
+  // Inside: answers.
+
+  accepted({ message_id: messageId, sqs_message_id: sqsMessageId }) {
+    const forward = this.forwards.get(messageId);
+    if (forward) this.settle(forward, undefined, { messageId, sqsMessageId });
+  }
+
+  /** What of ours a message answers: by its `ref` or, from a gateway that does not know that, by what it names. */
+  answers(message) {
+    if (this.announced && message.ref !== undefined) {
+      const from = this.asked.get(message.ref);
+      this.asked.delete(message.ref);
+      return from instanceof Channel && from.request?.ref !== message.ref ? undefined : from;
+    }
+    if (message.message_id !== undefined) return this.forwards.get(message.message_id);
+    const { action, project_id: project } = message;
+    const ours = ({ request }) => request?.action === action && !(this.announced && request.ref);
+    const named = this.channels.get(project);
+    if (named && ours(named)) return named;
+    const unspeakable = ({ length }) => !length || length > PROJECT_MAX_CHARS;
+    if (action && project === undefined) {
+      return [...this.channels.values()].find((channel) => ours(channel) && unspeakable(channel.project));
+    }
+  }
+
+  refused(message) {
+    const error = new GatewayError(message.code, message.retryable === true, message.message, message);
+    const from = this.answers(message);
+    if (message.code === 'rate_limited') {
+      this.tell('error', error);
+      return this.dropped(from, Math.max(0, Number(message.retry_after_ms) || 0));
+    }
+    if (from?.id !== undefined) return this.settle(from, error);
+    this.tell('error', error);
+    if (from instanceof Channel) return this.denied(from, error);
+    const channel = this.channels.get(message.project_id);
+    if (message.action === 'subscribe' && channel?.snapshotDue) { // the subscription stands
+      channel.snapshotDue = false;
+      for (const reader of channel.readers) reader.wantsSnapshot = false;
+    }
+  }
+
+  /** The gateway did not act on a message, and may on the next; on which, an old one does not say. */
+  dropped(from, afterMs) {
+    this.holdUntil = this.now + Math.max(afterMs, from ? 0 : 1000);
+    const forwards = from ? [from].filter(({ id }) => id !== undefined) : this.forwards.values();
+    for (const forward of forwards) {
+      if (forward.sent) this.inFlight--;
+      forward.sent = false;
+    }
+    for (const channel of from instanceof Channel ? [from] : from ? [] : this.channels.values()) {
+      channel.request = null;
+    }
+    this.pumpAt = Math.min(this.pumpAt, this.holdUntil);
+  }
+
+  /** A subscribe was refused: what is confirmed already goes on. */
+  denied(channel, error) {
+    const { request } = channel;
+    if (request.action === 'unsubscribe') return this.unsubscribed(channel, request); // there is nothing to end
+    channel.request = null;
+    channel.refusal = error;
+    for (const reader of channel.readers) {
+      if (!reader.covered && !reader.behind) this.turnTo(reader, 'failed', { error });
+    }
+    this.reconcile(channel);
+  }
+
+  // Inside: what is subscribed, and what is to be.
+
+  /** Ask for the next thing that a channel lacks, if there is one and nothing else is under way. */
+  reconcile(channel) {
+    const { flow, readers, project } = channel;
+    if (channel.request) return;
+    if (!readers.size) {
+      if (!flow) this.channels.delete(project);
+      else if (this.mayGo(1)) this.unsubscribe(channel);
+      return;
+    }
+    const lead = this.lead(channel);
+    if (this.state !== 'open' || !lead || channel.refusal) return;
+    if (flow && flow.position < flow.head && this.now < flow.settlesBy) {
+      this.pumpAt = Math.min(this.pumpAt, flow.settlesBy);
+    } else if (this.mayGo(SUBSCRIBE_COUNTS_FOR)) {
+      this.subscribe(channel, lead);
+    }
+  }
+
+  /** The first reader that the flow does not serve. */
+  lead({ readers, snapshotDue }) {
+    for (const reader of readers) {
+      if (!reader.behind && (!reader.covered || reader.wantsSnapshot && !snapshotDue)) return reader;
+    }
+  }
+
+  /** From the earliest position in the log that the reader knows; from its own where no log is known to reach so far. */
+  subscribe(channel, lead) {
+    const epoch = lead.at === undefined ? channel.epoch : lead.epoch;
+    let since, snapshot = false;
+    const ahead = lead.at > channel.flow?.head;
+    for (const reader of channel.readers) {
+      if (reader.behind) continue;
+      snapshot ||= reader.wantsSnapshot;
+      if (ahead ? reader === lead : reader.epoch === epoch && !(reader.at >= since)) since = reader.at ?? since;
+    }
+    channel.request = { action: 'subscribe', since, epoch: since === undefined ? undefined : epoch, snapshot };
+    channel.request.ref = this.send(
+      { action: 'subscribe', project_id: channel.project, since, epoch: channel.request.epoch, snapshot }, channel,
+    );
+  }
+
+  unsubscribe(channel) {
+    channel.request = { action: 'unsubscribe' };
+    channel.request.ref = this.send({ action: 'unsubscribe', project_id: channel.project }, channel);
+    for (const other of this.channels.values()) { // there is room now
+      if (other.refusal?.code === 'too_many_subscriptions') this.askAgain(other);
+    }
+  }
+
+  askAgain(channel) {
+    channel.refusal = null;
+    this.reconcile(channel);
+  }
+
+  /** A subscription has ended, as it was to, or because a fresh token does not allow it; so has one that was asked for. */
+  unsubscribed(channel, { ref }) {
+    this.asked.delete(ref);
+    channel.request = channel.flow = null;
+    for (const reader of channel.readers) {
+      reader.covered = false;
+      reader.wantsSnapshot = reader.snapshot;
+      this.turnTo(reader, 'pending');
+    }
+    this.reconcile(channel);
+  }
+
+  /** Events of a channel follow; or, where nobody asked, some of them were lost on the way. */
+  confirmed(channel, { seq, epoch, recovered, ref }) {
+    let { request } = channel;
+    if (request?.action !== 'subscribe' || request.ref && request.ref !== ref
+      || recovered === false && request.since === undefined) {
+      request = null; // it answers nothing
+    }
+    this.asked.delete(ref);
+    if (request) channel.request = null;
+    channel.snapshotDue = Boolean(request?.snapshot); // an earlier one has come, or failed
+    if (channel.request) { // what is under way will say how it goes on
+      channel.flow = null;
+      for (const reader of channel.readers) reader.covered = false;
+      return;
+    }
+    const since = request ? request.since : channel.flow?.position;
+    const asked = request ? request.epoch : channel.flow?.epoch;
+    const position = recovered && (asked ?? epoch) === epoch ? since ?? seq : seq;
+    channel.flow = { position, head: seq, epoch, settlesBy: this.now + REPLAY_MS };
+    channel.epoch = epoch;
+    channel.refusal = null;
+    for (const reader of channel.readers) {
+      if (reader.behind || reader.wantsSnapshot && !channel.snapshotDue && reader.state !== 'live') continue;
+      const { at } = reader;
+      const meant = at === since && reader.epoch === asked; // the answer is about its very position
+      const other = (reader.epoch ?? epoch) !== epoch; // the log is not the one it knows
+      const gap = at !== undefined && (other || meant && recovered === false && at !== seq);
+      reader.covered = gap || meant || !(at < position || at > seq);
+      if (!reader.covered) continue; // it needs a request of its own
+      if (gap || at === undefined) reader.at = seq;
+      reader.epoch = epoch;
+      this.turnTo(reader, 'live', { position: at === undefined ? { seq, epoch } : gap ? undefined : { epoch } });
+      if (gap) this.gap(reader, at, seq);
+    }
+    this.reconcile(channel);
+  }
+
+  gap(reader, from, to) {
+    reader.wantsSnapshot = reader.snapshot;
+    this.inform(reader, 'gap', [{ from, to }], { seq: to, epoch: reader.epoch });
+  }
+
+  snapshot(channel, data) {
+    channel.snapshotDue = false;
+    for (const reader of channel.readers) {
+      if (reader.wantsSnapshot && reader.covered) this.inform(reader, 'snapshot', [data]);
+      if (reader.covered) reader.wantsSnapshot = false;
+    }
+  }
+
+  deliver(channel, event) {
+    const { flow, readers, project } = channel;
+    const { seq } = event;
+    if (seq === undefined) { // ephemeral
+      for (const reader of readers) this.inform(reader, 'event', [event]);
+      return;
+    }
+    if (!flow) { // it comes again, except to who wants no past
+      for (const reader of readers) if (project === EVERYONE && reader.at === undefined) this.hand(reader, event);
+      return;
+    }
+    if (seq <= flow.position) return; // came before
+    const hole = seq > flow.position + 1;
+    const arrived = flow.position < flow.head;
+    flow.position = seq;
+    flow.head = Math.max(flow.head ?? 0, seq);
+    for (const reader of readers) {
+      if (!reader.covered || seq <= reader.at) continue;
+      if (hole && seq > reader.at + 1) this.gap(reader, reader.at, seq - 1);
+      this.hand(reader, event);
+    }
+    if (hole || arrived && seq === flow.head) this.reconcile(channel);
+  }
+
+  hand(reader, event) {
+    reader.at = event.seq;
+    this.inform(reader, 'event', [event], { seq: event.seq, epoch: reader.epoch });
+  }
+}
+
+// --- The page's side ---
+
+function report(error) {
+  Promise.reject(error); // the page's: unhandled
 }
 
 function emitter() {
   const entries = new Set();
   return {
+    get size() { return entries.size; },
     on(event, fn) {
       const entry = [event, fn];
       entries.add(entry);
       return () => void (entry.length = 0, entries.delete(entry));
     },
-    emit(event, ...args) {
+    /** `wanted` is asked before each listener: the one before may have ended it all. */
+    emit(event, values, wanted) {
       for (const [name, fn] of [...entries]) {
+        if (name !== event || fn === undefined || !wanted()) continue;
         try {
-          if (name === event) fn(...args);
+          fn(...values);
         } catch (error) {
-          Promise.reject(error); // the page's: unhandled
+          report(error);
         }
       }
     },
   };
 }
 
-async function* iterate(sub, limit) {
-  const buffer = [];
-  let wake, full;
-  const offs = [
-    sub.on('event', (event) => {
-      full ||= buffer.push(event) > limit;
-      wake?.();
-    }),
-    sub.on('state', () => wake?.()),
-  ];
-  try {
-    for (;;) {
-      while (buffer.length) yield buffer.shift();
-      if (full) throw new GatewayError('overflow', true);
-      if (sub.state === 'closed') return;
-      await new Promise((resolve) => wake = resolve);
+/** A loop over a subscription: a reader of its own, whose position is the last event that the loop was given. */
+class Loop {
+  /** Of {event, position} and {failure}. @type {any[]} */ buffer = [];
+  /** Calls of next(). @type {any[]} */ waiting = [];
+  done = false;
+  failed = false; // the failure is in the buffer
+
+  constructor(sub, { machine, act, maxBuffer, leave }) {
+    this.machine = machine;
+    this.act = act;
+    this.maxBuffer = maxBuffer;
+    this.onLeave = leave;
+    this.seq = sub.seq;
+    this.epoch = sub.epoch;
+    if (sub.state === 'closed') {
+      if (sub.error) this.buffer.push({ failure: sub.error });
+      this.done = !sub.error;
+      return;
     }
-  } finally {
-    for (const off of offs) off();
+    this.reader = act(() => machine.join(sub.project, { since: sub.seq, epoch: sub.epoch },
+      (name, values, position) => this.hear(name, values, position)));
+    if (this.seq === undefined && this.reader.state === 'live') this.seq = this.reader.at;
   }
+
+  hear(name, [value, error], position) {
+    if (this.failed || this.done) return;
+    if (name === 'event') this.take(value, position);
+    else if (name === 'gap') {
+      this.put({ failure: new GatewayError('gap', true, `events ${value.from + 1} to ${value.to} are lost`, value) });
+    } else if (name === 'state') {
+      if (position) Object.assign(this, this.seq === undefined ? position : { epoch: position.epoch });
+      if (value === 'closed') error ? this.put({ failure: error }) : this.finish();
+      else if (value === 'failed' && !error.retryable) this.put({ failure: error });
+    }
+  }
+
+  take(event, position) {
+    const room = !this.reader.behind && (this.waiting.length || this.buffer.length < this.maxBuffer);
+    if (room) return this.put({ event, position });
+    if (event.seq === undefined) return this.put({ failure: new GatewayError('overflow', true) });
+    const last = this.buffer.map((item) => item.position).filter(Boolean).at(-1) ?? this;
+    this.machine.pause(this.reader, last.seq, last.epoch);
+  }
+
+  put(item) {
+    this.failed = Boolean(item.failure);
+    if (this.failed) this.act(() => this.machine.leave(this.reader));
+    const next = this.waiting.shift();
+    if (!next) this.buffer.push(item);
+    else if (item.failure) this.finish(() => next.reject(item.failure));
+    else next.resolve(this.give(item));
+  }
+
+  give({ event, position }) {
+    if (position) Object.assign(this, position);
+    return { value: event, done: false };
+  }
+
+  next() {
+    const item = this.buffer.shift();
+    if (!item) {
+      return this.done ? Promise.resolve({ value: undefined, done: true })
+        : new Promise((resolve, reject) => this.waiting.push({ resolve, reject }));
+    }
+    if (item.failure) {
+      this.finish();
+      return Promise.reject(item.failure);
+    }
+    const given = this.give(item);
+    if (this.reader.behind && !this.buffer.length && !this.failed) this.act(() => this.machine.resume(this.reader));
+    return Promise.resolve(given);
+  }
+
+  return(value = undefined) {
+    this.finish();
+    return Promise.resolve({ value, done: true });
+  }
+
+  throw(error) {
+    this.finish();
+    return Promise.reject(error);
+  }
+
+  /** However it ends. */
+  finish(settle = () => {}) {
+    this.buffer = [];
+    if (!this.done) {
+      this.done = true;
+      if (this.reader) this.act(() => this.machine.leave(this.reader));
+      this.onLeave(this);
+    }
+    settle();
+    for (const { resolve } of this.waiting.splice(0)) resolve({ value: undefined, done: true });
+  }
+
+  [Symbol.asyncIterator]() {
+    return this;
+  }
+}
+
+/** The address, with the question for signs of life while the gateway does not read. */
+function withBusy(address) {
+  const text = String(address);
+  return /[?&]busy=/.test(text) ? text : `${text}${text.includes('?') ? '&' : '?'}busy=1`;
 }
 
 /** @type {typeof import('./agenticai-ws.d.ts').connect} */
 export function connect(url, {
-  getToken, minDelay = 500, maxDelay = 20000, pingInterval = 25000, maxPending = 100, maxBuffer = 1000,
+  getToken, minDelay = 500, maxDelay = 20000, maxRetries = Infinity, pingInterval = 25000, maxPending = 100, maxBuffer = 1000,
   WebSocket = globalThis.WebSocket, random = Math.random,
   clock = { setTimeout, clearTimeout, now: () => performance.now() },
 } = {}) {
+  if (!WebSocket) {
+    throw new TypeError('There is no WebSocket here. Pass one as the option `WebSocket`, such as that of the package ws: '
+      + "import { WebSocket } from 'ws'; connect(url, { WebSocket })");
+  }
   const { setTimeout, clearTimeout, now } = clock;
-  const { on, emit } = emitter();
-  const channels = new Map(); // project -> what its subscriptions share
-  const pending = new Map(); // message id -> unconfirmed forward
-  let state, latency, socket, ended;
-  let timer; // the only one: a state waits for one thing
-  let attempts = 0, openedAt = 0, pingedAt, heard, notBefore = 0, fresh = false;
+  const machine = /** @type {any} */ (new Machine({
+    minDelay, maxDelay, maxRetries, pingInterval, maxPending, random, renewable: Boolean(getToken),
+  }));
+  const page = emitter();
+  const signals = new Map(); // AbortSignal -> the forwards that it may abort, and its listener
+  let socket = null;
+  let attempt = 0; // the number of the newest; what another one says counts no more
+  let timer, armedFor = Infinity;
+  let doing = false, telling = false;
 
-  const arm = (ms, fn) => {
+  /** One step of the machine, and what follows from it. */
+  function act(step) {
+    machine.now = now();
+    machine.buffered = socket?.bufferedAmount ?? 0;
+    try {
+      return step();
+    } finally {
+      follow();
+    }
+  }
+
+  function follow() {
+    if (!doing) {
+      doing = true;
+      while (machine.io.length) {
+        try {
+          effects[machine.io[0].do](machine.io.shift());
+        } catch (error) {
+          report(error);
+        }
+      }
+      doing = false;
+      arm();
+    }
+    if (telling) return; // whoever is telling goes on with what has been added
+    telling = true;
+    while (machine.news.length) tell(machine.news.shift());
+    telling = false;
+  }
+
+  function arm() {
+    const due = machine.due;
+    if (due === armedFor) return;
     clearTimeout(timer);
-    timer = setTimeout(fn, ms);
+    armedFor = due;
+    if (due === Infinity) return;
+    timer = setTimeout(() => {
+      armedFor = Infinity;
+      act(() => machine.timer());
+    }, Math.min(TIMER_MAX_MS, Math.max(0, due - now())));
+  }
+
+  function tell({ reader, turn, name, values, position }) {
+    if (reader) {
+      const final = values[0] === 'closed' && name === 'state';
+      const wanted = () => final || reader.state !== 'closed' && reader.turn === turn;
+      if (wanted()) reader.tell(name, values, position, wanted);
+    } else {
+      page.emit(name, values, () => !machine.ended || machine.ended && values[0] === 'closed' && name === 'state');
+    }
+  }
+
+  const effects = {
+    dial: ({ fresh }) => void dial(++attempt, fresh),
+    send: ({ text }) => socket?.send(text),
+    drop() {
+      attempt++;
+      const dropped = socket;
+      socket = null;
+      if (!dropped) return;
+      dropped.onmessage = dropped.onclose = null; // a browser may take minutes to close it
+      dropped.close();
+      // The package ws would keep Node alive for half a minute, if the peer does not answer.
+      if (dropped.terminate) setTimeout(() => dropped.terminate(), CLOSE_MS)?.unref?.();
+    },
+    settle({ forward, error, result }) {
+      forward.release();
+      if (error) forward.reject(error);
+      else forward.resolve(result);
+    },
+    end() {
+      for (const name of WAKE) globalThis.removeEventListener?.(name, wake);
+    },
   };
-  const become = (next, info = {}) => emit('state', state = next, info);
-  const send = (message) => socket.send(JSON.stringify(message));
 
-  async function start() {
-    arm(CONNECT_MS, () => lost(0, 'timeout'));
-    const mine = timer; // another attempt has another
-    become('connecting');
+  async function dial(mine, fresh) {
     try {
-      await 0; // for the caller's listeners
+      await null; // for the caller's listeners
+      if (mine !== attempt) return;
       const address = typeof url === 'function' ? await url() : url;
+      if (mine !== attempt) return;
       const token = await getToken?.({ fresh });
-      if (mine !== timer) return;
+      if (mine !== attempt) return;
       const bearer = token && 'bearer.' + btoa(token).replace(/\+/g, '-').replace(/\//g, '_').replace(/=/g, '');
-      socket = new WebSocket(address, bearer ? ['agenticai.v1', bearer] : []);
-      socket.onmessage = ({ data }) => receive(data);
-      socket.onclose = ({ code, reason }) => lost(code, reason);
-      socket.onerror = () => {};
+      const opening = new WebSocket(withBusy(address), bearer ? ['agenticai.v1', bearer] : []);
+      opening.onmessage = ({ data }) => opening === socket && act(() => machine.message(data));
+      opening.onclose = ({ code, reason }) => opening === socket && act(() => machine.lost(code, reason));
+      opening.onerror = () => {};
+      socket = opening;
     } catch (error) {
-      if (mine !== timer) return;
-      emit('error', new GatewayError('connect_failed', true, String(error), error));
-      lost(0, 'connect failed');
+      if (mine === attempt) act(() => machine.failed(error));
     }
   }
 
-  /** The close may take a browser minutes. */
-  function drop() {
-    if (socket) {
-      socket.onmessage = socket.onclose = null;
-      socket.close();
+  function wake({ type }) {
+    const hidden = type === 'visibilitychange' && globalThis.document?.visibilityState === 'hidden';
+    if (!hidden) act(() => machine.wake(type));
+  }
+
+  /** One listener a signal, however many forwards it is for. */
+  function watch(signal, abort) {
+    let aborts = signals.get(signal);
+    if (!aborts) {
+      aborts = new Set();
+      const listener = () => act(() => { for (const each of [...aborts]) each(); });
+      signals.set(signal, Object.assign(aborts, { listener }));
+      signal.addEventListener('abort', listener);
     }
-    clearTimeout(timer);
-    timer = socket = null;
+    aborts.add(abort);
+    return () => {
+      aborts.delete(abort);
+      if (aborts.size || signals.get(signal) !== aborts) return;
+      signals.delete(signal);
+      signal.removeEventListener('abort', aborts.listener);
+    };
   }
 
-  function lost(code, reason) {
-    drop();
-    fresh = code === 4401 || !openedAt; // 401 is not shown to pages
-    if (code === 1008 || code === 4401 && !getToken) return end(new GatewayError('refused', false, reason), code);
-    // 1009 names no message: the largest, or it would be sent for ever.
-    if (code === 1009) {
-      [...pending.values()].sort((a, b) => b.text.length - a.text.length)[0]?.reject(new GatewayError('too_large', false, reason));
-    }
-    if (openedAt && now() - openedAt >= LASTED_MS) attempts = 0;
-    openedAt = 0;
-    const delay = Math.max(random() * Math.min(maxDelay, minDelay * 2 ** attempts++), notBefore - now());
-    arm(delay, start);
-    become('waiting', { code, reason, delay });
-    for (const [project, channel] of channels) {
-      Object.assign(channel, { asked: false, live: false, again: false });
-      if (!channel.subs.size) channels.delete(project);
-      for (const sub of channel.subs) sub.become('pending');
-    }
+  function subscribe(project, { since, epoch, snapshot } = /** @type {any} */ ({})) {
+    if (machine.ended) throw machine.ended;
+    if (typeof project !== 'string' || !isSeq(since ?? 0)) throw new TypeError('Bad project or since.');
+    const ours = emitter();
+    const typed = emitter(); // by the agents' own words
+    const loops = new Set();
+    /** @type {Position} */ let told = { seq: since ?? undefined, epoch };
+    /** Where the last loop was when it ended. @type {Position | undefined} */ let left;
+
+    const hear = (name, values, position, wanted) => {
+      if (position) told = { ...told, ...position };
+      if (values.length) ours.emit(name, values, wanted);
+      if (name === 'event') typed.emit(values[0].type, values, wanted);
+    };
+    const reader = act(() => machine.join(project, { since: since ?? undefined, epoch, snapshot: snapshot === true }, hear));
+    if (reader.state === 'live') told = { seq: reader.at, epoch: reader.epoch };
+
+    const place = () => {
+      if (left) return left;
+      /** @type {any} */ let least;
+      for (const loop of loops) {
+        const at = loop.seq === undefined ? told : loop;
+        if (!least || at.seq < least.seq) least = at;
+      }
+      return least ?? told;
+    };
+    const leave = (loop) => {
+      const unheard = loops.size === 1 && !ours.size && !typed.size;
+      if (unheard || reader.state === 'closed') left ??= { ...place() };
+      loops.delete(loop);
+      if (unheard) sub.unsubscribe();
+    };
+    /** @type {any} */ const sub = {
+      project,
+      get state() { return reader.state; },
+      get seq() { return place().seq; },
+      get epoch() { return place().epoch; },
+      /** Why it is closed, unless the page wanted it. */
+      get error() { return reader.state === 'closed' && machine.ended?.code !== 'closed' ? machine.ended : undefined; },
+      on: (name, fn) => (OWN.has(name) ? ours : typed).on(name, fn),
+      unsubscribe() {
+        act(() => machine.leave(reader));
+        for (const loop of [...loops]) loop.finish();
+      },
+      [Symbol.asyncIterator]() {
+        const loop = new Loop(sub, { machine, act, maxBuffer, leave });
+        if (!loop.done) loops.add(loop);
+        return loop;
+      },
+    };
+    return sub;
   }
 
-  function end(error, code) {
-    if (ended) return;
-    ended = error;
-    drop();
-    for (const name of WAKE) globalThis.removeEventListener?.(name, wake);
-    become('closed', { code, reason: error.message });
-    for (const forward of [...pending.values()]) forward.reject(error);
-    for (const { subs } of channels.values()) for (const sub of subs) sub.unsubscribe();
-  }
-
-  function wake() {
-    if (state === 'open' && heard) ping();
-    if (state === 'waiting' && now() >= notBefore) start();
-  }
-
-  function ping() {
-    heard = false;
-    pingedAt = now();
-    send({ action: 'ping' });
-    arm(PONG_MS, () => {
-      if (heard) arm(pingInterval - PONG_MS, ping);
-      else if (now() - pingedAt > 2 * PONG_MS) ping(); // slept: the answer may be next
-      else lost(0, 'no answer');
-    });
-    for (const channel of channels.values()) if (channel.again) ask(channel);
-  }
-
-  /** From the earliest position that a subscription needs. */
-  function ask(channel) {
-    channel.again = channel.asked; // one at a time: the server answers only the latest
-    if (state !== 'open' || channel.asked) return;
-    const subs = [...channel.subs];
-    const since = channel.since = subs.map((sub) => sub.seq).filter(isSeq).sort((a, b) => a - b)[0];
-    const snapshot = channel.snapshot = subs.some((sub) => sub.snapshot);
-    channel.asked = true;
-    channel.live = false;
-    send({ action: 'subscribe', project_id: channel.project, since, epoch: channel.epoch, snapshot });
-  }
-
-  function leave({ project, subs, asked }) {
-    if (subs.size || asked || ended) return;
-    channels.delete(project);
-    if (state === 'open') send({ action: 'unsubscribe', project_id: project });
-  }
-
-  const transmit = ({ text }) => state === 'open' && socket.send(text);
-
-  function receive(frame) {
-    heard = true;
-    let message;
-    try {
-      if (frame.length <= MAX_FRAME) message = JSON.parse(frame);
-    } catch {}
-    const { type, seq = 0 } = message ?? {};
-    if (typeof type !== 'string' || !isSeq(seq) || (type === 'connected') === (state === 'open')) {
-      return emit('error', new GatewayError('bad_message', false, 'bad message', message));
-    }
-    emit('message', message);
-    const channel = channels.get(message.project_id);
-    const forward = pending.get(message.message_id);
-    switch (type) {
-      case 'connected': return opened();
-      case 'subscription_confirmed': return channel && confirmed(channel, message);
-      case 'project_snapshot': return channel?.subs.forEach((sub) => sub.emit('snapshot', message.data));
-      case 'forward_confirmed': return forward?.resolve({ messageId: message.message_id, sqsMessageId: message.sqs_message_id });
-      case 'error': return failed(channel, forward, message);
-      case 'pong': return latency = now() - pingedAt;
-      case 'reconnect': return notBefore = now() + Math.min(Number(message.after_ms) || 0, 120000);
-      case 'unsubscription_confirmed': case 'token_expiring': return;
-      default: return channel?.subs.size ? deliver(channel, message) : emit('event', message);
-    }
-  }
-
-  function opened() {
-    state = 'open';
-    openedAt = now();
-    ping();
-    channels.forEach(ask);
-    pending.forEach(transmit);
-    become('open');
-  }
-
-  /** Is this answer still wanted? */
-  function answered(channel) {
-    channel.asked = false;
-    leave(channel);
-    if (channel.again && channel.subs.size) ask(channel);
-    return !channel.asked;
-  }
-
-  function confirmed(channel, { seq, epoch, recovered }) {
-    const { asked } = channel;
-    if (asked ? !answered(channel) : recovered !== false) return;
-    Object.assign(channel, { live: true, epoch, seq: recovered ? channel.since : seq });
-    for (const sub of channel.subs) {
-      const from = sub.seq;
-      const kept = recovered && (sub.epoch ?? epoch) === epoch;
-      if (!kept || from === undefined) sub.seq = seq;
-      sub.epoch = epoch;
-      sub.become('live');
-      if (!kept && from !== undefined) sub.emit('gap', { from, to: seq });
-    }
-    if (!asked && channel.snapshot) ask(channel);
-  }
-
-  function deliver(channel, event) {
-    const { seq } = event;
-    if (seq !== undefined) {
-      if (!channel.live || seq <= channel.seq) return; // comes again; came before
-      if (seq > channel.seq + 1) for (const sub of channel.subs) sub.emit('gap', { from: channel.seq, to: seq - 1 });
-      channel.seq = seq;
-    }
-    for (const sub of channel.subs) {
-      if (seq <= sub.seq) continue;
-      sub.seq = seq ?? sub.seq;
-      sub.emit('event', event);
-    }
-  }
-
-  function failed(channel, forward, message) {
-    const error = new GatewayError(message.code, message.retryable, message.message, message);
-    if (forward) return forward.reject(error);
-    emit('error', error);
-    if (message.action !== 'subscribe' || !channel || !answered(channel)) return;
-    channel.again = message.retryable;
-    for (const sub of channel.subs) sub.become('failed', error);
-  }
-
-  if (!WebSocket) throw new TypeError('Pass a WebSocket.');
   for (const name of WAKE) globalThis.addEventListener?.(name, wake);
-  start();
-  return {
-    on,
-    get state() { return state; },
-    get latency() { return latency; },
-    close: () => end(new GatewayError('closed')),
+  act(() => machine.start());
+  return /** @type {any} */ ({
+    on: page.on,
+    get state() { return machine.state; },
+    get latency() { return machine.latency; },
+    get busy() { return machine.busy; },
+    subscribe,
+    reconnect: () => act(() => machine.reconnect()),
+    close: () => act(() => machine.close()),
 
     ready: () => new Promise((resolve, reject) => {
       const check = () => {
-        if (state === 'open') resolve();
-        else if (ended) reject(ended);
+        if (machine.state === 'open') resolve(undefined);
+        else if (machine.ended) reject(machine.ended);
         else return;
         off();
       };
-      const off = on('state', check);
+      const off = page.on('state', check);
       check();
     }),
 
-    subscribe(project, { since, epoch, snapshot } = {}) {
-      if (ended) throw ended;
-      if (typeof project !== 'string' || !isSeq(since ?? 0)) throw new TypeError('Bad project or since.');
-      let channel = channels.get(project);
-      if (!channel) channels.set(project, channel = { project, subs: new Set(), epoch });
-      const { on, emit } = emitter();
-      /** @type {any} */ const sub = {
-        on, emit, project, snapshot, epoch, seq: since, state: 'pending',
-        become(next, error) {
-          if (sub.state !== next) emit('state', sub.state = next, error);
-        },
-        unsubscribe() {
-          if (!channel.subs.delete(sub)) return;
-          sub.become('closed', ended);
-          leave(channel);
-        },
-        [Symbol.asyncIterator]: () => iterate(sub, maxBuffer),
-      };
-      channel.subs.add(sub);
-      if (isSeq(since) || snapshot || !channel.live && !channel.asked) ask(channel);
-      else if (channel.live) Object.assign(sub, { seq: channel.seq, epoch: channel.epoch, state: 'live' });
-      return sub;
-    },
-
     forward: (type, data, {
       project, messageId = crypto.getRandomValues(new Uint32Array(4)).join('-'), timeout = 30000, signal,
-    } = {}) => new Promise((resolve, reject) => {
-      const text = JSON.stringify({ action: 'forward', type, message_id: messageId, project_id: project, data });
+    } = /** @type {any} */ ({})) => new Promise((resolve, reject) => {
+      const text = JSON.stringify({ action: 'forward', type, message_id: messageId, project_id: project, client_id: clientId(), data });
       signal?.throwIfAborted();
-      if (ended) throw ended;
-      if (pending.has(messageId)) throw new GatewayError('duplicate_id');
-      if (pending.size >= maxPending) throw new GatewayError('queue_full', true);
-      const settle = (act) => (value) => {
-        pending.delete(messageId);
-        clearTimeout(deadline);
-        signal?.removeEventListener('abort', abort);
-        act(value);
+      if (!(timeout >= 0)) throw new TypeError('Bad timeout.');
+      const forward = {
+        id: messageId, text, bytes: new TextEncoder().encode(text).length, timeout, sent: false, resolve, reject, release: () => {},
       };
-      const forward = { text, resolve: settle(resolve), reject: settle(reject) };
-      const abort = () => forward.reject(signal?.reason);
-      const deadline = setTimeout(() => forward.reject(new GatewayError('timeout', true)), timeout);
-      signal?.addEventListener('abort', abort);
-      pending.set(messageId, forward);
-      transmit(forward);
+      act(() => machine.forward(forward));
+      if (signal) forward.release = watch(signal, () => machine.settle(forward, signal.reason));
     }),
-  };
+  });
 }

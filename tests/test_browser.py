@@ -1230,7 +1230,7 @@ class TestList:
         page.press("#token", "Enter")
         await_state(page, "open")
         (request,) = [request for request in scripted.requests if "bearer" in str(request)]
-        assert request.path == "/ws"
+        assert request.path == "/ws?busy=1"
         assert request.headers["Sec-WebSocket-Protocol"] == "agenticai.v1, bearer.czNjcmV0"
         assert request.headers["Origin"] == console.rstrip("/")
         kept = page.evaluate("location.href + JSON.stringify([localStorage, sessionStorage])")

@@ -10,7 +10,7 @@ describe('states', () => {
     const { client, dialled, states } = setup();
     assert.equal(client.state, 'connecting');
     const socket = await dialled();
-    assert.equal(socket.url, 'ws://gateway/ws');
+    assert.equal(socket.url, 'ws://gateway/ws?busy=1');
     assert.deepEqual(socket.protocols, []);
     assert.equal(client.state, 'connecting');
     socket.receive({ type: 'connected' });
@@ -70,7 +70,7 @@ describe('states', () => {
     await settled();
     assert.deepEqual([client.state, ...errors()], ['waiting', 'connect_failed']);
     await clock.advance(250);
-    assert.equal((await dialled()).url, 'ws://later/');
+    assert.equal((await dialled()).url, 'ws://later/?busy=1');
   });
 
   test('without any WebSocket the caller is told at once', () => {
@@ -231,7 +231,7 @@ describe('getToken', () => {
   test('goes as subprotocol in base64url, never in the address', async () => {
     const { dialled } = setup({ getToken: () => 'a?b>c~\u00ff' });
     const { url, protocols } = await dialled();
-    assert.equal(url, 'ws://gateway/ws');
+    assert.equal(url, 'ws://gateway/ws?busy=1');
     assert.deepEqual(protocols, ['agenticai.v1', 'bearer.YT9iPmN-_w']);
     assert.equal(Buffer.from(protocols[1].slice(7), 'base64url').toString('latin1'), 'a?b>c~\u00ff');
   });

@@ -8,10 +8,16 @@ export class FakeClock {
 
   now = () => this.#now;
   setTimeout = (fn, ms) => {
+    if (!(ms < 2 ** 31)) ms = 1; // as the real one
     this.#timers.set(this.#next, { fn, at: this.#now + Math.max(0, ms) });
     return this.#next++;
   };
   clearTimeout = (timer) => void this.#timers.delete(timer);
+
+  /** How many were set so far. */
+  get armed() {
+    return this.#next - 1;
+  }
 
   get pending() {
     return this.#timers.size;
@@ -39,6 +45,7 @@ export class FakeClock {
 
 export class FakeSocket {
   sent = [];
+  texts = [];
   closed = false;
 
   constructor(url, protocols) {
@@ -48,6 +55,7 @@ export class FakeSocket {
 
   send(text) {
     if (this.closed) throw new Error('sent on a dropped socket');
+    this.texts.push(text);
     this.sent.push(JSON.parse(text));
   }
 

@@ -11,8 +11,9 @@ describe('forward', () => {
     const socket = await opened();
     let result;
     const message = client.forward('dev', { task: 1 }, { project: 'p', messageId: 'm1' }).then((value) => { result = value; });
-    assert.deepEqual(socket.actions('forward'),
-      [{ action: 'forward', type: 'dev', message_id: 'm1', project_id: 'p', data: { task: 1 } }]);
+    const [{ client_id: clientId, ...sent }] = socket.actions('forward');
+    assert.deepEqual(sent, { action: 'forward', type: 'dev', message_id: 'm1', project_id: 'p', data: { task: 1 } });
+    assert.match(clientId, /^[\w-]{20,64}$/);
     await settled();
     assert.equal(result, undefined);
     socket.receive(confirm('m1'));
@@ -23,7 +24,10 @@ describe('forward', () => {
   test('makes an id where none is given, another each time', async () => {
     const { client, opened } = setup();
     const socket = await opened();
-    for (let i = 0; i < 50; i++) client.forward('pm').catch(() => {});
+    for (let i = 0; i < 50; i++) {
+      client.forward('pm').catch(() => {});
+      socket.receive(confirm(socket.actions('forward').at(-1).message_id));
+    }
     const ids = socket.actions('forward').map(({ message_id }) => message_id);
     assert.equal(new Set(ids).size, 50);
     for (const id of ids) assert.match(id, /^[\w-]{4,128}$/);
