@@ -373,19 +373,24 @@ class Dependency:
     def __init__(self, name: str) -> None:
         self.name = name
         self._failures: dict[str, tuple[float, float]] = {}  # operation to first and last failure
+        self._logged: dict[str, float] = {}  # operation to ``first`` of the outage last logged
 
     def worked(self, operation: str) -> None:
-        if operation in self._failures:
-            del self._failures[operation]
+        first, _ = self._failures.pop(operation, (math.inf, 0.0))
+        if first == self._logged.get(operation):
             logger.info("%s: %s works again", self.name, operation)
 
     def failed(self, exc: BaseException, operation: str) -> None:
+        """Note a failure; each outage is logged once, and of those in a row one a minute."""
         now = time.monotonic()
-        first, last = self._failures.get(operation, (now, -math.inf))
+        first, last = self._failures.get(operation, (now, now))
         if now - last > self.FORGOTTEN_AFTER_S:
             first = now
-            logger.warning("%s: %s failed with %s, retrying", self.name, operation, error_code(exc))
         self._failures[operation] = (first, now)
+        logged = self._logged.get(operation, -math.inf)
+        if logged < first and now - logged > self.FORGOTTEN_AFTER_S:
+            self._logged[operation] = first
+            logger.warning("%s: %s failed with %s, retrying", self.name, operation, error_code(exc))
 
     @property
     def failing_operation(self) -> str | None:

@@ -91,6 +91,39 @@ class TestDependency:
             "queue: Receive works again",
         ]
 
+    def test_logs_now_and_then(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+        """An operation that fails and works in turns is in the log about once a minute."""
+        dependency = Dependency("queue")
+        with caplog.at_level("INFO", "gateway"):
+            for _ in range(1_000):  # of 100 s
+                dependency.failed(deny("SlowDown"), "Receive")
+                dependency.worked("Receive")
+                clock.now += 0.1
+        assert (
+            caplog.messages
+            == [
+                "queue: Receive failed with SlowDown, retrying",
+                "queue: Receive works again",
+            ]
+            * 2
+        )
+
+    def test_logs_a_second_outage(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+        """An outage soon after another one is in the log as well, if it lasts."""
+        dependency = Dependency("queue")
+        with caplog.at_level("INFO", "gateway"):
+            dependency.failed(deny("SlowDown"), "Receive")
+            dependency.worked("Receive")
+            clock.now += 1.0
+            fail(dependency, clock, "Receive", for_s=90)
+            dependency.worked("Receive")
+        assert caplog.messages == [
+            "queue: Receive failed with SlowDown, retrying",
+            "queue: Receive works again",
+            "queue: Receive failed with TimeoutError, retrying",
+            "queue: Receive works again",
+        ]
+
     @pytest.mark.usefixtures("impatient")
     async def test_retry(self) -> None:
         """A call that fails in passing is made again until it works."""
