@@ -62,37 +62,43 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, ca
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
 
-import jwt
-import msgspec
-from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
-from aiohttp import ClientError as HttpError
-from aiohttp import ClientSession, ClientTimeout
-from boto3.dynamodb.types import Binary, TypeDeserializer
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    MetadataRetrievalError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
-from botocore.exceptions import ConnectionError as SdkConnectionError
-from botocore.parsers import ResponseParserError
-from jwt import InvalidKeyError, InvalidSignatureError, PyJWK, PyJWKSetError, PyJWTError
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
-from websockets.datastructures import Headers
-from websockets.exceptions import InvalidMessage
-from websockets.extensions.permessage_deflate import (
-    PerMessageDeflate,
-    ServerPerMessageDeflateFactory,
-)
-from websockets.frames import CloseCode, Frame, Opcode
-from websockets.http11 import Request, Response
-from websockets.protocol import State
-from websockets.server import ServerProtocol
-from websockets.typing import Subprotocol
+try:
+    import jwt
+    import msgspec
+    from aiobotocore.config import AioConfig
+    from aiobotocore.session import AioSession
+    from aiohttp import ClientError as HttpError
+    from aiohttp import ClientSession, ClientTimeout
+    from boto3.dynamodb.types import Binary, TypeDeserializer
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        CredentialRetrievalError,
+        HTTPClientError,
+        MetadataRetrievalError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
+    from botocore.exceptions import ConnectionError as SdkConnectionError
+    from botocore.parsers import ResponseParserError
+    from jwt import InvalidKeyError, InvalidSignatureError, PyJWK, PyJWKSetError, PyJWTError
+    from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+    from websockets.datastructures import Headers
+    from websockets.exceptions import InvalidMessage
+    from websockets.extensions.permessage_deflate import (
+        PerMessageDeflate,
+        ServerPerMessageDeflateFactory,
+    )
+    from websockets.frames import CloseCode, Frame, Opcode
+    from websockets.http11 import Request, Response
+    from websockets.protocol import State
+    from websockets.server import ServerProtocol
+    from websockets.typing import Subprotocol
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"{sys.executable} lacks the package {missing.name}. Install what the gateway needs with: "
+        "python -m pip install -r requirements.txt; or try it on this machine with: make run"
+    )
 
 if TYPE_CHECKING:
     from botocore.hooks import BaseEventHooks

@@ -310,10 +310,11 @@ def parse_options() -> argparse.Namespace:
 
 def handle_signals(local: Local) -> None:
     """Let a closed terminal and a plain `kill` end everything as Ctrl-C does."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
-        # `nohup` has SIGHUP ignored, so that a closed terminal ends nothing.
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & signal.__dict__.keys():
+        number = getattr(signal, name)
+        # Under `nohup` SIGHUP is ignored, so that a closed terminal ends nothing. A script's
+        # background job has SIGINT ignored as well, but who sends it then means it.
+        if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, local.interrupt)
 
 

@@ -27,7 +27,7 @@ from local.child import end_with_stdin
 
 logger = logging.getLogger(__name__)
 
-WORKERS = 10
+WORKERS = 25
 """How many functions run at the same time for one queue, as Lambda's would."""
 BATCH_SIZE = 1
 LONG_POLL_S = 20
@@ -37,7 +37,7 @@ Handler = Callable[[dict[str, Any], object], dict[str, Any] | None]
 
 
 def deliver_batch(
-    sqs: Any, queue_url: str, queue_arn: str, handler: Handler, batch_size: int = BATCH_SIZE
+    sqs: Any, queue_url: str, source_arn: str, handler: Handler, batch_size: int = BATCH_SIZE
 ) -> int:
     """Wait for messages, hand them to `handler`, delete those it did not name as failed.
 
@@ -52,7 +52,7 @@ def deliver_batch(
     ).get("Messages", [])
     if not messages:
         return 0
-    event = {"Records": [lambda_record(message, queue_arn) for message in messages]}
+    event = {"Records": [lambda_record(message, source_arn) for message in messages]}
     response = handler(event, None) or {}
     failed = {failure["itemIdentifier"] for failure in response.get("batchItemFailures", [])}
     done = [message for message in messages if message["MessageId"] not in failed]
@@ -67,7 +67,7 @@ def deliver_batch(
     return len(messages)
 
 
-def lambda_record(message: dict[str, Any], queue_arn: str) -> dict[str, Any]:
+def lambda_record(message: dict[str, Any], source_arn: str) -> dict[str, Any]:
     """Return a received message in the form that Lambda hands to a function."""
     attributes = message.get("MessageAttributes", {})
     return {
@@ -81,18 +81,16 @@ def lambda_record(message: dict[str, Any], queue_arn: str) -> dict[str, Any]:
         },
         "md5OfBody": message["MD5OfBody"],
         "eventSource": "aws:sqs",
-        "eventSourceARN": queue_arn,
-        "awsRegion": queue_arn.split(":")[3],
+        "eventSourceARN": source_arn,
+        "awsRegion": source_arn.split(":")[3],
     }
 
 
 def feed(sqs: Any, queue_url: str, handler: Handler) -> None:
     """Deliver the messages of a queue to `handler` for ever, one batch after the other."""
-    queue_arn = ""
     while True:
         try:
-            queue_arn = queue_arn or find_queue_arn(sqs, queue_url)
-            deliver_batch(sqs, queue_url, queue_arn, handler)
+            deliver_batch(sqs, queue_url, queue_arn(sqs, queue_url), handler)
         except (BotoCoreError, ClientError) as error:
             logger.warning("queue %s: %s", queue_url, error)
             time.sleep(random.uniform(0, MAX_RETRY_DELAY_S))
@@ -100,10 +98,10 @@ def feed(sqs: Any, queue_url: str, handler: Handler) -> None:
             logger.exception("queue %s: the handler failed", queue_url)
 
 
-def find_queue_arn(sqs: Any, queue_url: str) -> str:
-    response = sqs.get_queue_attributes(QueueUrl=queue_url, AttributeNames=["QueueArn"])
-    arn: str = response["Attributes"]["QueueArn"]
-    return arn
+def queue_arn(sqs: Any, queue_url: str) -> str:
+    """Return the queue's name in full: all its parts are in its URL and in the client."""
+    account, name = queue_url.split("/")[-2:]
+    return f"arn:{sqs.meta.partition}:sqs:{sqs.meta.region_name}:{account}:{name}"
 
 
 class JsonFormatter(logging.Formatter):

@@ -25,7 +25,7 @@ from websockets.sync.client import ClientConnection, connect
 from aws_standin import Platform
 from aws_standin.thread import ThreadedStandIn
 from local import agents
-from local.event_source import deliver_batch, find_queue_arn
+from local.event_source import deliver_batch, queue_arn
 from local.screen import log_line
 from tests.waiting import alive, eventually
 
@@ -129,7 +129,7 @@ class TestAgents:
             failed = [r["messageId"] for r in event["Records"] if r["body"] == "bad"]
             return {"batchItemFailures": [{"itemIdentifier": item} for item in failed]}
 
-        assert deliver_batch(sqs, url, find_queue_arn(sqs, url), handler, batch_size=10) == 2
+        assert deliver_batch(sqs, url, queue_arn(sqs, url), handler, batch_size=10) == 2
         assert [record["body"] for record in seen] == ["good", "bad"]
         first = seen[0]
         assert first["eventSourceARN"].endswith(":" + url.rpartition("/")[2])
@@ -442,6 +442,10 @@ def family(pid: int) -> list[int]:
     return [pid, *(each for child in listing.split() for each in family(int(child)))]
 
 
+def ignore_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
@@ -538,6 +542,13 @@ class TestDeadTerminal:
             pids = self.when_ready(started.pid, port)
             started.kill()
             started.wait()
+            self.all_have_ended(pids, port)
+
+    def test_background_job_of_a_script(self, command: list[str], port: int) -> None:
+        """A shell has SIGINT ignored there; who sends it all the same is obeyed."""
+        with process(*command, stdout=subprocess.DEVNULL, preexec_fn=ignore_sigint) as started:
+            pids = self.when_ready(started.pid, port)
+            started.send_signal(signal.SIGINT)
             self.all_have_ended(pids, port)
 
     def test_nohup_is_respected(self, command: list[str], port: int) -> None:

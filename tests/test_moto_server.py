@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError
 from moto.sqs.models import SQSBackend
 
 from local.child import ROOT
-from local.event_source import find_queue_arn
+from local.event_source import queue_arn
 from tests import moto_server
 from tests.moto_aws import MotoAws, MotoAwsError, Platform
 from tests.waiting import alive, eventually
@@ -73,7 +73,7 @@ class TestLongPolls:
         sns.subscribe(
             TopicArn=platform.topic_arn,
             Protocol="sqs",
-            Endpoint=find_queue_arn(sqs, url),
+            Endpoint=queue_arn(sqs, url),
             Attributes={"RawMessageDelivery": "true"},
         )
         with self.poll(sqs, url) as result:
@@ -260,7 +260,7 @@ class TestQueues:
     ) -> None:
         sqs, sns = platform.client("sqs"), platform.client("sns")
         for queue in ("pm", "dev"):
-            arn = find_queue_arn(sqs, platform.queue_urls[queue])
+            arn = queue_arn(sqs, platform.queue_urls[queue])
             sns.subscribe(TopicArn=platform.topic_arn, Protocol="sqs", Endpoint=arn)
         sqs.delete_queue(QueueUrl=platform.queue_urls["pm"])
         sns.publish(TopicArn=platform.topic_arn, Message="still here")

@@ -62,3 +62,12 @@ def test_help_shows_defaults_as_they_are_written() -> None:
     assert defaults["DRAIN_SECONDS"] == "30"
     assert "ALLOWED_ORIGINS" not in defaults
     assert not {"None", "True", "False", "()"} & set(defaults.values())
+
+
+def test_missing_packages_are_a_sentence() -> None:
+    """A Python with nothing installed is told what to install, without a traceback."""
+    command = [sys.executable, "-S", str(SERVER), "--help"]
+    result = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "python -m pip install -r requirements.txt" in result.stderr
+    assert result.stderr.count("\n") == 1
