@@ -1332,8 +1332,8 @@ def decode_first_message(payload: bytes) -> Authenticate:
         BadMessage: it is another one, or none.
     """
     if len(payload) <= FIRST_MESSAGE_MAX_BYTES:
-        with contextlib.suppress(*UNREADABLE_JSON):
-            return Decoders.authenticate.decode(payload)
+        with contextlib.suppress(BadMessage, *UNREADABLE_JSON):
+            return decode(Decoders.authenticate, payload)
     raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
 
 

@@ -259,6 +259,15 @@ class TestByteOrderMark:
         assert decode_message(b'\xef\xbb\xbf{"action":"ping"}') == server.Ping()
         assert refusal(b'\xef\xbb\xbf{"action":"x"}').code is ErrorCode.UNKNOWN_ACTION
 
+    def test_before_a_token(self) -> None:
+        """The first message of a client without a token is read by the same rules."""
+        first = rb'{"action":"authenticate","token":"t","x":"\ud83d"}'
+        for payload in (first, b"\xef\xbb\xbf" + first):
+            assert server.decode_first_message(payload) == server.Authenticate("t")
+        for payload in (first.replace(b'"t"', rb'"\ud83d"'), b"[" * 3_000, first[:-1]):
+            with pytest.raises(BadMessage, match="Authenticate first"):
+                server.decode_first_message(payload)
+
 
 class TestContext:
     """A refusal says which message it refuses, as far as that stands at its beginning."""
