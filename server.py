@@ -214,7 +214,7 @@ CATCHUP_CHUNK_BYTES = 131_072
 CATCHUP_READS = 32  # at once, of pages of up to 1 MB
 CATCHUP_WRITES = 32  # of chunks, in one turn of the loop
 CATCHUP_PAGES = 12  # of one log at most ten are asked for; kept for those who come for the same
-HOLE_DOUBT_S = 0.5  # before a hole in the log is believed
+AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
 RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
 
 # AWS.
@@ -233,14 +233,17 @@ POLL_USUALLY_S = 0.01  # for messages that are there already, until that was see
 POLL_USUALLY_MIN_S = 0.002
 GATHER_S = 0.05  # at most, for what may still come
 DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
+OWN_DELETES_LINGER_S = 1.0  # of the default visibility timeout's thirty
+ROOM_ASKED_FOR_S = 0.1
+SAME_TRANSACTION_ATTEMPTS = 4  # within the ten minutes of its token
 UPDATES_IN_HAND = 500
 UPDATE_VISIBILITY_S = 10
 UPDATE_RECEIVES = 5
 EVENT_ID_WINDOW_S = (
     300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
 )
-EVENT_IDS_REMEMBERED = 4_096  # per project
-HEADS_REMEMBERED = 512  # projects
+EVENT_IDS_REMEMBERED = 400_000  # 1,000 events a second for the window and the clocks' skew
+HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
 CLOCK_SKEW_S = 60.0
 FAN_OUT_RETENTION_S = 60
 STALE_AFTER_HEARTBEATS = 5
@@ -325,6 +328,20 @@ PASSING_CODES = frozenset({
 })  # fmt: skip
 """Error codes that a later attempt may not meet (AWS SDKs' standard retry mode, and SQS's own)."""
 
+PASSING_REASONS = frozenset({
+    "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded",
+})  # fmt: skip
+"""Why DynamoDB cancels a transaction that a later attempt may see through."""
+
+CALLER_CODES = frozenset({
+    "AccessDeniedException", "AccessDenied", "NotAuthorized", "ResourceNotFoundException",
+    "UnrecognizedClientException", "InvalidClientTokenId", "InvalidSignatureException",
+    "SignatureDoesNotMatch", "IncompleteSignature", "IncompleteSignatureException",
+    "MissingAuthenticationToken", "MissingAuthenticationTokenException", "OptInRequired",
+    "SubscriptionRequiredException",
+})  # fmt: skip
+"""Refusals of whoever calls, or for want of a table; they say nothing about what was sent."""
+
 GONE_CODES = frozenset({
     "AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist", "NotFound", "NotFoundException",
 })  # fmt: skip
@@ -348,12 +365,28 @@ def error_code(exc: BaseException) -> str:
     return type(exc).__name__
 
 
+def cancellation_codes(exc: ClientError) -> list[str]:
+    """Why a transaction was cancelled, an entry for each of its items: empty for the innocent."""
+    reasons: Any = exc.response.get("CancellationReasons") or ()
+    codes = [str(reason.get("Code") or "None") for reason in reasons]
+    return ["" if code == "None" else code for code in codes]
+
+
 def passes(exc: BaseException) -> bool:
     """Whether a later attempt may succeed where ``exc`` was raised."""
     if not isinstance(exc, ClientError):
         return isinstance(exc, PASSING_ERRORS)
+    if reasons := set(cancellation_codes(exc)) - {""}:
+        return reasons <= PASSING_REASONS
     status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status >= 500 or status == 429 or error_code(exc) in PASSING_CODES
+
+
+def refuses_content(exc: ClientError) -> bool:
+    """Whether AWS refuses, for good, what it was sent: neither who sent it, nor only for now."""
+    if error_code(exc) == "TransactionCanceledException":
+        return any(cancellation_codes(exc))
+    return not passes(exc) and error_code(exc) not in CALLER_CODES
 
 
 def full_jitter_s(attempt: int, *, base_s: float = 0.1, cap_s: float = 5.0) -> float:
@@ -930,28 +963,31 @@ class Update(Struct):
     connection_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
 
 
-class Carried(Struct, array_like=True):
-    """An event on its way to the other tasks; ``payload`` is the text that their clients get."""
+class RelayedEvent(Struct, array_like=True):
+    """An event on its way to the other tasks; ``payload`` is the text that their clients get.
+
+    New members come last and have a default: tasks of two versions read each other's.
+    """
 
     project_id: str
     seq: int | None
     connection_id: str | None
     sent_at: float
     payload: Raw
+    event_id: str | None = None
 
 
-class Carrier(Struct):
-    """The body of a message of the topic."""
+class RelayedBatch(Struct):
+    """The body of a message of the topic.
+
+    Attributes:
+        origin: the task that sends it.
+        lines: whether each event has a line of its own, so that it can be decoded by itself.
+    """
 
     origin: str
-    events: list[Carried]
-
-
-class CarrierInParts(Struct):
-    """The same, with nothing read of it."""
-
-    origin: Raw
-    events: list[list[Raw]]
+    events: list[RelayedEvent]
+    lines: bool = False
 
 
 class DataWithoutD(Struct, rename={"data": "cata"}):
@@ -966,9 +1002,10 @@ class Decoders:
     client_message = msgspec.json.Decoder(ClientMessage)
     authenticate = msgspec.json.Decoder(Authenticate)
     update = msgspec.json.Decoder(Update)
-    carrier = msgspec.json.Decoder(Carrier)
     data_without_d = msgspec.json.Decoder(DataWithoutD)
-    carrier_in_parts = msgspec.json.Decoder(CarrierInParts)
+    relayed_batch = msgspec.json.Decoder(RelayedBatch)
+    relayed_event = msgspec.json.Decoder(RelayedEvent)
+    raws = msgspec.json.Decoder(list[Raw])
     envelope = msgspec.json.Decoder(
         msgspec.defstruct(
             "Envelope",
@@ -1213,33 +1250,26 @@ def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
     return message
 
 
-def decode_carrier(body: str) -> Carrier:
-    """What another task has published.
+def decode_relayed(line: str) -> RelayedEvent:
+    """An event that another task has published, whatever its payload.
 
     Raises:
-        msgspec.DecodeError, RecursionError: it is none of a task's messages.
+        msgspec.DecodeError, RecursionError: it is none.
     """
     try:
-        return Decoders.carrier.decode(body)
+        return Decoders.relayed_event.decode(line)
     except msgspec.DecodeError:
-        if not re.search(r"\\u[dD]", body):
+        if not re.search(r"\\u[dD]", line):
             raise
-    in_parts = Decoders.carrier_in_parts.decode(without_halves(body.encode()))
-    place = Carried.__struct_fields__.index("payload")
-    payloads, events = [], []
-    for parts in in_parts.events:
-        texts = [with_halves(bytes(part)) for part in parts]
-        if len(texts) <= place:
-            raise msgspec.ValidationError("an event without a payload")
-        payloads.append(Raw(texts[place]))
-        texts[place] = b"null"
-        events.append(b"[%b]" % b",".join(texts))
-    origin = with_halves(bytes(in_parts.origin))
-    readable = b'{"origin":%b,"events":[%b]}' % (origin, b",".join(events))
-    carrier = Decoders.carrier.decode(readable)
-    for carried, payload in zip(carrier.events, payloads, strict=True):
-        carried.payload = payload
-    return carrier
+    members = [
+        with_halves(bytes(raw)) for raw in Decoders.raws.decode(without_halves(line.encode()))
+    ]
+    place = RelayedEvent.__struct_fields__.index("payload")
+    payload = b"".join(members[place : place + 1])
+    members[place : place + 1] = [b"null"]
+    event = Decoders.relayed_event.decode(b"[%b]" % b",".join(members))
+    event.payload = Raw(payload)
+    return event
 
 
 def decode(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
@@ -1784,7 +1814,7 @@ class Channel:
         self.moved_at = 0.0
         self.recent: deque[Event] = deque()
         self._recent_bytes = 0
-        self.opening: asyncio.Task[None] | None = None
+        self.opening: asyncio.Future[None] | None = None
         self.filling: asyncio.Task[None] | None = None
         self.visitors = 0
 
@@ -2700,70 +2730,54 @@ class Forwarder:
 # One ordered log a project, in DynamoDB. Knows no connections and no SQS.
 #
 #   PK=EVENTLOG      SK=EPOCH             epoch: one random id a table
-#   PK=PROJECT#<id>  SK=EVENTLOG          seq: of the last event; never expires
+#   PK=PROJECT#<id>  SK=EVENTLOG          the head; seq: of the last event; never expires;
+#                                         newest: "<seq> <timestamp>", of the event it was set with
 #   PK=PROJECT#<id>  SK=EVENT#<seq>       type, data, event_id, timestamp, expires_at
 #   PK=PROJECT#<id>  SK=METADATA          the platform's own state of the project
+#
+# An append is one transaction over as many projects as it can hold. Of each project it moves the
+# head from the seq that this task knows to the new end of the log, and puts the events in between.
+# Where another task has moved the head first, the transaction fails, for all its projects: those
+# whose heads were right are written at once without the others, and each of the others is read
+# again and written alone. A call without an answer is repeated with the same token, by which
+# DynamoDB recognises for ten minutes what it has done. A refusal that waiting does not change is
+# narrowed down to the event it is for. To fail less often, a task learns the numbers and ids of
+# the events that other tasks publish.
+#
+# An update can come again: SQS repeats what was not deleted, and agents repeat their event_id. So
+# this task remembers the ids of all events of the last minutes, of every project whose head it
+# remembers. An update that may be older than what is remembered is looked for in the log. One item
+# an event id, in the same transaction, would remember for us, and cost half as much again.
+#
+# One conditional write an event (put EVENT#<n+1> if it is not there) would cost half of head and
+# event. It is not done: a task of an earlier version, beside this one in every deployment, puts
+# events on condition of the head alone, and would overwrite those that did not move it; a log
+# that has expired would begin again with 1; and the audit, which now reads a hundred heads a
+# call, would need a query a project.
 
 
-IDS_ONLY: Mapping[str, Any] = {
-    "ProjectionExpression": "SK, event_id, #timestamp",
+EVENT_IDS: Mapping[str, Any] = {
+    "ProjectionExpression": "SK, seq, event_id, #timestamp",
     "ExpressionAttributeNames": {"#timestamp": "timestamp"},  # a reserved word
 }
+
+HEAD_KEY = "EVENTLOG"
+
+STALE_HEAD_CODES = frozenset({"ConditionalCheckFailed", "TransactionConflict"})
 
 
 def event_key(seq: int) -> str:
     return f"EVENT#{seq:016d}"
 
 
+def seq_of(item: Mapping[str, Any]) -> int | None:
+    """The ``seq`` of an item of the log; ``None`` if it is no event."""
+    key = item["SK"]["S"]
+    return int(key.removeprefix("EVENT#")) if key.startswith("EVENT#") else None
+
+
 def unix_s(stamp: str) -> float:
     return datetime.fromisoformat(stamp).timestamp()
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Entry:
-    """An update to be appended.
-
-    Attributes:
-        event_id: what recognises it when it comes again.
-        look_back_to: unix seconds since when it may already be in the log.
-        sent_at: when the agent sent it, unix seconds.
-        event: what became of it, once it is in the log.
-    """
-
-    update: Update
-    event_id: str
-    look_back_to: float
-    sent_at: float
-    event: Event | None = None
-
-
-class Head:
-    """What this task knows of the end of one project's log.
-
-    ``known`` has, by event id, the seq and timestamp of every event that is above ``low``, so of
-    every event since ``reaches_back_to``, unix seconds, up to ``seq``.
-    """
-
-    __slots__ = ("known", "low", "reaches_back_to", "seq")
-
-    def __init__(self, seq: int, now: float) -> None:
-        self.seq = self.low = seq
-        self.reaches_back_to = now
-        self.known: dict[str, tuple[int, str]] = {}
-
-    def learn(self, event_id: str, seq: int, stamp: str) -> None:
-        self.seq = max(self.seq, seq)
-        self.known[event_id] = (seq, stamp)
-
-    def trim(self) -> None:
-        """Forget the oldest; not while an append is under way, which may still look for them."""
-        too_old = timestamp(time.time() - EVENT_ID_WINDOW_S - CLOCK_SKEW_S)
-        while self.known:
-            oldest, (seq, stamp) = next(iter(self.known.items()))
-            if len(self.known) <= EVENT_IDS_REMEMBERED and stamp >= too_old:
-                break
-            del self.known[oldest]
-            self.low, self.reaches_back_to = seq, unix_s(stamp) + 0.001
 
 
 def event_message(project_id: str, item: Mapping[str, Any]) -> EventMessage:
@@ -2772,50 +2786,183 @@ def event_message(project_id: str, item: Mapping[str, Any]) -> EventMessage:
         type=item["type"]["S"],
         project_id=project_id,
         data=Raw(item["data"]["S"].encode()),
-        seq=int(item["SK"]["S"].removeprefix("EVENT#")),
+        seq=seq_of(item),
         timestamp=item["timestamp"]["S"],
     )
 
 
-def unknown_to(head: Head, entries: Sequence[Entry]) -> list[Entry]:
-    """The entries that are not in the log yet, each event id once."""
-    fresh = {
-        entry.event_id: entry for entry in reversed(entries) if entry.event_id not in head.known
-    }
-    return [entry for entry in entries if fresh.get(entry.event_id) is entry]
+@dataclasses.dataclass(slots=True, eq=False)
+class PendingEvent:
+    """An update on its way into the log.
+
+    Attributes:
+        event_id: what it is recognised by when it comes again.
+        look_back_to: unix seconds since when it may already be in the log.
+        sent_at: when the agent sent it, unix seconds.
+        event: what clients get, once it is in the log.
+        refusal: DynamoDB's code, if it does not take this event.
+    """
+
+    update: Update
+    event_id: str
+    look_back_to: float
+    sent_at: float
+    event: Event | None = None
+    refusal: str | None = None
+
+    @property
+    def project_id(self) -> str:
+        return self.update.project_id or EVERYONE
 
 
-def numbered(
-    project_id: str, seq: int, entries: Sequence[Entry]
-) -> list[tuple[Entry, EventMessage]]:
-    """As many of ``entries`` as one transaction takes, with the next numbers after ``seq``."""
-    stamp = timestamp()
-    chunk: list[tuple[Entry, EventMessage]] = []
-    size = 0
-    for entry in entries[:TRANSACTION_EVENTS]:
-        size += len(bytes(entry.update.data)) + 1_024
-        if chunk and size > TRANSACTION_BYTES:
-            break
-        seq += 1
-        chunk.append(
-            (entry, EventMessage(entry.update.type, project_id, entry.update.data, seq, stamp))
-        )
-    return chunk
+class RecentIds:
+    """The event ids of the last minutes, of all projects.
+
+    Kept in generations that are forgotten whole, so that remembering costs the same however many
+    there are: some 140 bytes an id, whatever its length.
+
+    Attributes:
+        since: unix seconds; every id that was added later is here.
+    """
+
+    def __init__(self) -> None:
+        self.since = 0.0
+        self._began_at = time.time()
+        self._newest: dict[bytes, int] = {}
+        self._older: deque[tuple[float, dict[bytes, int]]] = deque()  # with the time of its end
+
+    @staticmethod
+    def _key(project_id: str, event_id: str) -> bytes:
+        name = f"{len(project_id)}:{project_id}{event_id}".encode()
+        return hashlib.blake2b(name, digest_size=16).digest()
+
+    def add(self, project_id: str, event_id: str, seq: int) -> None:
+        self._newest[self._key(project_id, event_id)] = seq
+
+    def find(self, project_id: str, event_id: str) -> int | None:
+        """The ``seq`` of the event with this id, if it is remembered."""
+        key = self._key(project_id, event_id)
+        if key in self._newest:
+            return self._newest[key]
+        return next((ids[key] for _, ids in self._older if key in ids), None)
+
+    def forget(self) -> None:
+        """Forget what is older than the window, and the oldest of what is too much."""
+        now = time.time()
+        full = len(self._newest) > EVENT_IDS_REMEMBERED // 8
+        if full or now - self._began_at > EVENT_ID_WINDOW_S / 5:
+            self._older.append((now, self._newest))
+            self._newest, self._began_at = {}, now
+        while self._older and (
+            self._older[0][0] < now - EVENT_ID_WINDOW_S - CLOCK_SKEW_S
+            or len(self) > EVENT_IDS_REMEMBERED
+        ):
+            self.since = self._older.popleft()[0]
+
+    def __len__(self) -> int:
+        return len(self._newest) + sum(len(generation) for _, generation in self._older)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Head:
+    """What this task knows of the end of one project's log.
+
+    Attributes:
+        seq: of the last event that is known.
+        known_since: unix seconds; the ids of all events from then on up to ``seq`` were added to
+            those that are remembered.
+        stale: whether there is known to be an event after ``seq``.
+    """
+
+    seq: int
+    known_since: float
+    stale: bool = False
+
+
+class ProjectAppend:
+    """What is to be appended to one project's log, and what has come of it.
+
+    Attributes:
+        pending: in order; in the end each of them has its event or its refusal.
+        others: other tasks' events that were met on the way, in order.
+        head: ``None`` until it was looked up.
+        at_most: how many events the next transaction may have.
+        attempts: how many transactions have failed for this project since the last success.
+        pause_s: to wait before the next transaction.
+    """
+
+    def __init__(self, project_id: str, pending: Sequence[PendingEvent]) -> None:
+        self.project_id = project_id
+        self.pending = pending
+        self.others: list[Event] = []
+        self.head: Head | None = None
+        self.at_most = TRANSACTION_EVENTS
+        self.attempts = 0
+        self.pause_s = 0.0
+
+    @property
+    def waiting(self) -> list[PendingEvent]:
+        return [each for each in self.pending if each.event is None and each.refusal is None]
+
+    @property
+    def item_count(self) -> int:
+        return 1 + min(len(self.pending), TRANSACTION_EVENTS)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(bytes(each.update.data)) + 1_024 for each in self.pending)
+
+    def next_events(self) -> list[tuple[PendingEvent, EventMessage]]:
+        """As much of what waits as one transaction takes, with the next numbers."""
+        seq, stamp = cast("Head", self.head).seq, timestamp()
+        size = 0
+        chosen: dict[str, tuple[PendingEvent, EventMessage]] = {}
+        for each in self.waiting:
+            size += len(bytes(each.update.data)) + 1_024
+            if len(chosen) == self.at_most or (chosen and size > TRANSACTION_BYTES):
+                break
+            if each.event_id not in chosen:
+                seq += 1
+                message = EventMessage(
+                    each.update.type, self.project_id, each.update.data, seq, stamp
+                )
+                chosen[each.event_id] = each, message
+        return list(chosen.values())
+
+    def failed(self, *, throttled: bool) -> None:
+        """Note that a transaction failed for this project, and how long to keep off."""
+        first_conflict = not throttled and not self.attempts  # reading the head again is enough
+        base_s = 0.1 if throttled else 0.01
+        self.pause_s = 0.0 if first_conflict else full_jitter_s(self.attempts, base_s=base_s)
+        self.attempts += 1
+
+
+def transactions(appends: Iterable[ProjectAppend]) -> Iterator[list[ProjectAppend]]:
+    """Appends in groups that one transaction takes each; one that is larger is alone."""
+    group: list[ProjectAppend] = []
+    items = size = 0
+    for append in appends:
+        items, size = items + append.item_count, size + append.size_bytes
+        if group and (items > TRANSACTION_EVENTS + 1 or size > TRANSACTION_BYTES):
+            yield group
+            group, items, size = [], append.item_count, append.size_bytes
+        group.append(append)
+    if group:
+        yield group
 
 
 class EventLog:
-    """Append, read, head.
+    """Append, read, head."""
 
-    An append is one transaction, conditional on the head being where this task last saw it: of
-    two tasks one wins, and the other reads what it missed and tries again. A call whose outcome
-    is unknown is settled in the same way, by looking for its event ids in the log.
-    """
-
-    def __init__(self, dynamodb: DynamoDBClient, table: str, retention_s: int) -> None:
+    def __init__(
+        self, dynamodb: DynamoDBClient, table: str, retention_s: int, metrics: Metrics
+    ) -> None:
         self._dynamodb = dynamodb
         self._table = table
         self._retention_s = retention_s
-        self._heads: dict[str, Head] = {}
+        self._metrics = metrics
+        self._heads: dict[str, Head] = {}  # the latest used comes last
+        self._recent_ids = RecentIds()
         self.dependency = Dependency("event log")
         self.epoch = ""
 
@@ -2827,9 +2974,15 @@ class EventLog:
         """
         key: Any = {"PK": {"S": "EVENTLOG"}, "SK": {"S": "EPOCH"}}
         while not self.epoch:
-            item = await self._get(key)
-            self.epoch = item["epoch"]["S"] if item else ""
-            if not item:
+            answer = await self.dependency.retry(
+                "GetItem",
+                lambda: self._dynamodb.get_item(
+                    TableName=self._table, Key=key, ConsistentRead=True
+                ),
+            )
+            if "Item" in answer:
+                self.epoch = answer["Item"]["epoch"]["S"]
+            else:
                 await self.dependency.retry("PutItem", lambda: self._put_epoch(key))
 
     async def _put_epoch(self, key: dict[str, Any]) -> None:
@@ -2842,27 +2995,29 @@ class EventLog:
             if error_code(exc) != "ConditionalCheckFailedException":
                 raise
 
-    async def _get(self, key: dict[str, Any]) -> dict[str, Any]:
-        answer = await self.dependency.retry(
-            "GetItem",
-            lambda: self._dynamodb.get_item(TableName=self._table, Key=key, ConsistentRead=True),
-        )
-        return cast("dict[str, Any]", answer.get("Item", {}))
+    # Reading.
 
     async def head(self, project_id: str) -> int:
         """``seq`` of the project's last event; 0 for an empty log."""
-        item = await self._get({"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "EVENTLOG"}})
-        return int(item["seq"]["N"]) if item else 0
+        return (await self.heads([project_id], consistent=True)).get(project_id, 0)
 
-    async def heads(self, project_ids: Sequence[str]) -> dict[str, int]:
-        """``head`` of many at the price of a hundredth of the calls; may lag by a moment."""
-        found: dict[str, int] = {}
-        left: list[Any] = [
-            {"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "EVENTLOG"}}
-            for project_id in project_ids
-        ]
+    async def heads(
+        self, project_ids: Sequence[str], *, consistent: bool = False
+    ) -> dict[str, int]:
+        """``head`` of many, at the price of a hundredth of the calls; of empty logs none.
+
+        Unless ``consistent``, at half the price, they may lag by a moment.
+        """
+        items = await self._head_items(project_ids, consistent=consistent)
+        return {project_id: int(item["seq"]["N"]) for project_id, item in items.items()}
+
+    async def _head_items(
+        self, project_ids: Sequence[str], *, consistent: bool
+    ) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        left: list[Any] = [self._key(project_id, HEAD_KEY) for project_id in project_ids]
         while left:
-            request: Any = {self._table: {"Keys": left[:100]}}
+            request: Any = {self._table: {"Keys": left[:100], "ConsistentRead": consistent}}
             left = left[100:]
             answer = await self.dependency.retry(
                 "BatchGetItem",
@@ -2870,205 +3025,360 @@ class EventLog:
                 "Responses",
             )
             for item in answer["Responses"].get(self._table, []):
-                found[item["PK"]["S"].removeprefix("PROJECT#")] = int(item["seq"]["N"])
+                found[item["PK"]["S"].removeprefix("PROJECT#")] = cast("dict[str, Any]", item)
             if unprocessed := answer.get("UnprocessedKeys", {}).get(self._table):
                 left += unprocessed["Keys"]
                 await asyncio.sleep(full_jitter_s(1))
         return found
 
-    async def read(self, project_id: str, after: int) -> list[Event]:
+    async def read(self, project_id: str, after: int, known: int = 0) -> list[Event]:
         """The next events after ``after`` that have not expired: up to a page, at most 1 MB.
 
-        An empty list means the end of the log; a first ``seq`` other than ``after + 1`` a hole.
+        An empty list means the end of the log. A first ``seq`` other than ``after + 1``, and an
+        empty list where ``known`` is the ``seq`` of a later event, mean that what is left out has
+        expired: a query may see a part of a transaction, and so it is looked at again.
         """
-        low = event_key(after + 1)
         while True:
-            items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
-            now = time.time()
-            events = [
-                Event.of(event_message(project_id, item))
-                for item in items
-                if int(item["expires_at"]["N"]) > now
-            ]
-            if events or not low:
+            events: list[Event] = []
+            async for page in self._pages(project_id, event_key(after + 1), event_key(SEQ_MAX)):
+                now = time.time()
+                events = [
+                    Event.of(event_message(project_id, item))
+                    for item in page
+                    if int(item["expires_at"]["N"]) > now
+                ]
+                if events:
+                    break
+            first = cast("int", events[0].seq) if events else known + 1
+            if first <= after + 1:
+                return events
+            missing = await self._items_at(project_id, [after + 1])
+            if not missing or int(missing[0]["expires_at"]["N"]) <= time.time():
                 return events
 
-    async def _query(
-        self, project_id: str, low: str, high: str, *, forward: bool, ids_only: bool = False
-    ) -> tuple[list[dict[str, Any]], str]:
-        """A page of the items between two sort keys, and the key with which the next one begins.
+    def _key(self, project_id: str, sort_key: str) -> dict[str, Any]:
+        return {"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": sort_key}}
 
-        Bounded on both sides: EVENTLOG and METADATA sort after EVENT#.
+    async def _pages(
+        self,
+        project_id: str,
+        low: str,
+        high: str,
+        *,
+        forward: bool = True,
+        members: Mapping[str, Any] = {},
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """The items between two sort keys, page by page; bounded, for METADATA comes after."""
+        start: dict[str, Any] = {}
+        while True:
+            answer = await self.dependency.retry(
+                "Query",
+                lambda: self._dynamodb.query(
+                    TableName=self._table,
+                    KeyConditionExpression="PK = :project AND SK BETWEEN :low AND :high",
+                    ExpressionAttributeValues={
+                        ":project": {"S": f"PROJECT#{project_id}"},
+                        ":low": {"S": low},
+                        ":high": {"S": high},
+                    },
+                    ConsistentRead=True,
+                    ScanIndexForward=forward,
+                    Limit=100,
+                    **members,
+                    **start,  # noqa: B023 (called at once)
+                ),
+                "Items",
+            )
+            yield cast("list[dict[str, Any]]", answer["Items"])
+            if "LastEvaluatedKey" not in answer:
+                return
+            start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
+
+    async def _items_at(self, project_id: str, seqs: Sequence[int]) -> list[dict[str, Any]]:
+        """The events with these numbers, at most 100, of one moment: all of a transaction or none.
+
+        Whatever is not among them does not exist, or no more.
         """
+        keys = [self._key(project_id, event_key(seq)) for seq in seqs]
         answer = await self.dependency.retry(
-            "Query",
-            lambda: self._dynamodb.query(
-                TableName=self._table,
-                KeyConditionExpression="PK = :project AND SK BETWEEN :low AND :high",
-                ExpressionAttributeValues={
-                    ":project": {"S": f"PROJECT#{project_id}"},
-                    ":low": {"S": low},
-                    ":high": {"S": high},
-                },
-                ConsistentRead=True,
-                **(IDS_ONLY if ids_only else {}),
-                ScanIndexForward=forward,
-                Limit=100,
+            "TransactGetItems",
+            lambda: self._dynamodb.transact_get_items(
+                TransactItems=[{"Get": {"TableName": self._table, "Key": key}} for key in keys]
             ),
-            "Items",
+            "Responses",
         )
-        if "LastEvaluatedKey" not in answer:
-            return cast("list[dict[str, Any]]", answer["Items"]), ""
-        last = int(answer["LastEvaluatedKey"]["SK"]["S"].removeprefix("EVENT#"))
-        return cast("list[dict[str, Any]]", answer["Items"]), event_key(
-            last + (1 if forward else -1)
-        )
+        found = [cast("dict[str, Any]", each.get("Item")) for each in answer["Responses"]]
+        return [item for item in found if item]
 
-    async def append(self, project_id: str, entries: Sequence[Entry]) -> list[Event]:
-        """Append what is not in the log yet.
+    # Appending.
 
-        One call at a time a project. Sets ``event`` of every entry, also of those that were in
-        the log before, and returns, in order, other tasks' events that were met on the way.
+    def learn(self, project_id: str, seq: int, event_id: str | None) -> None:
+        """Note an event that another task has appended, if an append here needs to know of it."""
+        head = self._heads.get(project_id)
+        if head is None or seq <= head.seq:
+            return
+        if seq == head.seq + 1 and event_id is not None:
+            head.seq = seq
+            self._recent_ids.add(project_id, event_id, seq)
+        else:
+            head.stale = True
+
+    async def append(self, group: Sequence[ProjectAppend]) -> list[list[ProjectAppend]]:
+        """Make one attempt to write what waits in each of the group, in one transaction for all.
+
+        A group is what ``transactions`` puts together, and a project in one group at a time.
+        Returns whose turn it is again, in groups that need not wait for each other. An append that
+        is in none of them is done.
 
         Raises:
-            UpstreamLost: the table is gone, or its log went back.
+            UpstreamLost: the table is gone, or a log in it went back.
         """
-        head = await self._head_to_append(project_id)
-        await self._look_back(project_id, head, entries)
-        met: list[Event] = []
-        began_at = head.seq
-        attempt = 0
-        while fresh := unknown_to(head, entries):
-            chunk = numbered(project_id, head.seq, fresh)
-            attempt += 1
-            if await self._transact(project_id, head, chunk, attempt):
-                for entry, message in chunk:
-                    head.learn(entry.event_id, cast("int", message.seq), message.timestamp)
-            else:
-                met += await self._catch_up(project_id, head)
-        own = set()
-        for entry in entries:
-            seq, stamp = head.known[entry.event_id]
-            own.add(seq)
-            message = EventMessage(entry.update.type, project_id, entry.update.data, seq, stamp)
-            if seq <= began_at:  # in the log before: what it says there is what happened
-                message = await self._stored(project_id, seq) or message
-            entry.event = Event.of(message, entry.sent_at)
-        head.trim()
-        return [event for event in met if event.seq not in own]
+        if pause_s := max(append.pause_s for append in group):
+            await asyncio.sleep(pause_s)
+        await self._look_up(group)
+        writes = [(append, events) for append in group if (events := append.next_events())]
+        if not writes:
+            return []
+        try:
+            done = await self._transact([item for write in writes for item in self._items(*write)])
+        except ClientError as exc:
+            return self._after_refusal(writes, exc)
+        if not done:
+            return self._part([append for append, _ in writes])
+        for append, events in writes:
+            for pending, message in events:
+                pending.event = Event.of(message, pending.sent_at)
+                self._appended(append, pending.event_id, cast("int", message.seq))
+            append.at_most, append.attempts, append.pause_s = TRANSACTION_EVENTS, 0, 0.0
+        left = [append for append, _ in writes if append.waiting]
+        return [left] if left else []
 
-    async def _stored(self, project_id: str, seq: int) -> EventMessage | None:
-        items, _ = await self._query(project_id, event_key(seq), event_key(seq), forward=True)
-        return event_message(project_id, items[0]) if items else None
+    def _appended(self, append: ProjectAppend, event_id: str, seq: int) -> None:
+        head = cast("Head", append.head)
+        head.seq = max(head.seq, seq)
+        self._recent_ids.add(append.project_id, event_id, seq)
 
-    async def _head_to_append(self, project_id: str) -> Head:
-        head = self._heads.pop(project_id, None)
-        if head is None:
-            head = Head(await self.head(project_id), time.time())
-        self._heads[project_id] = head  # the latest used comes last
+    async def _look_up(self, group: Sequence[ProjectAppend]) -> None:
+        """Know the heads of a group, and recognise what is in their logs already."""
+        self._recent_ids.forget()
+        cold = [append.project_id for append in group if append.project_id not in self._heads]
+        items = await self._head_items(cold, consistent=True) if cold else {}
+        for project_id in cold:
+            self._heads.setdefault(project_id, self._head_of(items.get(project_id)))
+        for append in group:
+            append.head = self._heads.pop(append.project_id)
+            self._heads[append.project_id] = append.head
         while len(self._heads) > HEADS_REMEMBERED:
             del self._heads[next(iter(self._heads))]
-        return head
+        if unread := [append for append in group if self._has_to_read(append)]:
+            await asyncio.gather(*map(self._read_up, unread))
+        for append in group:
+            await self._recognise(append)
 
-    async def _look_back(self, project_id: str, head: Head, entries: Sequence[Entry]) -> None:
-        """Get to know the event ids since the time when the first of the entries may have come.
+    def _head_of(self, item: dict[str, Any] | None) -> Head:
+        """A head as it was just read: if the last event is old, then there are no newer ids."""
+        if item is None:
+            return Head(0, 0.0)
+        newest_seq, _, stamp = item.get("newest", {}).get("S", "").partition(" ")
+        says_when = newest_seq == item["seq"]["N"]  # else a task that does not write it came after
+        return Head(int(item["seq"]["N"]), unix_s(stamp) + 0.001 if says_when else time.time())
 
-        Costs a read for a project's first append on this task, and hardly ever another: from
-        then on every event is met, as our own or on losing a race.
-        """
-        bound = min(entry.look_back_to for entry in entries)
-        if bound >= head.reaches_back_to:
-            return
-        older, high = {}, event_key(head.low)
-        while high:
-            items, high = await self._query(
-                project_id, event_key(0), high, forward=False, ids_only=True
-            )
-            for item in items:
-                head.low = int(item["SK"]["S"].removeprefix("EVENT#")) - 1
-                older[item["event_id"]["S"]] = (head.low + 1, item["timestamp"]["S"])
-            if items and unix_s(items[-1]["timestamp"]["S"]) < bound:
+    def _bound(self, append: ProjectAppend) -> float:
+        return min((each.look_back_to for each in append.waiting), default=math.inf)
+
+    def _has_to_read(self, append: ProjectAppend) -> bool:
+        head = cast("Head", append.head)
+        return head.stale or self._bound(append) < self._known_since(head)
+
+    def _known_since(self, head: Head) -> float:
+        return max(head.known_since, self._recent_ids.since)
+
+    async def _read_up(self, append: ProjectAppend) -> None:
+        """Read the log's end: back to where one of the updates may be, or on from where we were."""
+        head, bound = cast("Head", append.head), self._bound(append)
+        before, head.stale = head.seq, False
+        backward = bound < self._known_since(head)
+        items: list[dict[str, Any]] = []
+        low, members = (0, EVENT_IDS) if backward else (before + 1, {})
+        async for page in self._pages(
+            append.project_id, event_key(low), HEAD_KEY, forward=not backward, members=members
+        ):
+            items += page
+            last = page[-1] if page else {}
+            if backward and "timestamp" in last and unix_s(last["timestamp"]["S"]) < bound:
                 break
-        head.known = {**dict(reversed(older.items())), **head.known}
-        head.reaches_back_to = bound
+        seq = next((int(item["seq"]["N"]) for item in items if item["SK"]["S"] == HEAD_KEY), 0)
+        if seq < before:
+            raise UpstreamLost(
+                f"event log: {append.project_id!r} went back from seq {before} to {seq}; "
+                "the table was wiped or restored"
+            )
+        events = {place: item for item in items if (place := seq_of(item)) is not None}
+        first = min(events, default=1) if backward else before + 1
+        events |= await self._held_back(append.project_id, first, seq, events)
+        for place in sorted(place for place in events if place <= seq):
+            item = events[place]
+            self._recent_ids.add(append.project_id, item["event_id"]["S"], place)
+            if place > before and "data" in item:
+                append.others.append(Event.of(event_message(append.project_id, item)))
+        head.seq = max(head.seq, seq)
+        if backward:
+            head.known_since = bound
 
-    async def _transact(
-        self, project_id: str, head: Head, chunk: list[tuple[Entry, EventMessage]], attempt: int
-    ) -> bool:
-        """Write head and events in one transaction. ``False``: read the log again before more."""
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await self._dynamodb.transact_write_items(
-                    TransactItems=self._transaction(project_id, head.seq, chunk)
+    async def _held_back(
+        self, project_id: str, first: int, last: int, events: Mapping[int, Any]
+    ) -> dict[int, dict[str, Any]]:
+        """The events from ``first`` to ``last`` that a query has left out, seeing them in part.
+
+        From the newest on; where a hundred are missing indeed, all that is older has expired.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        missing = (seq for seq in range(last, first - 1, -1) if seq not in events)
+        while seqs := list(itertools.islice(missing, 100)):
+            items = await self._items_at(project_id, seqs)
+            found |= {cast("int", seq_of(item)): item for item in items}
+            if not items:
+                break
+        return found
+
+    async def _recognise(self, append: ProjectAppend) -> None:
+        """Settle what is in the log already: what it says there is what happened."""
+        met = {event.seq: event for event in append.others}
+        for pending in append.waiting:
+            seq = self._recent_ids.find(append.project_id, pending.event_id)
+            if seq is None:
+                continue
+            event = met.get(seq)
+            if event is None:
+                stored = await self._items_at(append.project_id, [seq])
+                update = pending.update
+                message = EventMessage(
+                    update.type, append.project_id, update.data, seq, timestamp()
                 )
-        except AWS_ERRORS as exc:
-            response: Any = exc.response if isinstance(exc, ClientError) else {}
-            reasons = {reason.get("Code") for reason in response.get("CancellationReasons", [])}
-            if "ConditionalCheckFailed" in reasons:
-                return False
-            transient = {"TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
-            if not passes(exc) and not reasons & transient:
-                raise self.dependency.lost(exc, "TransactWriteItems") from exc
-            self.dependency.failed(exc, "TransactWriteItems")
-            await asyncio.sleep(full_jitter_s(attempt))
-            return False
-        self.dependency.worked("TransactWriteItems")
-        return True
+                event = Event.of(event_message(append.project_id, stored[0]) if stored else message)
+            event.sent_at = pending.sent_at
+            pending.event = event
+        own = {each.event.seq for each in append.pending if each.event is not None}
+        append.others = [event for event in append.others if event.seq not in own]
 
-    def _transaction(
-        self, project_id: str, seq: int, chunk: list[tuple[Entry, EventMessage]]
+    def _items(
+        self, append: ProjectAppend, events: Sequence[tuple[PendingEvent, EventMessage]]
     ) -> list[Any]:
-        project = {"S": f"PROJECT#{project_id}"}
-        expires_at = {"N": str(int(time.time()) + self._retention_s)}
+        """The head and the events of one project, as members of a transaction."""
+        before = cast("int", events[0][1].seq) - 1
+        after, stamp = before + len(events), events[-1][1].timestamp
         head = {
             "TableName": self._table,
-            "Key": {"PK": project, "SK": {"S": "EVENTLOG"}},
-            "UpdateExpression": "SET seq = :after",
-            "ConditionExpression": "seq = :before" if seq else "attribute_not_exists(PK)",
-            "ExpressionAttributeValues": {":after": {"N": str(seq + len(chunk))}},
+            "Key": self._key(append.project_id, HEAD_KEY),
+            "UpdateExpression": "SET seq = :after, newest = :newest",
+            "ConditionExpression": "seq = :before" if before else "attribute_not_exists(PK)",
+            "ExpressionAttributeValues": {
+                ":after": {"N": str(after)},
+                ":newest": {"S": f"{after} {stamp}"},
+                **({":before": {"N": str(before)}} if before else {}),
+            },
         }
-        if seq:
-            head["ExpressionAttributeValues"][":before"] = {"N": str(seq)}  # type: ignore[index]
+        expires_at = {"N": str(int(time.time()) + self._retention_s)}
         puts = [
             {
                 "TableName": self._table,
                 "Item": {
-                    "PK": project,
-                    "SK": {"S": event_key(cast("int", message.seq))},
+                    **self._key(append.project_id, event_key(cast("int", message.seq))),
                     "type": {"S": message.type},
                     "data": {"S": bytes(message.data).decode()},
-                    "event_id": {"S": entry.event_id},
+                    "event_id": {"S": pending.event_id},
                     "timestamp": {"S": message.timestamp},
                     "expires_at": expires_at,
                 },
             }
-            for entry, message in chunk
+            for pending, message in events
         ]
         return [{"Update": head}, *({"Put": put} for put in puts)]
 
-    async def _catch_up(self, project_id: str, head: Head) -> list[Event]:
-        """Learn what came after ``head``, from other tasks or by a call of unknown outcome."""
-        before, events = head.seq, list[Event]()
-        for pause_s in (0.0, HOLE_DOUBT_S):
-            if pause_s:
-                await asyncio.sleep(pause_s)
-            now_at = await self.head(project_id)
-            if now_at < before:
-                raise UpstreamLost(
-                    f"event log: {project_id!r} went back from seq {before} to {now_at}; "
-                    "the table was wiped or restored"
-                )
-            events, low = [], event_key(before + 1)
-            while low:
-                items, low = await self._query(project_id, low, event_key(SEQ_MAX), forward=True)
-                for item in items:
-                    message = event_message(project_id, item)
-                    head.learn(item["event_id"]["S"], cast("int", message.seq), message.timestamp)
-                    events.append(Event.of(message))
-            if len(events) >= now_at - before:
-                break  # else a transaction was seen in part, or what is missing has expired
-        head.seq = max(head.seq, now_at)
-        return events
+    async def _transact(self, items: list[Any]) -> bool:
+        """Repeat a transaction until DynamoDB says what became of it; ``False`` if it does not.
+
+        Whatever is about this task or its table is waited for, while ``/health`` tells of it: to
+        end would only send all updates in hand to the next task, and then to the dead letters.
+
+        Raises:
+            ClientError: it was refused; nothing was written.
+        """
+        token = uuid.uuid4().hex
+        for attempt in range(SAME_TRANSACTION_ATTEMPTS):
+            try:
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await self._dynamodb.transact_write_items(
+                        TransactItems=items, ClientRequestToken=token
+                    )
+            except AWS_ERRORS as exc:
+                if isinstance(exc, ClientError) and refuses_content(exc):
+                    raise
+                self.dependency.failed(exc, "TransactWriteItems")
+                await asyncio.sleep(full_jitter_s(attempt))
+            else:
+                self.dependency.worked("TransactWriteItems")
+                return True
+        return False
+
+    def _after_refusal(
+        self,
+        writes: Sequence[tuple[ProjectAppend, list[tuple[PendingEvent, EventMessage]]]],
+        exc: ClientError,
+    ) -> list[list[ProjectAppend]]:
+        """Who is to be written anew: together who had no part in it, each of the others alone."""
+        codes = cancellation_codes(exc)
+        if not any(codes):
+            return self._narrow_down(writes, exc)
+        innocent, groups = list[ProjectAppend](), list[list[ProjectAppend]]()
+        place = 0
+        for append, events in writes:
+            head_code, *event_codes = [*codes[place : place + 1 + len(events)], ""]
+            place += 1 + len(events)
+            found = {head_code, *event_codes} - {""}
+            (groups.append([append]) if found else innocent.append(append))
+            if found & STALE_HEAD_CODES:
+                self._metrics.append_conflicts += 1
+                cast("Head", append.head).stale = True
+                append.failed(throttled=False)
+            elif found & PASSING_REASONS:
+                self.dependency.failed(exc, "TransactWriteItems")
+                append.failed(throttled=True)
+            elif head_code:
+                self._refuse([pending for pending, _ in events], head_code)
+            else:
+                for (pending, _), code in zip(events, event_codes, strict=False):
+                    self._refuse([pending] if code else [], code)
+        return [innocent, *groups] if innocent else groups
+
+    def _part(self, appends: list[ProjectAppend]) -> list[list[ProjectAppend]]:
+        """Read the logs of a group again, and go on in two halves: it may be due to one of them."""
+        for append in appends:
+            cast("Head", append.head).stale = True
+            append.failed(throttled=True)
+        half = len(appends) // 2
+        return [part for part in (appends[:half], appends[half:]) if part]
+
+    def _narrow_down(
+        self,
+        writes: Sequence[tuple[ProjectAppend, list[tuple[PendingEvent, EventMessage]]]],
+        exc: ClientError,
+    ) -> list[list[ProjectAppend]]:
+        """Halve what was refused as a whole, until it is one event."""
+        appends = [append for append, _ in writes]
+        if half := len(appends) // 2:
+            return [appends[:half], appends[half:]]
+        [(append, events)] = writes
+        append.at_most = len(events) // 2
+        if not append.at_most:
+            self._refuse([events[0][0]], error_code(exc))
+            append.at_most = TRANSACTION_EVENTS
+        return [appends]
+
+    def _refuse(self, refused: Sequence[PendingEvent], code: str) -> None:
+        for pending in refused:
+            logger.error("event log: %r: an event was refused: %s", pending.project_id, code)
+            pending.refusal = code
 
 
 # --- Backplane ------------------------------------------------------------------------------
@@ -3121,69 +3431,6 @@ class Chunk:
         return self._plain
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Page:
-    """A page of a log that is being read, or was; and how many wait for it."""
-
-    reading: asyncio.Task[list[Chunk] | Exception | None]
-    waiters: int = 0
-
-
-class Pages:
-    """Reads a page of a log once for all who come for it, and keeps the last few.
-
-    When a task is replaced, thousands come back at once that have missed the same. Pages belong
-    to a channel, not to its project: reading one moves the channel's cursor, and nobody else's.
-    """
-
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
-        self._tasks = tasks
-        self._pages: dict[tuple[Channel, int], Page] = {}
-
-    def __len__(self) -> int:
-        return len(self._pages)
-
-    async def get(
-        self, channel: Channel, position: int, read: Callable[[], Awaitable[list[Chunk] | None]]
-    ) -> list[Chunk] | None:
-        """What ``read`` has found for this caller or another one. Nothing found is not kept."""
-        key = (channel, position)
-        page = self._pages.get(key)
-        if page is None:
-            page = self._pages[key] = Page(self._tasks.create_task(self._read(read)))
-            if len(self._pages) > CATCHUP_PAGES:
-                del self._pages[next(iter(self._pages))]
-        page.waiters += 1
-        found: list[Chunk] | Exception | None = None
-        try:
-            found = await asyncio.shield(page.reading)
-        finally:
-            page.waiters -= 1
-            if not page.waiters:
-                page.reading.cancel()  # if nobody is left who wants it
-            useful = bool(found) and not isinstance(found, Exception)
-            over = page.reading.done() or not page.waiters
-            if over and not useful and self._pages.get(key) is page:
-                del self._pages[key]
-        if isinstance(found, Exception):
-            raise RuntimeError("a page of the log could not be read") from found
-        return found
-
-    async def _read(
-        self, read: Callable[[], Awaitable[list[Chunk] | None]]
-    ) -> list[Chunk] | Exception | None:
-        """A fault of ours is returned: it is to end the connections that wait, not the process."""
-        try:
-            return await read()
-        except UpstreamLost:
-            raise
-        except Exception as exc:
-            return exc
-
-    def clear(self) -> None:
-        self._pages.clear()
-
-
 class Feed:
     """Keeps every channel of this task equal to its log, and brings newcomers up to it.
 
@@ -3210,21 +3457,45 @@ class Feed:
         self._read_state = read_state
         self._reads = asyncio.Semaphore(CATCHUP_READS)
         self._turns = asyncio.Semaphore(CATCHUP_WRITES)
-        self._pages = Pages(tasks)
+        self._pages: dict[tuple[Channel, int], asyncio.Task[list[Chunk] | Exception | None]] = {}
+        self._to_open = Batcher(tasks, self._open, entries=100)
+        self._audited = ""
 
-    def accept(self, event: Event) -> None:
-        """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled."""
+    def accept(self, event: Event, connection_id: str | None = None) -> bool:
+        """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled.
+
+        With ``connection_id`` it is for that client alone. Returns whether that one is here.
+        """
+        if connection_id is not None:
+            return self._send_to(connection_id, event)
         channel = self._registry.channels.get(event.project_id)
         if channel is None:
-            return
-        if event.seq is None:
-            self._fan_out.push(channel, event)
-            return
-        placement = channel.place(event)
+            return False
+        placement = Placement.NEXT if event.seq is None else channel.place(event)
         if placement is Placement.NEXT:
             self._fan_out.push(channel, event)
         elif placement is Placement.GAP and channel.cursor is not None:
             self._fill_soon(channel)
+        return False
+
+    def _send_to(self, connection_id: str, event: Event) -> bool:
+        """Send an event to one client, who must have a right to its project at this moment."""
+        connection = self._registry.connections.get(connection_id)
+        if connection is None:
+            return False
+        principal = connection.principal
+        if principal is not None and principal.may_use(event.project_id):
+            connection.send(event.payload)
+        return True
+
+    def accept_relayed(self, relayed: RelayedEvent) -> None:
+        """Take an event from another task; most are for projects that nobody here listens to."""
+        if relayed.seq is not None:
+            self._log.learn(relayed.project_id, relayed.seq, relayed.event_id)
+        if relayed.connection_id is not None or relayed.project_id in self._registry.channels:
+            payload = bytes(relayed.payload)
+            event = Event(relayed.project_id, relayed.seq, payload, relayed.sent_at)
+            self.accept(event, relayed.connection_id)
 
     def subscribe(self, connection: Connection, request: Subscribe) -> None:
         """Confirm, send what was missed, go live; at once where the channel remembers enough."""
@@ -3297,14 +3568,16 @@ class Feed:
             if connection.catch_up_turn is None:
                 connection.catch_up_turn = asyncio.Lock()
             async with connection.catch_up_turn:
-                await self._bring_up(connection, channel, request)
+                await self._send_missed(connection, channel, request)
         except UpstreamLost:
             raise
         except Exception as exc:  # a fault of ours must cost one connection, not the process
             connection.fail(exc)
 
-    async def _bring_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
-        """Bring one client to the end of the log, as fast as it reads, and go live."""
+    async def _send_missed(
+        self, connection: Connection, channel: Channel, request: Subscribe
+    ) -> None:
+        """Send one client what it missed, as fast as it reads, and have it go live."""
         await self.open(channel)
         if request.since is not None and request.since > (channel.cursor or 0):
             await self._fill(channel)  # the client comes from a task that is ahead of this one
@@ -3333,32 +3606,50 @@ class Feed:
     ) -> list[Chunk] | None:
         """What follows ``position`` and is older than what the channel remembers; a page of it.
 
-        ``None`` if the log no longer reaches back so far.
+        Read once for all who come for it until the next audit, even if the first has gone: when
+        a task is replaced, thousands come back at once that have missed the same. ``None`` if the
+        log no longer reaches back so far.
         """
         if position >= channel.floor:
             return []
         await connection.account.afford(PAGE_PRICE_S)
-        return await self._pages.get(channel, position, partial(self._page, channel, position))
+        if position >= channel.floor:
+            return []
+        key = (channel, position)
+        page = self._pages.get(key)
+        if page is None:
+            page = self._pages[key] = self._tasks.create_task(self._page(channel, position))
+            if len(self._pages) > CATCHUP_PAGES:
+                del self._pages[next(iter(self._pages))]
+        found = await asyncio.shield(page)
+        if (not found or isinstance(found, Exception)) and self._pages.get(key) is page:
+            del self._pages[key]
+        if isinstance(found, Exception):
+            raise RuntimeError("a page of the log could not be read") from found
+        return found
 
-    async def _page(self, channel: Channel, position: int) -> list[Chunk] | None:
-        """A page of the log up to the first hole: the next read then begins with that."""
-        for pause_s in (0.0, HOLE_DOUBT_S):
-            if pause_s:
-                await asyncio.sleep(pause_s)
+    async def _page(self, channel: Channel, position: int) -> list[Chunk] | Exception | None:
+        """A page of the log up to the first hole: the next read then begins with that.
+
+        A fault of ours is returned: it is to end the connections that wait, not the process.
+        """
+        try:
             async with self._reads:
                 if position >= channel.floor:
                     return []  # somebody else's read has brought it back by now
                 self._metrics.catch_ups += 1
-                events = await self._read(channel, position)
-            run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
-            if run:
-                channel.remember(run)
-                return [Chunk(events) for events in chunks(run)]
-        return None
+                events = await self._read(channel, position, channel.cursor or 0)
+        except UpstreamLost:
+            raise
+        except Exception as exc:
+            return exc
+        run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
+        channel.remember(run)
+        return [Chunk(events) for events in chunks(run)] or None
 
-    async def _read(self, channel: Channel, after: int) -> list[Event]:
+    async def _read(self, channel: Channel, after: int, known: int) -> list[Event]:
         """A page of the log; what in it is news to the channel is delivered on the way."""
-        events = await self._log.read(channel.project_id, after)
+        events = await self._log.read(channel.project_id, after, known)
         for event in events:
             if channel.place(event) is Placement.NEXT:
                 self._fan_out.push(channel, event)
@@ -3379,18 +3670,23 @@ class Feed:
         connection.send(Encoders.snapshot.encode(ProjectSnapshot(project_id, state)))
 
     async def open(self, channel: Channel) -> None:
-        """Have the channel's cursor where its log ends; asked for by many, read once."""
+        """Have the channel's cursor where its log ends; of many channels in one call."""
         if channel.cursor is None:
             if channel.opening is None:
-                channel.opening = self._tasks.create_task(self._open(channel))
+                channel.opening = asyncio.get_running_loop().create_future()
+                self._to_open.add(channel)
             await asyncio.shield(channel.opening)
 
-    async def _open(self, channel: Channel) -> None:
-        async with self._reads:
-            channel.cursor = await self._log.head(channel.project_id)
-        channel.opening = None
-        if channel.wanted > channel.cursor:
-            self._fill_soon(channel)
+    async def _open(self, channels: list[Channel]) -> None:
+        names = {channel.project_id: None for channel in channels}
+        heads = await self._log.heads(list(names), consistent=True)
+        for channel in channels:
+            channel.cursor = heads.get(channel.project_id, 0)
+            if channel.opening is not None:
+                channel.opening.set_result(None)
+                channel.opening = None
+            if channel.wanted > channel.cursor:
+                self._fill_soon(channel)
 
     def _fill_soon(self, channel: Channel) -> None:
         if channel.filling is None:
@@ -3404,27 +3700,18 @@ class Feed:
             channel.filling = None
 
     async def _fill(self, channel: Channel) -> None:
-        """Deliver everything the log has beyond the cursor.
-
-        A hole is believed only when a second read still has it: a query may see a transaction
-        that is being committed in part, and ``wanted`` may rise while an answer is on its way.
-        """
-        doubted = False
+        """Deliver everything the log has beyond the cursor."""
         while True:
             after, wanted = channel.cursor or 0, channel.wanted
-            events = await self._read(channel, after)
+            events = await self._read(channel, after, wanted)
             if (channel.cursor or 0) > after:
-                doubted = False
-            elif not events and channel.wanted <= after:
+                continue
+            if events:
+                self._skip(channel, cast("int", events[0].seq) - 1)
+            elif channel.wanted <= after:
                 return
-            elif channel.wanted > wanted:
-                continue  # heard of meanwhile: it may just not have been there yet
-            elif not doubted:
-                doubted = True
-                await asyncio.sleep(HOLE_DOUBT_S)
-            else:
-                doubted = False
-                self._skip(channel, cast("int", events[0].seq) - 1 if events else wanted)
+            elif channel.wanted == wanted:  # else it may have come after the log was read
+                self._skip(channel, wanted)
 
     def _skip(self, channel: Channel, seq: int) -> None:
         """Go on after events that have expired; the listeners are told to refetch their state."""
@@ -3442,25 +3729,29 @@ class Feed:
                 channel.jump(channel.cursor or 0)
 
     async def audit(self, interval_s: float) -> NoReturn:
-        """Compare every cursor with its log now and then.
+        """Compare cursors with their logs now and then: of ``AUDITED_AT_ONCE`` channels a time.
 
         A lost message has no successor to give it away while its project is quiet.
         """
         while True:
             await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))  # noqa: S311
-            open_channels = [
-                name
-                for name, channel in self._registry.channels.items()
-                if channel.cursor is not None
-            ]
             self._forget_recent()
-            heads = await self._log.heads(open_channels)
+            heads = await self._log.heads(self._next_to_audit())
             await asyncio.sleep(min(1.0, interval_s))  # what is on its way may arrive
             for project_id, head in heads.items():
                 channel = self._registry.channels.get(project_id)
                 if channel is not None and channel.cursor is not None and channel.cursor < head:
                     channel.wanted = max(channel.wanted, head)
                     self._fill_soon(channel)
+
+    def _next_to_audit(self) -> list[str]:
+        """The open channels whose turn it is, by name, round and round."""
+        names = [name for name, each in self._registry.channels.items() if each.cursor is not None]
+        if len(names) > AUDITED_AT_ONCE:
+            names.sort(key=lambda name: (name <= self._audited, name))
+            del names[AUDITED_AT_ONCE:]
+            self._audited = names[-1]
+        return names
 
 
 class Receiver:
@@ -3561,8 +3852,8 @@ class Receiver:
 
 
 @contextlib.contextmanager
-def gone_is_fine() -> Iterator[None]:
-    """What is to be removed may have been removed by another task."""
+def unless_gone() -> Iterator[None]:
+    """Remove what another task may have removed already."""
     try:
         yield
     except ClientError as exc:
@@ -3573,8 +3864,7 @@ def gone_is_fine() -> Iterator[None]:
 async def delete(sqs: SQSClient, queue_url: str, receipts: Sequence[str]) -> list[str]:
     """Delete up to ten messages; returns the receipts of those that are still there."""
     entries: Any = [{"Id": str(i), "ReceiptHandle": r} for i, r in enumerate(receipts)]
-    async with asyncio.timeout(CALL_TIMEOUT_S):
-        answer = await sqs.delete_message_batch(QueueUrl=queue_url, Entries=entries)
+    answer = await sqs.delete_message_batch(QueueUrl=queue_url, Entries=entries)
     return [
         receipts[int(failure["Id"])]
         for failure in answer.get("Failed", ())
@@ -3608,7 +3898,9 @@ class Relay:
         self._unpublished = Batcher(
             tasks, self._publish, entries=1_000, size_bytes=SNS_MESSAGE_BYTES - 1_024, calls=1
         )
-        self._read = Batcher(tasks, self._delete, linger_s=DELETES_LINGER_S)
+        # The queue is this task's own: what is not deleted does not outlive it.
+        self._to_delete = Batcher(tasks, self._delete, linger_s=OWN_DELETES_LINGER_S)
+        self.bytes_in_hand = 0
         self.dependency = Dependency("fan-out")
 
     @property
@@ -3666,13 +3958,20 @@ class Relay:
         }
         return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
-    def publish(self, carried: Carried, done: Callable[[], None]) -> None:
-        """Have an event brought to the other tasks; ``done`` is called when the topic has it."""
-        raw = sendable(encode(carried))
-        self._unpublished.add((Raw(raw), done), len(raw) + 1)
+    def publish(self, event: RelayedEvent, done: Callable[[], None]) -> None:
+        """Have an event brought to the other tasks; ``done`` is called when the topic has it.
 
-    async def _publish(self, batch: list[tuple[Raw, Callable[[], None]]]) -> None:
-        body = encode({"origin": self._name, "events": [raw for raw, _ in batch]}).decode()
+        Each event is a line, so that no other is lost with one that cannot be read. A line's end
+        in JSON is always white space: in a string it is escaped.
+        """
+        line = sendable(encode(event)).replace(b"\n", b" ")
+        self.bytes_in_hand += len(line)
+        self._unpublished.add((line, done), len(line) + 2)
+
+    async def _publish(self, batch: list[tuple[bytes, Callable[[], None]]]) -> None:
+        first_line = encode({"origin": self._name, "lines": True, "events": []})[:-2]
+        lines = b",\n".join(line for line, _ in batch)
+        body = b"".join((first_line, b"\n", lines, b"\n]}")).decode()
         origin: Any = {"origin": {"DataType": "String", "StringValue": self._name}}
         await self.dependency.retry(
             "Publish",
@@ -3680,32 +3979,47 @@ class Relay:
                 TopicArn=self._topic_arn, Message=body, MessageAttributes=origin
             ),
         )
-        for _, done in batch:
+        for line, done in batch:
+            self.bytes_in_hand -= len(line)
             done()
 
-    async def run(self, accept: Callable[[Carried], None]) -> NoReturn:
+    def events_of(self, body: str) -> Iterator[RelayedEvent]:
+        """The events that a message of the topic brings from another task.
+
+        What cannot be read is logged and left out: the events around it are other projects'.
+        """
+        first_line, *lines = body.split("\n")
+        try:
+            whole = first_line + "]}" if lines and lines[-1] == "]}" else body
+            batch = Decoders.relayed_batch.decode(whole)
+            if not batch.lines:  # from a task of an earlier version
+                batch = Decoders.relayed_batch.decode(body)
+        except UNREADABLE_JSON as exc:
+            logger.error("fan-out: a message cannot be read: %s", brief(exc))
+            return
+        if batch.origin == self._name:
+            return
+        yield from batch.events
+        for line in lines[:-1] if batch.lines else ():
+            try:
+                yield decode_relayed(line.removesuffix(","))
+            except UNREADABLE_JSON as exc:
+                logger.error("fan-out: an event cannot be read: %s", brief(exc))
+
+    async def run(self, accept: Callable[[RelayedEvent], None]) -> NoReturn:
         """Hand what the other tasks publish to ``accept``."""
         receiver = Receiver(self._tasks, self._sqs, self._queue_url, self.dependency)
         while True:
             for message in await receiver.messages():
-                try:
-                    carrier = decode_carrier(message["Body"])
-                except (msgspec.DecodeError, RecursionError) as exc:
-                    logger.error("fan-out: a message cannot be read: %s", exc)
-                else:
-                    if carrier.origin != self._name:
-                        for carried in carrier.events:
-                            accept(carried)
-                self._read.add(message["ReceiptHandle"])
+                for event in self.events_of(message["Body"]):
+                    accept(event)
+                self._to_delete.add(message["ReceiptHandle"])
 
     async def _delete(self, receipts: list[str]) -> None:
         """Delete what was accepted. A failure is harmless: a repeat is recognised by its seq."""
-        try:
-            await delete(self._sqs, self._queue_url, receipts)
-        except AWS_ERRORS as exc:
-            self.dependency.failed(exc, "DeleteMessageBatch")
-        else:
-            self.dependency.worked("DeleteMessageBatch")
+        with contextlib.suppress(*AWS_ERRORS):
+            async with self.dependency.attempt("DeleteMessageBatch"):
+                await delete(self._sqs, self._queue_url, receipts)
 
     async def flushed(self) -> None:
         """Return once everything was published."""
@@ -3739,8 +4053,9 @@ class Relay:
     async def _reap(self) -> None:
         """Remove queues whose heartbeat has stopped, and subscriptions whose queue is gone.
 
-        Subscriptions are listed before queues are looked at: a task creates its queue first, so
-        that a subscription whose queue cannot be found has none.
+        Each task looks at those that follow it by name, up to one that lives: so all are looked
+        at, each by one task. Subscriptions are listed before queues are looked at: a task creates
+        its queue first, so that a subscription whose queue cannot be found has none.
         """
         subscriptions = await self._subscriptions()
         queues: dict[str, str] = {}
@@ -3748,16 +4063,20 @@ class Relay:
         async for page in pages.paginate(QueueNamePrefix=self._prefix):
             queues |= {url.rsplit("/", 1)[-1]: url for url in page.get("QueueUrls", ())}
         stale_before = time.time() - STALE_AFTER_HEARTBEATS * self._heartbeat_s
-        found = (queues.keys() | subscriptions.keys()) - {self._name}
-        dead = {name for name in found if not await self._alive(name, stale_before)}
+        others = (queues.keys() | subscriptions.keys()) - {self._name}
+        dead = set[str]()
+        for name in sorted(others, key=lambda name: (name < self._name, name)):
+            if await self._alive(name, stale_before):
+                break
+            dead.add(name)
         # Twice in a row: of a queue made a moment ago, SQS may not know yet.
         confirmed, self._suspects = dead & self._suspects, dead
         for name in confirmed:
             logger.warning("removing what a dead task has left", extra={"queue": name})
-            with gone_is_fine():
+            with unless_gone():
                 if name in subscriptions:
                     await self._sns.unsubscribe(SubscriptionArn=subscriptions[name])
-            with gone_is_fine():
+            with unless_gone():
                 if name in queues:
                     await self._sqs.delete_queue(QueueUrl=queues[name])
 
@@ -3775,7 +4094,7 @@ class Relay:
 
     async def _alive(self, name: str, stale_before: float) -> bool:
         heartbeat = 0.0
-        with gone_is_fine():
+        with unless_gone():
             queue = await self._sqs.get_queue_url(QueueName=name)
             tags = await self._sqs.list_queue_tags(QueueUrl=queue["QueueUrl"])
             heartbeat = float(tags.get("Tags", {}).get("heartbeat", "0"))
@@ -3794,12 +4113,17 @@ class Relay:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Received:
-    """A message of the updates queue that can be read, with its place in the log to come."""
+class ReceivedUpdate(PendingEvent):
+    """An update with the message of the updates queue that it came in.
 
-    update: Update
-    entry: Entry
-    receipt: str
+    Attributes:
+        receives: how often SQS has handed it out.
+        held_since: seconds of the monotonic clock.
+    """
+
+    message: dict[str, Any] = dataclasses.field(default_factory=dict)
+    receives: int = 1
+    held_since: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def logged(self) -> bool:
@@ -3810,8 +4134,12 @@ class Intake:
     """Takes agents' updates from their queue to the log, to this task's clients and to the topic.
 
     The order of work for an update: append, deliver here, publish, delete. A crash in between
-    repeats it, and a repeat is recognised, so that no step needs to be undone. Per project one
-    batch at a time is under way, in the order of receipt; projects do not wait for each other.
+    repeats it, and a repeat is recognised, so that no step needs to be undone. What is received
+    together is appended together, over all projects. Per project one append at a time is under
+    way, in the order of receipt; projects do not wait for each other.
+
+    Attributes:
+        bytes_in_hand: of the bodies of updates that were received and not yet deleted.
     """
 
     def __init__(
@@ -3820,23 +4148,25 @@ class Intake:
         sqs: SQSClient,
         queue_url: str,
         log: EventLog,
+        feed: Feed,
         relay: Relay | None,
-        accept: Callable[[Event, str | None], bool],
-        metrics: Metrics,
+        may_receive: Callable[[], bool] = lambda: True,
     ) -> None:
         self._tasks = tasks
         self._sqs = sqs
         self._url = queue_url
         self._log = log
+        self._feed = feed
         self._relay = relay
-        self._accept = accept
-        self._metrics = metrics
-        self._lanes: dict[str, deque[Received]] = {}
-        self._held: dict[str, float] = {}
+        self._may_receive = may_receive
+        self._waiting: dict[str, list[ReceivedUpdate]] = {}  # by project
+        self._under_way: dict[str, list[ReceivedUpdate]] = {}
+        self._held: dict[str, ReceivedUpdate] = {}  # by receipt
+        self.bytes_in_hand = 0
         self._room = asyncio.Event()
         # Of a FIFO queue's group nothing more comes before what came was deleted.
         linger_s = 0.0 if queue_url.endswith(".fifo") else DELETES_LINGER_S
-        self._done = Batcher(tasks, self._delete, linger_s=linger_s)
+        self._to_delete = Batcher(tasks, self._delete, linger_s=linger_s)
         self._has_dead_letter_queue = False
         self._stopping = False
         self.dependency = Dependency("updates queue")
@@ -3859,91 +4189,108 @@ class Intake:
             # What a poll under way brings has to be held on to, room or not.
             while self._crowded and not receiver.polling:
                 self._room.clear()
-                await self._room.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(ROOM_ASKED_FOR_S):
+                        await self._room.wait()
             for message in await receiver.messages(lambda: self._stopping or self._crowded):
                 self._take(message)
+            self._append_waiting()
 
     @property
     def _crowded(self) -> bool:
-        return len(self._held) >= UPDATES_IN_HAND
+        return len(self._held) >= UPDATES_IN_HAND or not self._may_receive()
 
     def _take(self, message: dict[str, Any]) -> None:
-        receipt = message["ReceiptHandle"]
         attributes = message.get("Attributes", {})
         receives = int(attributes.get("ApproximateReceiveCount", "1"))
         try:
             update = decode_update(message["Body"])
         except UnreadableUpdate as exc:
-            self._tasks.create_task(self._give_back(message, receives, exc))
+            self._tasks.create_task(self._give_back(message, receives, str(exc)))
             return
         # Also what is received for the first time may be in the log before we append it: if this
         # task is held up, another one has it after the visibility timeout.
-        first_receive = now = time.time()
-        if receives > 1:
-            first_receive = milliseconds(attributes, "ApproximateFirstReceiveTimestamp")
-        look_back_to = first_receive - CLOCK_SKEW_S
-        if update.event_id is not None:  # the agent itself may have sent it twice
-            look_back_to = min(look_back_to, now - EVENT_ID_WINDOW_S)
+        now = time.time()
+        sent_at = milliseconds(attributes, "SentTimestamp") or now
+        first_receive = milliseconds(attributes, "ApproximateFirstReceiveTimestamp") or now
+        look_back_to = min(now, first_receive) - CLOCK_SKEW_S
+        if update.event_id is not None:  # the agent may have sent it before
+            look_back_to = min(look_back_to, sent_at - EVENT_ID_WINDOW_S)
         event_id = update.event_id or message["MessageId"]
-        entry = Entry(update, event_id, look_back_to, milliseconds(attributes, "SentTimestamp"))
-        project_id = update.project_id or EVERYONE
-        self._held[receipt] = time.monotonic()
-        lane = self._lanes.get(project_id)
-        if lane is None:
-            lane = self._lanes[project_id] = deque()
-            self._tasks.create_task(self._work(project_id, lane))
-        lane.append(Received(update, entry, receipt))
+        received = ReceivedUpdate(
+            update, event_id, look_back_to, sent_at, message=message, receives=receives
+        )
+        self._held[message["ReceiptHandle"]] = received
+        self.bytes_in_hand += len(message["Body"])
+        self._waiting.setdefault(received.project_id, []).append(received)
 
-    async def _work(self, project_id: str, lane: deque[Received]) -> None:
-        """Bring one project's updates through, in order, until none is left."""
-        while lane:
-            batch = [lane.popleft() for _ in range(min(len(lane), TRANSACTION_EVENTS))]
-            logged = [received.entry for received in batch if received.logged]
-            if logged:
-                for event in await self._log.append(project_id, logged):
-                    self._accept(event, None)  # another task's, met on the way
-            for received in batch:
-                self._bring_on(project_id, received)
-        del self._lanes[project_id]
+    def _append_waiting(self) -> None:
+        """Have what waits appended, of every project that has nothing under way."""
+        appends = []
+        for project_id in [each for each in self._waiting if each not in self._under_way]:
+            updates = self._waiting.pop(project_id)
+            if logged := [update for update in updates if update.logged]:
+                self._under_way[project_id] = updates
+                appends.append(ProjectAppend(project_id, logged))
+            else:
+                for update in updates:
+                    self._deliver(update)
+        for group in transactions(appends):
+            self._tasks.create_task(self._append(group))
 
-    def _bring_on(self, project_id: str, received: Received) -> None:
-        """Deliver here, then publish, then delete."""
-        update, event = received.update, received.entry.event
+    async def _append(self, group: list[ProjectAppend]) -> None:
+        again = await self._log.append(group)
+        for groups in again:
+            self._tasks.create_task(self._append(groups))
+        for append in set(group).difference(*again):
+            for event in append.others:
+                self._feed.accept(event)
+            for update in self._under_way.pop(append.project_id):
+                self._deliver(update)
+        self._append_waiting()
+
+    def _deliver(self, received: ReceivedUpdate) -> None:
+        """Deliver an update here, then publish it, then delete it from the queue."""
+        update, event, project_id = received.update, received.event, received.project_id
+        receipt = received.message["ReceiptHandle"]
+        if received.refusal is not None:
+            why = f"the log does not take it: {received.refusal}"
+            self._let_go(receipt)
+            self._tasks.create_task(self._give_back(received.message, received.receives, why))
+            return
         if event is None:
             message = EventMessage(update.type, project_id, update.data, None, timestamp())
-            event = Event.of(message, received.entry.sent_at)
-        found = self._accept(event, update.connection_id)
+            event = Event.of(message, received.sent_at)
+        found = self._feed.accept(event, update.connection_id)
         if self._relay is None or found:
-            self._done.add(received.receipt)
+            self._to_delete.add(receipt)
             return
-        carried = Carried(
-            project_id, event.seq, update.connection_id, event.sent_at, Raw(event.payload)
+        event_id = received.event_id if event.seq is not None else None
+        relayed = RelayedEvent(
+            project_id, event.seq, update.connection_id, event.sent_at, Raw(event.payload), event_id
         )
-        self._relay.publish(carried, lambda: self._done.add(received.receipt))
+        self._relay.publish(relayed, partial(self._to_delete.add, receipt))
+
+    def _let_go(self, receipt: str) -> None:
+        if received := self._held.pop(receipt, None):
+            self.bytes_in_hand -= len(received.message["Body"])
+            self._room.set()
 
     async def _delete(self, receipts: list[str]) -> None:
         """Delete what is done. What stays comes again, and is recognised."""
         left = receipts
         for attempt in range(3):
-            try:
-                left = await delete(self._sqs, self._url, left)
-            except AWS_ERRORS as exc:
-                if not passes(exc):
-                    raise self.dependency.lost(exc, "DeleteMessageBatch") from exc
-                self.dependency.failed(exc, "DeleteMessageBatch")
-            else:
-                self.dependency.worked("DeleteMessageBatch")
+            with contextlib.suppress(*AWS_ERRORS):
+                async with self.dependency.attempt("DeleteMessageBatch"):
+                    left = await delete(self._sqs, self._url, left)
                 if not left:
                     break
             await asyncio.sleep(full_jitter_s(attempt))
         for receipt in receipts:
-            self._held.pop(receipt, None)
-        self._room.set()
+            self._let_go(receipt)
 
-    async def _give_back(
-        self, message: dict[str, Any], receives: int, why: UnreadableUpdate
-    ) -> None:
-        """Make an unreadable update visible again at once.
+    async def _give_back(self, message: dict[str, Any], receives: int, why: str) -> None:
+        """Make an update that cannot be read, or not be logged, visible again at once.
 
         So its dead-letter queue gets it within milliseconds, and nothing of its FIFO group has
         to wait for a visibility timeout.
@@ -3952,10 +4299,10 @@ class Intake:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 if last:
-                    logger.error("update deleted, unreadable: %s: %s", why, message["Body"])
+                    logger.error("update deleted, unusable: %s: %s", why, message["Body"])
                     await delete(self._sqs, self._url, [message["ReceiptHandle"]])
                 else:
-                    logger.warning("update %s cannot be read: %s", message["MessageId"], why)
+                    logger.warning("update %s cannot be used: %s", message["MessageId"], why)
                     await self._sqs.change_message_visibility(
                         QueueUrl=self._url,
                         ReceiptHandle=message["ReceiptHandle"],
@@ -3972,25 +4319,22 @@ class Intake:
         while True:
             await asyncio.sleep(UPDATE_VISIBILITY_S / 4)
             long_ago = time.monotonic() - UPDATE_VISIBILITY_S / 4
-            held = [receipt for receipt, since in self._held.items() if since < long_ago]
+            held = [receipt for receipt, each in self._held.items() if each.held_since < long_ago]
             for start in range(0, len(held), SQS_BATCH_ENTRIES):
-                entries: Any = [
-                    {
-                        "Id": str(i),
-                        "ReceiptHandle": receipt,
-                        "VisibilityTimeout": UPDATE_VISIBILITY_S,
-                    }
-                    for i, receipt in enumerate(held[start : start + SQS_BATCH_ENTRIES])
-                ]
-                try:
-                    async with asyncio.timeout(CALL_TIMEOUT_S):
+                batch = enumerate(held[start : start + SQS_BATCH_ENTRIES])
+                with contextlib.suppress(*AWS_ERRORS):
+                    async with self.dependency.attempt("ChangeMessageVisibilityBatch"):
                         await self._sqs.change_message_visibility_batch(
-                            QueueUrl=self._url, Entries=entries
+                            QueueUrl=self._url,
+                            Entries=[
+                                {
+                                    "Id": str(i),
+                                    "ReceiptHandle": receipt,
+                                    "VisibilityTimeout": UPDATE_VISIBILITY_S,
+                                }
+                                for i, receipt in batch
+                            ],
                         )
-                except AWS_ERRORS as exc:
-                    self.dependency.failed(exc, "ChangeMessageVisibilityBatch")
-                else:
-                    self.dependency.worked("ChangeMessageVisibilityBatch")
 
     async def idle(self) -> None:
         """Return once nothing is in hand; meant for after ``run`` was stopped."""
@@ -4085,6 +4429,7 @@ class Metrics:
     target_health_errors: int = counter(
         "DescribeTargetHealth calls that failed; without any that works, a drain begins at SIGTERM"
     )
+    append_conflicts: int = counter("appends tried again as another task had come first")
     protocol_errors: int = counter("messages answered with an error, and protocol violations")
 
     def __post_init__(self, registry: Registry) -> None:
@@ -5380,13 +5725,17 @@ class Gateway:
         self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics, self.ledger)
         timeout_s = settings.forward_timeout_seconds
         self.forwarder = Forwarder(tasks, aws.sqs, settings.queue_urls, timeout_s, self.metrics)
-        self.log = EventLog(aws.dynamodb, settings.log_table, settings.event_retention_hours * 3600)
+        retention_s = settings.event_retention_hours * 3600
+        self.log = EventLog(aws.dynamodb, settings.log_table, retention_s, self.metrics)
         self.feed = Feed(
             tasks, self.log, self.registry, self.fan_out, self.metrics,
             settings.max_catchup_events, self._read_state,
         )  # fmt: skip
         self.relay = self._make_relay(task_id)
         self.intake = self._make_intake()
+        self.ledger.agents_bytes = lambda: sum(
+            part.bytes_in_hand for part in (self.intake, self.relay) if part
+        )
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
         self.drain = Drain(settings, self.registry, self.forwarder, self.intake, self.relay)
@@ -5410,8 +5759,9 @@ class Gateway:
         if not queue_url:
             return None
         return Intake(
-            self.tasks, self._aws.sqs, queue_url, self.log, self.relay, self.deliver, self.metrics
-        )
+            self.tasks, self._aws.sqs, queue_url, self.log, self.feed, self.relay,
+            self.ledger.may_receive,
+        )  # fmt: skip
 
     async def run(self, own_address: str = "") -> None:
         """Serve until a drain is wanted, and drain.
@@ -5463,7 +5813,7 @@ class Gateway:
         loops.append(self.tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds)))
         if self.relay:
             await self.relay.start()
-            loops.append(self.tasks.create_task(self.relay.run(self._carried)))
+            loops.append(self.tasks.create_task(self.relay.run(self.feed.accept_relayed)))
             loops.append(self.tasks.create_task(self.relay.heartbeat()))
             loops.append(self.tasks.create_task(self.relay.reap()))
         if self.intake:
@@ -5487,23 +5837,6 @@ class Gateway:
             await keys.read(self.now())
 
     # Events.
-
-    def deliver(self, event: Event, connection_id: str | None) -> bool:
-        """Bring an event to its listeners here; whether it was for one client, who is here."""
-        if connection_id is None:
-            self.feed.accept(event)
-            return False
-        connection = self.registry.connections.get(connection_id)
-        if connection is not None:
-            connection.send(event.payload)
-        return connection is not None
-
-    def _carried(self, carried: Carried) -> None:
-        """An event from another task; most are for projects that nobody here listens to."""
-        if carried.connection_id is not None or carried.project_id in self.registry.channels:
-            payload = bytes(carried.payload)
-            event = Event(carried.project_id, carried.seq, payload, carried.sent_at)
-            self.deliver(event, carried.connection_id)
 
     async def _read_state(self, project_id: str) -> Any:
         """The platform's own item of a project as JSON has it; ``None`` if there is none."""

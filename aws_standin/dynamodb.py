@@ -218,6 +218,22 @@ class DynamoDb:
             self._tokens[token] = (time.monotonic(), digest)
         return {}
 
+    def _do_transact_get_items(self, request: Json) -> Json:
+        gets = [entry["Get"] for entry in request["TransactItems"]]
+        if not 1 <= len(gets) <= MAX_TRANSACTION_ITEMS:
+            raise invalid(
+                "1 validation error detected: Value at 'transactItems' failed to satisfy "
+                "constraint: Member must have length less than or equal to 100"
+            )
+        found: list[Json] = []
+        for get in gets:
+            table = self._table(get)
+            item = table.get(table.key(get["Key"], exact=True))
+            for _ in range(2):  # a transaction reads twice
+                self._read({"ConsistentRead": True}, item)
+            found.append({} if item is None else {"Item": _projected(get, Expressions(get), item)})
+        return {"Responses": found}
+
     def _done(self, token: str, digest: bytes) -> bool:
         """Whether the transaction with this token took effect within the last ten minutes."""
         oldest = time.monotonic() - TRANSACTION_TOKEN_S

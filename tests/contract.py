@@ -398,7 +398,7 @@ AGENT_MESSAGES = (
 
 MESSAGES = (*CLIENT_MESSAGES, *SERVER_MESSAGES, *AGENT_MESSAGES)
 
-INTERNAL = {server.Carried, server.Carrier, server.CarrierInParts, server.DataWithoutD}
+INTERNAL = {server.DataWithoutD, server.RelayedBatch, server.RelayedEvent}
 """Message types that only the gateway's own tasks see."""
 
 

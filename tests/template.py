@@ -226,12 +226,14 @@ def iam_actions(service: str, operation: str) -> set[str]:
     """The IAM actions that allow a call of ``server.py``.
 
     A batch is allowed by the action of the single call, a transaction by those of what it holds:
-    the event log's are one ``Update`` and ``Put`` each.
+    the event log's are ``Update``, ``Put`` and ``Get``.
     """
     if operation == "TransactWriteItems":
         return {"dynamodb:PutItem", "dynamodb:UpdateItem"}
     if service == "elbv2":
         service = "elasticloadbalancing"
+    if operation == "TransactGetItems":
+        return {"dynamodb:GetItem"}
     if service in ("sqs", "sns"):
         operation = operation.removesuffix("Batch")
     return {f"{service}:{operation}"}

@@ -522,7 +522,7 @@ async def _take_in(stage: Stage, from_task: bool, tasks: asyncio.TaskGroup) -> N
     assert relay is not None
     wanted = len(stage.queues.inbox)
     await relay.start()
-    work = relay.run(stage.gateway._carried) if from_task else intake.run()
+    work = relay.run(stage.gateway.feed.accept_relayed) if from_task else intake.run()
     running: asyncio.Task[None] = tasks.create_task(work)
     while len(stage.queues.deleted) + len(stage.queues.given_back) < wanted:
         await asyncio.sleep(0)

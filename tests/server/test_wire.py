@@ -18,10 +18,9 @@ from server import (
     MAX_NESTING,
     AgentMessage,
     BadMessage,
-    Carried,
-    Carrier,
     ErrorCode,
     Forward,
+    RelayedEvent,
     UnreadableUpdate,
     decode_message,
     decode_update,
@@ -320,38 +319,30 @@ class TestContext:
             assert seconds(bad) < 2 * seconds(good) + 0.001
 
 
-class TestCarrier:
-    """What tasks say to each other: several events in a message, each with any JSON."""
+class TestRelayed:
+    """What tasks say to each other, event by event, each with any JSON."""
 
-    @given(datas=st.lists(json_texts, min_size=1, max_size=4))
-    @example(datas=[r'"\ud83d"', r'"\\ud83d"', "1"])
-    def test_any_json(self, datas: list[str]) -> None:
-        """Every event comes out as it went in, beside those that are hard to read."""
-        events = [
-            Carried(r'p"\\', number, "c\uffff", 1.5, msgspec.Raw(f'{{"data":{data}}}'.encode()))
-            for number, data in enumerate(datas)
-        ]
-        sent = server.sendable(msgspec.json.encode(Carrier("task", events))).decode()
-        found = server.decode_carrier(sent)
-        assert found.origin == "task"
-        assert [msgspec.structs.astuple(event)[:4] for event in found.events] == [
-            msgspec.structs.astuple(event)[:4] for event in events
-        ]
-        assert [bytes(event.payload) for event in found.events] == [
-            bytes(event.payload) for event in events
-        ]
+    @given(data=json_texts)
+    @example(data=r'"\ud83d"')
+    @example(data=r'"\\ud83d"')
+    def test_any_json(self, data: str) -> None:
+        """An event comes out as it went in."""
+        payload = msgspec.Raw(f'{{"data":{data}}}'.encode())
+        event = RelayedEvent(r'p"\\', 1, "c\uffff", 1.5, payload, "id")
+        found = server.decode_relayed(server.sendable(msgspec.json.encode(event)).decode())
+        assert bytes(found.payload) == server.sendable(bytes(payload))
+        found.payload = payload
+        assert found == event
 
     @pytest.mark.parametrize(
-        "body",
+        "line",
         [
             r'"\ud83d"',
-            r'{"origin":"t","events":[["\ud83d"]]}',
-            r'{"origin":"t","events":["\ud83d"]}',
-            r'{"origin":"\ud83d","events":[]}',
-            r'{"origin":"t","events":[["p",1,null,0.0,"\ud83d"',
-            r'{"origin":"t","events":[["\ud83d",1,null,0.0,1]]}',
+            r'["\ud83d"]',
+            r'["p",1,null,0.0,"\ud83d"',
+            r'["\ud83d",1,null,0.0,1]',
         ],
     )
-    def test_of_nobody(self, body: str) -> None:
+    def test_of_nobody(self, line: str) -> None:
         with pytest.raises(msgspec.DecodeError):
-            server.decode_carrier(body)
+            server.decode_relayed(line)

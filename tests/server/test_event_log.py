@@ -1,0 +1,712 @@
+"""The event log over several projects, and over several tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import msgspec
+import pytest
+from botocore.exceptions import ClientError, ConnectionClosedError
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import aws_standin
+import server
+from aws_standin import Call, Fault, StandIn
+from aws_standin.dynamodb import DynamoDb
+from aws_standin.model import AwsError
+from server import Aws, EventLog, Metrics, PendingEvent, ProjectAppend, Registry
+from test_server import (
+    SILENT_AFTER,
+    LogKit,
+    always,
+    entries,
+    entry,
+    eventually,
+    faults,
+    places,
+    settle,
+    whole_log,
+)
+
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def kit(aws: Aws, platform: aws_standin.Platform) -> LogKit:
+    return LogKit(aws, platform)
+
+
+@pytest.fixture
+def log(kit: LogKit) -> EventLog:
+    return kit.log()
+
+
+def one_each(projects: Sequence[str], number: int = 1) -> list[ProjectAppend]:
+    """An event for each of the projects."""
+    return [
+        ProjectAppend(name, [entry(number, f"{name}-{number}", project_id=name)])
+        for name in projects
+    ]
+
+
+async def append(log: EventLog, appends: Sequence[ProjectAppend]) -> None:
+    """Append as `Intake` does: groups side by side, each as often as it takes."""
+
+    async def write(group: list[ProjectAppend]) -> None:
+        await asyncio.gather(*map(write, await log.append(group)))
+
+    await asyncio.gather(*map(write, server.transactions(appends)))
+
+
+def all_but(appends: Sequence[ProjectAppend], place: int) -> bool:
+    """Whether all of them are in the log, but for one that may be."""
+    return all(each.pending[0].event for each in appends if each is not appends[place])
+
+
+def names(count: int) -> list[str]:
+    return [f"p{number}" for number in range(count)]
+
+
+class TestTransactions:
+    async def test_one_call_for_all(self, log: EventLog, stand_in: StandIn) -> None:
+        """What comes together costs one read of all heads and one transaction, then only that."""
+        for number in (1, 2):
+            stand_in.calls.clear()
+            await append(log, one_each(names(50), number))
+            cold = {("dynamodb", "BatchGetItem"): 1} if number == 1 else {}
+            assert stand_in.calls == {**cold, ("dynamodb", "TransactWriteItems"): 1}
+        assert await log.heads(names(50)) == dict.fromkeys(names(50), 2)
+
+    @pytest.mark.parametrize("count", [51, 120])
+    async def test_as_many_as_it_takes(self, log: EventLog, stand_in: StandIn, count: int) -> None:
+        """What one transaction cannot hold goes in several, side by side."""
+        await append(log, one_each(names(count)))
+        assert stand_in.calls["dynamodb", "TransactWriteItems"] == -(-count // 50)
+        assert await log.heads(names(count)) == dict.fromkeys(names(count), 1)
+
+    async def test_large_ones(self, log: EventLog) -> None:
+        """Neither items nor bytes are more than a transaction holds, whoever they are of."""
+        appends = [
+            ProjectAppend(
+                name,
+                [
+                    entry(number, f"{name}{number}", project_id=name, size=200_000)
+                    for number in range(7)
+                ],
+            )
+            for name in names(6)
+        ]
+        await append(log, appends)
+        for each in appends:
+            assert places(each.pending) == list(range(1, 8))
+
+    async def test_loser_alone(self, kit: LogKit, stand_in: StandIn) -> None:
+        """Of those written together, only the one that another task has written to is read again.
+
+        The others do not wait for it.
+        """
+        log, other = kit.log(), kit.log()
+        await append(log, one_each(names(5)))
+        await append(other, one_each(["p3"], 7))
+        stand_in.calls.clear()
+        waiting: list[Call] = []
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation == "Query":
+                waiting.append(call)
+                return Fault(delay_s=3_600.0)
+            return None
+
+        stand_in.fault = fault
+        appends = one_each(names(5), 2)
+        running = asyncio.create_task(append(log, appends))
+        await eventually(lambda: all_but(appends, 3))
+        await eventually(lambda: waiting)
+        assert appends[3].pending[0].event is None
+        assert kit.metrics.append_conflicts == 1
+        running.cancel()
+        stand_in.fault = None
+        again = one_each(["p3"], 2)
+        await append(log, again)
+        assert places(again[0].pending) == [3]
+        assert [event.seq for event in again[0].others] == [2]
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_no_answer(self, log: EventLog, stand_in: StandIn) -> None:
+        """A call without an answer is repeated, and not done twice; nothing is read for it."""
+        stand_in.fault = faults("TransactWriteItems", SILENT_AFTER, SILENT_AFTER)
+        appends = one_each(names(20))
+        await append(log, appends)
+        assert {each.pending[0].event.seq for each in appends if each.pending[0].event} == {1}
+        assert stand_in.calls["dynamodb", "TransactWriteItems"] == 3
+        assert stand_in.calls["dynamodb", "Query"] == 0
+        assert await log.heads(names(20)) == dict.fromkeys(names(20), 1)
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_never_an_answer(self, log: EventLog, stand_in: StandIn) -> None:
+        """A project whose transactions get no answer does not keep the others from theirs."""
+        stand_in.fault = lambda call: (
+            SILENT_AFTER
+            if call.operation == "TransactWriteItems" and "#p3" in str(call.request)
+            else None
+        )
+        appends = one_each(names(8))
+        running = asyncio.create_task(append(log, appends))
+        await eventually(lambda: all_but(appends, 3))
+        stand_in.fault = None
+        await running
+        assert places(appends[3].pending) == [1]
+        assert await log.heads(names(8)) == dict.fromkeys(names(8), 1)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("bad", [{3}, {0, 1, 19}, set(range(20))])
+    async def test_narrowed_down(self, log: EventLog, stand_in: StandIn, bad: set[int]) -> None:
+        """An event that DynamoDB does not take is found, whatever it is written with."""
+        marks = [f'"bad-{number}-"' for number in bad]
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation == "TransactWriteItems" and any(
+                m in str(call.request) for m in marks
+            ):
+                return Fault(status=400, code="ValidationException")
+            return None
+
+        stand_in.fault = fault
+        events = [
+            PendingEvent(
+                server.Update("t", f"p{number % 3}", msgspec.Raw(b'"bad-%d-"' % number)),
+                f"id{number}",
+                time.time() - 60,
+                0.0,
+            )
+            for number in range(20)
+        ]
+        await append(
+            log,
+            [
+                ProjectAppend(name, [each for each in events if each.project_id == name])
+                for name in names(3)
+            ],
+        )
+        for number, each in enumerate(events):
+            assert (each.refusal, each.event is None) == (
+                ("ValidationException", True) if number in bad else (None, False)
+            )
+        for place, name in enumerate(names(3)):
+            assert [data for _, data in await whole_log(log, name)] == [
+                f"bad-{number}-" for number in range(place, 20, 3) if number not in bad
+            ]
+
+    async def test_refused_by_item(self, log: EventLog, stand_in: StandIn) -> None:
+        """Where DynamoDB says which item it is, no other is tried alone."""
+        reasons = [{"Code": "None"}] * 3 + [{"Code": "ValidationError"}] + [{"Code": "None"}] * 4
+        stand_in.fault = faults(
+            "TransactWriteItems",
+            Fault(
+                status=400,
+                code="TransactionCanceledException",
+                fields={"CancellationReasons": reasons},
+            ),
+        )
+        appends = one_each(names(4))
+        await append(log, appends)
+        assert [each.pending[0].refusal for each in appends] == [
+            None,
+            "ValidationError",
+            None,
+            None,
+        ]
+        assert await log.heads(names(4)) == {"p0": 1, "p2": 1, "p3": 1}
+        assert stand_in.calls["dynamodb", "TransactWriteItems"] == 2
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("code", ["AccessDeniedException", "ResourceNotFoundException"])
+    async def test_not_about_what_is_sent(
+        self, log: EventLog, stand_in: StandIn, code: str
+    ) -> None:
+        """What is wrong with this task's rights is nothing that an update must pay for."""
+        stand_in.fault = always("TransactWriteItems", Fault(status=400, code=code))
+        appends = one_each(names(3))
+        running = asyncio.create_task(append(log, appends))
+        await eventually(lambda: stand_in.calls["dynamodb", "TransactWriteItems"] >= 3)
+        stand_in.fault = None
+        await running
+        assert all(each.pending[0].event for each in appends)
+
+    async def test_given_back(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
+        """What the log refuses goes to the dead-letter queue, and all around it to clients."""
+        from test_server import bodies, client_of, news, push, running_gateway
+
+        stand_in.fault = lambda call: (
+            Fault(status=400, code="ValidationException")
+            if call.operation == "TransactWriteItems" and "poison" in str(call.request)
+            else None
+        )
+        async with (
+            running_gateway(platform) as gateway,
+            client_of(gateway, project_id="p") as client,
+        ):
+            await client.receive()
+            poison = {"type": "t", "project_id": "q", "data": "poison"}
+            push(stand_in, *news(1), poison, *news(2))
+            assert [each["data"] for each in await client.receive_many(2)] == [1, 2]
+            await eventually(lambda: len(bodies(stand_in, "agenticai-updates-dlq")) == 1)
+            assert gateway.health() == {"status": "ok"}
+
+
+class TestLearning:
+    async def test_next_event(self, kit: LogKit, stand_in: StandIn) -> None:
+        """Who is told what another task appends goes on after it, and recognises it."""
+        log, other = kit.log(), kit.log()
+        await append(log, one_each(names(10)))
+        await append(other, one_each(names(10), 2))
+        for name in names(10):
+            log.learn(name, 2, f"{name}-2")
+        stand_in.calls.clear()
+        appends = [
+            ProjectAppend(
+                name,
+                [
+                    entry(2, f"{name}-2", time.time() - 60, project_id=name),
+                    entry(3, f"{name}-3", time.time() - 60, project_id=name),
+                ],
+            )
+            for name in names(10)
+        ]
+        await append(log, appends)
+        assert stand_in.calls["dynamodb", "TransactWriteItems"] == 1
+        assert stand_in.calls["dynamodb", "Query"] == 0
+        assert [places(each.pending) for each in appends] == [[2, 3]] * 10
+        assert kit.metrics.append_conflicts == 0
+
+    @pytest.mark.parametrize("told", [(3, "p-3"), (2, None)])
+    async def test_gap(self, kit: LogKit, told: tuple[int, str | None]) -> None:
+        """Who has missed an event, or its id, reads the log before it appends."""
+        log, other = kit.log(), kit.log()
+        await append(log, one_each(["p"]))
+        for number in (2, 3):
+            await append(other, one_each(["p"], number))
+        log.learn("p", *told)
+        again = entry(2, "p-2", time.time() - 60)
+        appends = [ProjectAppend("p", [again, entry(4)])]
+        await append(log, appends)
+        assert places(appends[0].pending) == [2, 4]
+        assert kit.metrics.append_conflicts == 0
+
+    async def test_old_news(self, kit: LogKit) -> None:
+        """Word of what is known already, or of a project without appends here, changes nothing."""
+        log = kit.log()
+        await append(log, one_each(["p"]))
+        log.learn("p", 1, "p-1")
+        log.learn("q", 7, "q-7")
+        await append(log, appends := one_each(["p", "q"], 2))
+        assert [places(each.pending) for each in appends] == [[2], [1]]
+
+
+class TestMemory:
+    async def test_many_events(self, log: EventLog, stand_in: StandIn) -> None:
+        """However many events a project has within the window, an append is one call."""
+        window = time.time() - server.EVENT_ID_WINDOW_S - server.CLOCK_SKEW_S + 30
+        for start in range(0, 20_000, 5_000):
+            stand_in.calls.clear()
+            numbers = range(start, start + 5_000)
+            await append(log, [ProjectAppend("p", entries(*numbers, look_back_to=window))])
+            reads = {("dynamodb", "BatchGetItem"): 1} if not start else {}
+            assert stand_in.calls == {**reads, ("dynamodb", "TransactWriteItems"): 51}
+        again = [ProjectAppend("p", entries(0, 19_999, look_back_to=window))]
+        await append(log, again)
+        assert places(again[0].pending) == [1, 20_000]
+
+    async def test_many_projects(self, log: EventLog, stand_in: StandIn) -> None:
+        """Projects in rotation, far more than a few hundred, are read once."""
+        await append(log, one_each(names(1_000)))
+        stand_in.calls.clear()
+        await append(log, one_each(names(1_000), 2))
+        assert stand_in.calls == {("dynamodb", "TransactWriteItems"): 20}
+
+    async def test_cold_and_quiet(self, kit: LogKit, stand_in: StandIn) -> None:
+        """A new task reads the heads of quiet projects; of the others, their latest events too."""
+        with pytest.MonkeyPatch.context() as patch:
+            long_ago = server.timestamp(time.time() - 3_600)
+            patch.setattr(server, "timestamp", lambda _at=None: long_ago)
+            await append(kit.log(), one_each(names(40)))
+        await append(kit.log(), one_each(names(3), 2))
+        stand_in.calls.clear()
+        window = time.time() - server.EVENT_ID_WINDOW_S
+        appends = [
+            ProjectAppend(name, [entry(3, f"{name}-3", window, project_id=name)])
+            for name in names(40)
+        ]
+        await append(kit.log(), appends)
+        assert stand_in.calls == {
+            ("dynamodb", "BatchGetItem"): 1,
+            ("dynamodb", "Query"): 3,
+            ("dynamodb", "TransactWriteItems"): 1,
+        }
+
+    async def test_forgets_by_age(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ids are forgotten when the window is over, and no earlier."""
+        ids, began_at = server.RecentIds(), time.time()
+        window = server.EVENT_ID_WINDOW_S + server.CLOCK_SKEW_S
+        for second in range(0, 3_000, 10):
+            monkeypatch.setattr(time, "time", lambda at=began_at + second: at)
+            ids.forget()
+            ids.add("p", str(second), second)
+            for old in range(0, second + 1, 10):
+                if old >= second - window:
+                    assert ids.find("p", str(old)) == old
+                if ids.find("p", str(old)) is None:
+                    assert began_at + old <= ids.since
+        assert len(ids) <= (window + window / 2) / 10
+
+    async def test_ids_are_of_a_project(self) -> None:
+        """An id is one project's own, however names are put together."""
+        ids = server.RecentIds()
+        ids.add("p1", "1", 1)
+        for project_id, event_id in (("p", "11"), ("p11", ""), ("q", "1")):
+            assert ids.find(project_id, event_id) is None
+
+    async def test_too_many(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Beyond what can be remembered, the log is asked, and nothing is logged twice."""
+        monkeypatch.setattr(server, "EVENT_IDS_REMEMBERED", 80)
+        log = kit.log()
+        for number in range(300):
+            await append(log, [ProjectAppend("p", entries(number))])
+        again = ProjectAppend("p", entries(0, 150, 299, look_back_to=time.time() - 60))
+        await append(log, [again])
+        assert places(again.pending) == [1, 151, 300]
+
+
+class TestPartOfATransaction:
+    """A query may see a transaction in part while it is being committed."""
+
+    @pytest.fixture
+    def half_blind(self, log: EventLog) -> Callable[..., None]:
+        """Makes the log's queries leave out events, a number of times."""
+
+        def leave_out(*seqs: int, times: int = 1) -> None:
+            query = log._dynamodb.query
+            hidden = {server.event_key(seq) for seq in seqs}
+            left = times
+
+            async def partial_query(**request: Any) -> Any:
+                nonlocal left
+                answer: Any = await query(**request)
+                if left:
+                    left -= 1
+                    answer["Items"] = [i for i in answer["Items"] if i["SK"]["S"] not in hidden]
+                return answer
+
+            log._dynamodb.query = partial_query  # type: ignore[method-assign]
+
+        return leave_out
+
+    async def test_read(self, log: EventLog, half_blind: Callable[..., None]) -> None:
+        """A hole that is not one is not believed, at the start of a page or at the log's end."""
+        await append(log, [ProjectAppend("p", entries(1, 2, 3))])
+        half_blind(1, 2)
+        assert [each.seq for each in await log.read("p", 0, 3)] == [1, 2, 3]
+        half_blind(3)
+        assert [each.seq for each in await log.read("p", 2, 3)] == [3]
+
+    @pytest.mark.parametrize("hidden", [(2,), (2, 3), (3,)])
+    async def test_loser(
+        self, kit: LogKit, log: EventLog, half_blind: Callable[..., None], hidden: tuple[int, ...]
+    ) -> None:
+        """Who reads what another task is writing learns all the ids in it, or none."""
+        await append(log, one_each(["p"]))
+        both = [entry(2), entry(3)]
+        await append(kit.log(), [ProjectAppend("p", both)])
+        half_blind(*hidden)
+        again = ProjectAppend("p", [*entries(2, 3, look_back_to=time.time() - 60), entry(4)])
+        await append(log, [again])
+        assert places(again.pending) == [2, 3, 4]
+
+    async def test_look_back(
+        self, kit: LogKit, half_blind: Callable[..., None], log: EventLog
+    ) -> None:
+        """Nor is an id overlooked by a task that has just started."""
+        await append(kit.log(), [ProjectAppend("p", entries(1, 2, 3, 4))])
+        half_blind(2, 4)
+        again = ProjectAppend("p", entries(2, 4, look_back_to=time.time() - 60))
+        await append(log, [again])
+        assert places(again.pending) == [2, 4]
+
+
+# Two tasks and one of an earlier version append to the same projects, and whatever can happen to
+# a call happens: every log must stay gapless, in order and without doubles.
+
+
+class HeldDynamoDb:
+    """The stand-in's tables; each call waits until a rule says what becomes of it."""
+
+    def __init__(self, tables: DynamoDb) -> None:
+        self._tables = tables
+        self.waiting: list[tuple[asyncio.Future[str], str, Json]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = name.title().replace("_", "")
+
+        async def call(**request: Any) -> Any:
+            outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            self.waiting.append((outcome, operation, request))
+            return self._perform(await outcome, operation, request)
+
+        return call
+
+    def _perform(self, outcome: str, operation: str, request: Json) -> Any:
+        if outcome == "throttled":
+            raise ClientError({"Error": {"Code": "ThrottlingException"}}, operation)
+        if outcome == "conflict" and operation == "TransactWriteItems":
+            reasons = [{"Code": "None"} for _ in request["TransactItems"]]
+            reasons[0] = {"Code": "TransactionConflict"}
+            error: Any = {
+                "Error": {"Code": "TransactionCanceledException"},
+                "CancellationReasons": reasons,
+            }
+            raise ClientError(error, operation)
+        if outcome == "cut before":
+            raise ConnectionClosedError(endpoint_url="")
+        try:
+            answer = self._tables.perform(
+                operation, msgspec.json.decode(msgspec.json.encode(request)), {}
+            )
+        except AwsError as exc:
+            fields: Any = {"Error": {"Code": exc.code}, **exc.fields}
+            raise ClientError(fields, operation) from None
+        if outcome == "cut after":
+            raise ConnectionClosedError(endpoint_url="")
+        return answer
+
+
+@dataclasses.dataclass
+class SentUpdate:
+    """An update on its way: ``project_id`` and number, and how often it was handed out."""
+
+    project_id: str
+    number: int
+    done: bool = False
+
+
+class LogMachine(RuleBasedStateMachine):
+    """Two tasks, each with held calls; updates are handed out again when a task crashes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(server, "full_jitter_s", lambda *_a, **_k: 0.0)
+        self.patch.setattr(server, "CALL_TIMEOUT_S", 3_600.0)
+        self.patch.setattr(server, "TRANSACTION_EVENTS", 5)
+        self.loop = asyncio.new_event_loop()
+        self.tables = DynamoDb()
+        self.tables.perform(
+            "CreateTable",
+            {
+                "TableName": "t",
+                "KeySchema": [
+                    {"AttributeName": "PK", "KeyType": "HASH"},
+                    {"AttributeName": "SK", "KeyType": "RANGE"},
+                ],
+            },
+            {},
+        )
+        self.updates: list[SentUpdate] = []
+        self.clients: list[HeldDynamoDb] = []
+        self.logs: list[EventLog] = []
+        self.busy: list[dict[str, asyncio.Task[None]]] = []
+        self.told: list[tuple[int, str, int, str]] = []
+        for _ in range(2):
+            self.start()
+
+    def start(self) -> None:
+        client = HeldDynamoDb(self.tables)
+        self.clients.append(client)
+        metrics = Metrics("test", Registry())
+        self.logs.append(EventLog(cast("Any", client), "t", 3_600, metrics))
+        self.busy.append({})
+
+    def act(self) -> None:
+        self.loop.run_until_complete(settle())
+
+    @rule(
+        task=st.integers(0, 1),
+        sent=st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=1, max_size=8),
+    )
+    def task_receives(self, task: int, sent: list[tuple[str, bool]]) -> None:
+        """New updates, and some that SQS has handed out before, to this task or another."""
+        batches: dict[str, list[SentUpdate]] = {}
+        for project_id, again in sent:
+            if project_id in self.busy[task]:
+                continue
+            old = [each for each in self.updates if each.project_id == project_id]
+            if again and old:
+                update = old[-1 - len(batches.get(project_id, ())) % len(old)]
+            else:
+                update = SentUpdate(project_id, len(self.updates))
+                self.updates.append(update)
+            batches.setdefault(project_id, []).append(update)
+        appends = {
+            name: ProjectAppend(
+                name,
+                [entry(u.number, f"id{u.number}", 0.0, project_id=name) for u in batch],
+            )
+            for name, batch in batches.items()
+        }
+        for group in server.transactions(appends.values()):
+            self.write(task, group, {each.project_id: batches[each.project_id] for each in group})
+        self.act()
+
+    def write(
+        self, task: int, group: list[ProjectAppend], batches: dict[str, list[SentUpdate]]
+    ) -> None:
+        async def run() -> None:
+            again = await self.logs[task].append(group)
+            for left in again:
+                self.write(task, left, batches)
+            for append in set(group).difference(*again):
+                self.busy[task].pop(append.project_id, None)
+                for update, pending in zip(batches[append.project_id], append.pending, strict=True):
+                    assert pending.event is not None
+                    update.done = True
+                    seq = cast("int", pending.event.seq)
+                    self.told.append((1 - task, append.project_id, seq, pending.event_id))
+
+        running = self.loop.create_task(run())
+        for append in group:
+            self.busy[task][append.project_id] = running
+
+    @precondition(lambda self: any(client.waiting for client in self.clients))
+    @rule(
+        data=st.data(),
+        outcome=st.sampled_from(
+            ["done"] * 6 + ["throttled", "conflict", "cut before", "cut after", "cut after"]
+        ),
+    )
+    def call_goes_on(self, data: st.DataObject, outcome: str) -> None:
+        waiting = [(client, each) for client in self.clients for each in client.waiting]
+        client, each = waiting[data.draw(st.integers(0, len(waiting) - 1))]
+        client.waiting.remove(each)
+        if not each[0].done():
+            each[0].set_result(outcome)
+        self.act()
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data(), lost=st.booleans())
+    def task_is_told(self, data: st.DataObject, lost: bool) -> None:
+        """What one task has appended reaches the other, in any order, or never."""
+        task, project_id, seq, event_id = self.told.pop(
+            data.draw(st.integers(0, len(self.told) - 1))
+        )
+        if not lost:
+            self.logs[task].learn(project_id, seq, event_id)
+
+    @rule(task=st.integers(0, 1), late=st.booleans())
+    def task_crashes(self, task: int, late: bool) -> None:
+        """A call of a task that is dead may take effect all the same."""
+        for outcome, operation, request in self.clients[task].waiting:
+            if late:
+                with contextlib.suppress(ClientError, ConnectionClosedError):
+                    self.clients[task]._perform("done", operation, request)
+            outcome.cancel()
+        for running in self.busy[task].values():
+            running.cancel()
+        self.act()
+        client = HeldDynamoDb(self.tables)
+        self.clients[task] = client
+        metrics = Metrics("test", Registry())
+        self.logs[task] = EventLog(cast("Any", client), "t", 3_600, metrics)
+        self.busy[task] = {}
+        self.told = [each for each in self.told if each[0] != task]
+
+    @rule(project_id=st.sampled_from("abc"), count=st.integers(1, 3))
+    def earlier_version_appends(self, project_id: str, count: int) -> None:
+        """A task of the version before: no `newest` in the head, no condition on its events."""
+        key = {"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "EVENTLOG"}}
+        item = self.tables.perform("GetItem", {"TableName": "t", "Key": key}, {}).get("Item")
+        seq = int(item["seq"]["N"]) if item else 0
+        values = {":after": {"N": str(seq + count)}, ":before": {"N": str(seq)}}
+        condition = "seq = :before" if seq else "attribute_not_exists(PK)"
+        update = {
+            "TableName": "t",
+            "Key": key,
+            "UpdateExpression": "SET seq = :after",
+            "ConditionExpression": condition,
+            "ExpressionAttributeValues": values if seq else {":after": values[":after"]},
+        }
+        puts = []
+        for place in range(seq + 1, seq + count + 1):
+            sent = SentUpdate(project_id, len(self.updates), done=True)
+            self.updates.append(sent)
+            puts.append({"TableName": "t", "Item": self.item(sent, place)})
+        items = [{"Update": update}, *({"Put": put} for put in puts)]
+        self.tables.perform("TransactWriteItems", {"TransactItems": items}, {})
+
+    def item(self, sent: SentUpdate, seq: int) -> Json:
+        return {
+            "PK": {"S": f"PROJECT#{sent.project_id}"},
+            "SK": {"S": server.event_key(seq)},
+            "type": {"S": "t"},
+            "data": {"S": str(sent.number)},
+            "event_id": {"S": f"id{sent.number}"},
+            "timestamp": {"S": server.timestamp()},
+            "expires_at": {"N": str(int(time.time()) + 3_600)},
+        }
+
+    @invariant()
+    def logs_are_gapless_and_without_doubles(self) -> None:
+        for project_id in "abc":
+            items = [
+                item
+                for item in self.tables.tables["t"].items
+                if item["PK"]["S"] == f"PROJECT#{project_id}"
+            ]
+            head = [int(item["seq"]["N"]) for item in items if item["SK"]["S"] == "EVENTLOG"]
+            events = [item for item in items if item["SK"]["S"] != "EVENTLOG"]
+            seqs = [server.seq_of(item) for item in events]
+            assert seqs == list(range(1, (head[0] if head else 0) + 1))
+            ids = [item["event_id"]["S"] for item in events]
+            assert len(set(ids)) == len(ids)
+
+    def teardown(self) -> None:
+        """Let everything come to its end: what was acknowledged is in its log."""
+        try:
+            for _ in range(500):
+                waiting = [(client, each) for client in self.clients for each in client.waiting]
+                if not waiting:
+                    break
+                client, each = waiting[0]
+                client.waiting.remove(each)
+                if not each[0].done():
+                    each[0].set_result("done")
+                self.act()
+            assert not any(client.waiting for client in self.clients)
+            assert not any(self.busy)
+            self.logs_are_gapless_and_without_doubles()
+            logged = {
+                item["event_id"]["S"]
+                for item in self.tables.tables["t"].items
+                if item["SK"]["S"] != "EVENTLOG"
+            }
+            assert {f"id{each.number}" for each in self.updates if each.done} <= logged
+        finally:
+            self.patch.undo()
+            for tasks in self.busy:
+                for task in tasks.values():
+                    task.cancel()
+            self.act()
+            self.loop.close()
+
+
+TestLogMachine = LogMachine.TestCase
+TestLogMachine.settings = hypothesis_settings(
+    max_examples=150, stateful_step_count=40, suppress_health_check=list(HealthCheck), deadline=None
+)
