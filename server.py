@@ -2447,16 +2447,14 @@ class PendingForward:
     """A message that waits until an agent's queue accepts it.
 
     Attributes:
+        entry: its SendMessageBatchRequestEntry without the ``Id``; empty once it is settled.
         size_bytes: the size of body and attributes, as SQS counts them.
         submitted_at, deadline: seconds of the monotonic clock.
         unanswered_calls: the number of calls that contained it, were not answered, and may have
             taken effect.
     """
 
-    body: str
-    attributes: dict[str, str]
-    group_id: str
-    deduplication_id: str
+    entry: dict[str, Any]
     size_bytes: int
     submitted_at: float
     deadline: float
@@ -2517,11 +2515,11 @@ class QueueSender:
         self._url = queue_url
         self._still_waiting = still_waiting
         self._settle = settle
-        self._fifo = queue_url.endswith(".fifo")
+        self.fifo = queue_url.endswith(".fifo")
         self._dependency = Dependency(f"{name} queue")
         # Two calls at once may overtake each other, which a queue that promises order must not see.
         # (Entries of one call that SQS itself throttles are still sent after those it accepted.)
-        self.batcher = Batcher(tasks, self._deliver, calls=1 if self._fifo else 16)
+        self.batcher = Batcher(tasks, self._deliver, calls=1 if self.fifo else 16)
 
     async def _deliver(self, batch: list[PendingForward]) -> None:
         """Send until every forward is confirmed, refused or past its deadline."""
@@ -2542,7 +2540,10 @@ class QueueSender:
             async with asyncio.timeout(until - time.monotonic()):
                 answer = await self._sqs.send_message_batch(
                     QueueUrl=self._url,
-                    Entries=[self._entry(i, forward) for i, forward in enumerate(batch)],
+                    Entries=[
+                        cast("Any", {"Id": str(i), **forward.entry})
+                        for i, forward in enumerate(batch)
+                    ],
                 )
             confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
             failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
@@ -2589,21 +2590,6 @@ class QueueSender:
             ErrorCode.REJECTED, f"The agent's queue refused the message ({code}).", retryable=False
         )
 
-    def _entry(self, i: int, forward: PendingForward) -> Any:
-        """A SendMessageBatchRequestEntry."""
-        entry = {
-            "Id": str(i),
-            "MessageBody": forward.body,
-            "MessageAttributes": {
-                name: {"DataType": "String", "StringValue": value}
-                for name, value in forward.attributes.items()
-            },
-        }
-        if self._fifo:
-            entry["MessageGroupId"] = fifo_id(forward.group_id)
-            entry["MessageDeduplicationId"] = forward.deduplication_id
-        return entry
-
 
 class Forwarder:
     """Takes forwards for all agents, as many as its bounds on count and bytes allow.
@@ -2643,27 +2629,28 @@ class Forwarder:
             BadMessage: it cannot be sent at all, or too much is waiting; ``confirm`` is not called.
         """
         self._refuse_unsendable(bytes(message.data))
-        encoded = sendable(encode(message))
-        body = encoded.decode()
+        body = sendable(encode(message))
         attributes = {"MessageType": message.type, "Timestamp": message.timestamp}
-        size = len(encoded) + sum(len(k) + len(v) + 6 for k, v in attributes.items())
+        size = len(body) + sum(len(k) + len("String") + len(v) for k, v in attributes.items())
         self._check(size)
+        sender = self._senders[queue]
+        entry: dict[str, Any] = {
+            "MessageBody": body.decode(),
+            "MessageAttributes": {
+                name: {"DataType": "String", "StringValue": value}
+                for name, value in attributes.items()
+            },
+        }
+        if sender.fifo:
+            entry["MessageGroupId"] = fifo_id(message.project_id or message.client_id)
+            entry["MessageDeduplicationId"] = deduplication_id(message)
         now = time.monotonic()
-        forward = PendingForward(
-            body=body,
-            attributes=attributes,
-            group_id=message.project_id or message.client_id,
-            deduplication_id=deduplication_id(message),
-            size_bytes=size,
-            submitted_at=now,
-            deadline=now + self._timeout_s,
-            confirm=confirm,
-        )
+        forward = PendingForward(entry, size, now, now + self._timeout_s, confirm)
         self._waiting[forward] = None
         self._waiting_bytes += size
         if self._timer is None:
             self._expire_at_deadlines()
-        self._senders[queue].batcher.add(forward, size)
+        sender.batcher.add(forward, size)
 
     def _refuse_unsendable(self, data: bytes) -> None:
         """``data`` go out as they came, so that what SQS refuses in them is refused here."""
@@ -2713,7 +2700,7 @@ class Forwarder:
             return
         del self._waiting[forward]
         self._waiting_bytes -= forward.size_bytes
-        forward.body = ""  # A batcher may hold an expired forward until a call has returned.
+        forward.entry = {}  # A batcher may hold an expired forward until a call has returned.
         if error is None:
             self._metrics.forwarded(time.monotonic() - forward.submitted_at)
         else:
