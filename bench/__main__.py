@@ -25,11 +25,20 @@ from bench import report
 from bench.processes import ROOT, BenchError
 from bench.programme import FULL, QUICK, Effort, run, run_paired
 from bench.scenarios import Record
-from bench.servers import GATEWAYS, PEER_SERVERS, TOKENS_GATEWAY, Server, gateway_of, present
+from bench.servers import (
+    GATEWAYS,
+    JETSTREAM,
+    PEER_SERVERS,
+    TOKENS_GATEWAY,
+    Server,
+    gateway_of,
+    present,
+)
 
 # The tables that are not called like the scenario they show.
 SCENARIO_OF = {
     "real-shape": "real shape",
+    "cluster": "unwanted",
     "connections": "fan-out",
     "latency": "fan-out",
     "sizes": "deflated",
@@ -58,7 +67,7 @@ def _revision() -> str:
 
 def measure(effort: Effort, only: str) -> report.Run:
     """Take all turns; what does not exist here is listed as absent, with the reason."""
-    versions, absent = present([*GATEWAYS, *PEER_SERVERS])
+    versions, absent = present([*GATEWAYS, *PEER_SERVERS, JETSTREAM])
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}", file=sys.stderr)
     return _run(effort, versions, absent, run(effort, only, absent))

@@ -6,7 +6,8 @@
  *        [-n N] [-c TEXT]
  *
  *   -s  a text frame every connection sends once it is open; a %d in it is replaced as in PATH,
- *       a %5d by five digits
+ *       a %5d by five digits of the same, a %c by five digits of the connection's own number, and
+ *       a %n by the end of a line; so is it in what connections forward
  *   -f  data frames a connection receives before it counts as ready (greeting, confirmation)
  *   -m  count occurrences of MARKER in the payloads, not frames (for servers that put several
  *       messages into one frame)
@@ -196,9 +197,9 @@ static void listen_for_input(struct connection *c) {
     epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &event);
 }
 
-/* The template with the connection's number in place of %d, padded with zeros in place of %5d. */
+/* The template with numbers in place of what stands for them: see -s. */
 static void numbered(char *out, size_t room, const char *template, const struct connection *c) {
-    int number = (int)(c - connections) % modulus;
+    int own = (int)(c - connections), number = own % modulus;
     size_t at = 0;
     while (*template && at + 24 < room) {
         if (!strncmp(template, "%d", 2)) {
@@ -207,6 +208,12 @@ static void numbered(char *out, size_t room, const char *template, const struct 
         } else if (!strncmp(template, "%5d", 3)) {
             at += (size_t)sprintf(out + at, "%05d", number);
             template += 3;
+        } else if (!strncmp(template, "%c", 2)) {
+            at += (size_t)sprintf(out + at, "%05d", own);
+            template += 2;
+        } else if (!strncmp(template, "%n", 2)) {
+            at += (size_t)sprintf(out + at, "\r\n");
+            template += 2;
         } else {
             out[at++] = *template++;
         }

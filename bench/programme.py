@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bench.bill import bill_turn
+from bench.cluster import unwanted_turn
 from bench.processes import BenchError
 from bench.scenarios import (
     Record,
@@ -25,6 +26,7 @@ from bench.servers import (
     FORWARD_EACH,
     GATEWAY,
     GATEWAYS,
+    JETSTREAM,
     NATS,
     NCHAN,
     PEER_SERVERS,
@@ -32,7 +34,14 @@ from bench.servers import (
     WEBSOCKETS,
     Server,
 )
-from bench.small_projects import PROJECTS, VIEWERS, real_shape_turn, spread_turn
+from bench.small_projects import (
+    PROJECTS,
+    VIEWERS,
+    history_turn,
+    real_shape_turn,
+    spread_turn,
+    streams_turn,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +78,10 @@ def programme(effort: Effort) -> list[Labelled]:
     """One round: all turns in the order they are taken, with a label each."""
     return [
         *_small_projects_turns(effort, TOKENS_GATEWAY),
+        _real_shape(effort, JETSTREAM, 1),
+        *_stream_turns(effort, TOKENS_GATEWAY),
+        (f"history: {TOKENS_GATEWAY.name}", history_turn(TOKENS_GATEWAY)),
+        (f"unwanted: {TOKENS_GATEWAY.name}", unwanted_turn(TOKENS_GATEWAY)),
         *_fan_out_turns(effort),
         *_projects_turns(effort, GATEWAY),
         *_forward_turns(effort, [*OWN, FORWARD_EACH]),
@@ -85,6 +98,9 @@ def paired_programme(effort: Effort, other: Server) -> list[tuple[Labelled, Labe
             *_one_server_turns(effort, server),
             *_projects_turns(effort, server),
             *_forward_turns(effort, [server]),
+            *_stream_turns(effort, server),
+            (f"history: {server.name}", history_turn(server)),
+            (f"unwanted: {server.name}", unwanted_turn(server)),
             (f"storm: {server.name}", storm_turn(server, effort.many)),
             *_catch_up_turns(effort, server),
         ]
@@ -93,12 +109,14 @@ def paired_programme(effort: Effort, other: Server) -> list[tuple[Labelled, Labe
     return list(zip(now, then, strict=True))
 
 
+def _real_shape(effort: Effort, server: Server, tasks: int) -> Labelled:
+    turn = real_shape_turn(server, tasks, effort.rates, projects=PROJECTS, seconds=effort.seconds)
+    return f"real shape: {server.name}, tasks: {tasks}", turn
+
+
 def _small_projects_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
     for tasks in (1, 2):
-        turn = real_shape_turn(
-            server, tasks, effort.rates, projects=PROJECTS, seconds=effort.seconds
-        )
-        yield f"real shape: {server.name}, tasks: {tasks}", turn
+        yield _real_shape(effort, server, tasks)
     for tasks, projects in ((1, 1), (1, 20), (1, 200), (2, 20)):
         turn = spread_turn(server, tasks, projects, viewers_each=VIEWERS, cpu_s=effort.cpu_s)
         yield f"spread: {server.name}, tasks: {tasks}, projects: {projects}", turn
@@ -106,6 +124,12 @@ def _small_projects_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
         for pattern in ("alone", "bursts"):
             turn = bill_turn(server, tasks, pattern, kilobytes)
             yield f"bill: {server.name}, tasks: {tasks}, {pattern}, {kilobytes} KB", turn
+
+
+def _stream_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
+    for gathered in (1, 10):
+        turn = streams_turn(server, gathered, seconds=effort.seconds / 2)
+        yield f"streams: {server.name}, gathered: {gathered}", turn
 
 
 def _one_server_turns(effort: Effort, server: Server) -> Iterator[Labelled]:

@@ -13,8 +13,10 @@ from typing import Any
 
 from bench import prices
 from bench.bill import dollars_per_million
+from bench.cluster import PUBLISHING, ceiling, line
 from bench.processes import ROOT
 from bench.scenarios import Record
+from bench.small_projects import STRETCH
 
 DOCUMENT = ROOT / "docs" / "PERFORMANCE.md"
 IMAGES = ROOT / "docs" / "images"
@@ -206,6 +208,78 @@ def bill(run: Run) -> str:
         )
     head = ("items, an event", "AWS calls", "write units", "read units", "SQS requests")
     return table((*head, "SNS requests", "a million events", "agents' own sends"), rows)
+
+
+def streams(run: Run) -> str:
+    """Text that is written while it is read."""
+    rows = []
+    for server, parameters in run.parameters("streams"):
+        gathered = parameters["gathered"]
+        keys = ("offered_per_s", "cpu_us_per_event", "core_share", "p50_ms", "p99_ms")
+        cells = [shown(run.by_round("streams", server, k, **parameters).values()) for k in keys]
+        label = "a message a token" if gathered == 1 else f"{gathered} tokens a message"
+        rows.append([label, *cells])
+    head = ("", "tokens/s offered", "CPU us a token", "cores used", "p50, ms", "p99, ms")
+    return table(head, rows)
+
+
+def history(run: Run) -> str:
+    """The cost of an event against how many the project has already."""
+    rows = []
+    for server, parameters in run.parameters("history"):
+        keys = ("cpu_us_per_event", "read_units_per_event", "aws_calls_per_event")
+        figures = [run.by_round("history", server, key, **parameters) for key in keys]
+        first = run.by_round("history", server, keys[0], events=STRETCH)
+        cells = [shown(figures[0].values()), shown(ratios(figures[0], first), "x")]
+        cells += [median(figure.values()) for figure in figures[1:]]
+        end = parameters["events"]
+        rows.append([f"{end - STRETCH + 1:,} to {end:,}", *cells])
+    head = (
+        "events",
+        "CPU us an event",
+        "to the first",
+        "read units an event",
+        "AWS calls an event",
+    )
+    return table(head, rows)
+
+
+def unwanted(run: Run) -> str:
+    """An event on a task none of whose clients wants it."""
+    rows = []
+    for server, parameters in run.parameters("unwanted"):
+        keys = ("events_per_message", "cpu_us_per_event", "cpu_us_per_message", "calls_per_message")
+        cells = [shown(run.by_round("unwanted", server, k, **parameters).values()) for k in keys]
+        fill = parameters["fill"]
+        rows.append([f"{fill} in each" if fill else "as many as fit", *cells])
+    head = ("events", "in a message", "CPU us an event", "CPU us a message", "SQS calls a message")
+    return table(head, rows)
+
+
+def cluster(run: Run) -> str:
+    """What a cluster can do at most, by arithmetic from what was measured."""
+    found = run.parameters("unwanted")
+    figures = [
+        [
+            statistics.median(run.by_round("unwanted", server, key, **parameters).values())
+            for key in ("events_per_message", "cpu_us_per_event", "calls_per_message")
+        ]
+        for server, parameters in found
+    ]
+    if len(figures) < 2:
+        return "not measured"
+    event_s, message_s = line({fill: cost for fill, cost, _ in figures})
+    calls = statistics.median(calls for _, _, calls in figures)
+    rows = []
+    for tasks in PUBLISHING:
+        events, fill = ceiling(event_s, message_s, tasks)
+        calls_per_s = events / fill * calls * tasks
+        dollars = calls_per_s * prices.SQS_REQUESTS / 1e6
+        per_million = dollars / events * 1e6
+        cells = [f"{events:,.0f}", number(fill), f"{calls_per_s:,.0f}", f"${per_million:,.2f}"]
+        rows.append([f"{tasks}", *cells])
+    head = ("tasks that publish", "events/s at most", "events in a message", "SQS calls/s of all")
+    return table((*head, "SQS for a million events"), rows)
 
 
 def fan_out(run: Run) -> str:
@@ -533,6 +607,8 @@ def targets(run: Run) -> str:
 
 # What is compared, and whether more of it is better.
 COMPARED = {
+    "cpu_us_per_message": False,
+    "read_units_per_event": False,
     "calls": False,
     "write_units": False,
     "read_units": False,
@@ -676,6 +752,10 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "real-shape": real_shape,
     "spread": spread,
     "bill": bill,
+    "streams": streams,
+    "history": history,
+    "unwanted": unwanted,
+    "cluster": cluster,
     "targets": targets,
     "fan-out": fan_out,
     "latency": latency,

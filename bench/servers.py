@@ -18,21 +18,26 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.feeds import PROJECT, Feed, LineFeed, NatsFeed, NchanFeed, QueueFeed
+from bench.agents import Agents, JetStreamAgents, QueueAgents, Wires
+from bench.feeds import PROJECT, Feed, LineFeed, NatsFeed, NchanFeed, QueueFeed, filler
 from bench.load import OFFER_DEFLATE, Load
 from bench.processes import BUILD, ROOT, BenchError, Process, compiled, wait_until
 from bench.tokens import issuer
 
+EVENT_MARKER = '"t":'
 PEERS = Path(__file__).parent / "peers"
 
 
 @dataclasses.dataclass(slots=True)
 class Running:
-    """A started server: the process that is measured, and how clients reach it."""
+    """A started server: the process that is measured, and how clients reach it.
+
+    What is sent by clients may hold placeholders: see load.c.
+    """
 
     process: Process
     port: int
@@ -44,6 +49,28 @@ class Running:
     deflate: bool = False
     headers: tuple[str, ...] = ()
     aws: Aws | None = None
+
+    def viewers(self, projects: int) -> Load:
+        """A load generator whose connections view so many projects in turn: p0, p1, ...
+
+        Every delivery is counted by its time stamp, and every latency is recorded.
+        """
+        return self.load(
+            path="/ws?project_id=p%d", modulus=projects, marker=EVENT_MARKER, sample_every=1
+        )
+
+    def wait_for_viewers(self, count: int) -> None:
+        """Wait until so many viewers get what is sent; the gateway has confirmed it to each."""
+
+    def agents(self) -> Agents:
+        """Agents that report."""
+        assert self.aws is not None
+        return QueueAgents(self.aws.environment["SQS_QUEUE_URL_UPDATES"])
+
+    def forward(self) -> str:
+        """What a client forwards."""
+        data = {"instruction": filler(160)}
+        return json.dumps({"action": "forward", "type": "dev", "data": data})
 
     def load(self, *, path: str | None = None, marker: str | None = None, **options: Any) -> Load:
         """A load generator for this server."""
@@ -160,6 +187,7 @@ def gateways(
     tasks: int,
     settings: Mapping[str, str] | None = None,
     *,
+    per_task: Sequence[Mapping[str, str]] = (),
     deflate: bool = False,
     latency_ms: str = "0",
     program: Path = ROOT / "server.py",
@@ -170,6 +198,7 @@ def gateways(
     Args:
         tasks: how many.
         settings: beside the usual ones.
+        per_task: more of them, of each task.
         deflate: whether clients are to offer it.
         latency_ms: what each call to AWS takes, ``5-10`` or ``5``.
         program: the `server.py`.
@@ -183,9 +212,11 @@ def gateways(
             **(settings or {}),
         }
         fleet: list[Running] = []
-        for _ in range(tasks):
+        for own in per_task or [{}] * tasks:
             log = stack.enter_context(tempfile.TemporaryFile())
-            process = Process([sys.executable, launcher or program], environment, stdout=log)
+            process = Process(
+                [sys.executable, launcher or program], {**environment, **own}, stdout=log
+            )
             stack.callback(process.stop)
             port = _gateway_port(process, log)
             feed = QueueFeed(environment["SQS_QUEUE_URL_UPDATES"])
@@ -402,6 +433,75 @@ def nats(deflate: bool) -> Iterator[Running]:
             process.stop()
 
 
+@dataclasses.dataclass(slots=True)
+class JetStream(Running):
+    """nats-server with two streams: of events, a subject a project, and of forwards.
+
+    A viewer has a consumer of its own on its project's subject, which it would make anew from the
+    last sequence it has seen; what is ephemeral comes by a subject outside the streams.
+    """
+
+    admin: Wires | None = None
+
+    def viewers(self, projects: int) -> Load:
+        config = (
+            '{"stream_name":"EVENTS","config":{"deliver_subject":"_D.%c","deliver_policy":"new",'
+            '"ack_policy":"none","filter_subject":"event.%5d","mem_storage":true,'
+            '"inactive_threshold":300000000000}}'
+        )
+        size = len(config.replace("%c", "00000").replace("%5d", "00000"))
+        return Load(
+            self.port,
+            "/",
+            first_message='CONNECT {"verbose":false,"protocol":1}%nSUB _D.%c 1%n'
+            f"SUB ephemeral.%5d 2%nPUB $JS.API.CONSUMER.CREATE.EVENTS _D.%c {size}%n{config}%n"
+            "PING%n",
+            setup_frames=2,  # INFO and PONG
+            marker=EVENT_MARKER,
+            sample_every=1,
+            modulus=projects,
+            confirmation='"stream":"FORWARDS"',
+        )
+
+    def wait_for_viewers(self, count: int) -> None:
+        def all_there() -> bool:
+            assert self.admin is not None
+            answer = self.admin.request("$JS.API.STREAM.INFO.EVENTS", {})
+            return bool(answer["state"]["consumer_count"] == count)
+
+        wait_until("every viewer's consumer", all_there)
+
+    def agents(self) -> Agents:
+        assert self.admin is not None
+        return JetStreamAgents(self.admin.port)
+
+    def forward(self) -> str:
+        data = json.dumps({"type": "dev", "data": {"instruction": filler(160)}})
+        return f"PUB forward.dev _D.%c {len(data)}%n{data}%n"
+
+
+@contextlib.contextmanager
+def jetstream(_tasks: int, *_: Any, **__: Any) -> Iterator[list[Running]]:
+    """nats-server with its streams in files; it is one server, whatever is asked for."""
+    port, feed_port = _free_ports(2)
+    with tempfile.TemporaryDirectory() as directory:
+        configuration = _configured("jetstream.conf", directory, port=port, feed=feed_port)
+        process = Process(["nats-server", "-c", configuration])
+        try:
+            wait_until("nats-server's start", lambda: _accepts(port) and _accepts(feed_port))
+            admin = Wires(feed_port)
+            for name, subjects in (("EVENTS", "event.*"), ("FORWARDS", "forward.*")):
+                stream = {"name": name, "subjects": [subjects], "storage": "file"}
+                limits_of = {"retention": "limits", "max_age": 86_400_000_000_000}
+                answer = admin.request(f"$JS.API.STREAM.CREATE.{name}", {**stream, **limits_of})
+                if "error" in answer:
+                    raise BenchError(f"JetStream: {answer['error']}")
+            yield [JetStream(process, port, NatsFeed(feed_port), admin=admin)]
+            admin.close()
+        finally:
+            process.stop()
+
+
 def _nats_version() -> str:
     if not shutil.which("nats-server"):
         raise BenchError("nats-server is not installed (Debian: nats-server)")
@@ -467,6 +567,7 @@ FORWARD_EACH = Server(
     "send_message each", _forward_each, _of_packages("aiobotocore"), deflates=False
 )
 NATS = Server("nats-server", nats, _nats_version)
+JETSTREAM = Server("nats JetStream", nats, _nats_version, fleet=jetstream)
 NCHAN = Server("nchan", nchan, _nchan_version)
 PEER_SERVERS = [
     WEBSOCKETS,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 
 from bench.agents import HeavyTail, QueueAgents, offer
-from bench.feeds import QueueFeed, filler, update
+from bench.feeds import QueueFeed, update
 from bench.load import Counted, Load
 from bench.processes import BenchError
 from bench.scenarios import CONNECTIONS_AT_ONCE, MAX_BURST_S, Record, Turn
@@ -22,7 +22,6 @@ FORWARD_PERIOD_S = 10.0
 AWS_LATENCY_MS = "5-10"
 WARM_UP_S = 1.0
 MAX_DELAY_S = 60.0
-EVENT_MARKER = '"t":'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,31 +29,27 @@ class Sum:
     """CPU time of all tasks and use of AWS, from a moment on."""
 
     fleet: list[Running]
-    aws: Aws
+    aws: Aws | None
     cpu_s: float
-    used: Used
+    used: Used | None
     moment: float
 
     @classmethod
     def begin(cls, fleet: list[Running]) -> Sum:
         aws = fleet[0].aws
-        assert aws is not None
-        return cls(fleet, aws, _cpu_s(fleet), aws.used(), time.monotonic())
+        return cls(fleet, aws, _cpu_s(fleet), aws.used() if aws else None, time.monotonic())
 
     def values(self, events: int) -> dict[str, float]:
         """What each event came to until now; without any, only the share of a core."""
         cpu_s, elapsed_s = _cpu_s(self.fleet) - self.cpu_s, time.monotonic() - self.moment
-        calls = self.aws.used().since(self.used).of_events()
-        each = (
-            {
-                "cpu_us_per_event": cpu_s * 1e6 / events,
-                "aws_calls_per_event": sum(calls.values()) / events,
-                "events_per_s": events / elapsed_s,
-            }
-            if events
-            else {}
-        )
-        return {"core_share": cpu_s / elapsed_s, **each}
+        values = {"core_share": cpu_s / elapsed_s}
+        if events:
+            values["cpu_us_per_event"] = cpu_s * 1e6 / events
+            values["events_per_s"] = events / elapsed_s
+        if events and self.aws and self.used:
+            calls = self.aws.used().since(self.used).of_events()
+            values["aws_calls_per_event"] = sum(calls.values()) / events
+        return values
 
 
 def _cpu_s(fleet: Sequence[Running]) -> float:
@@ -65,21 +60,17 @@ def _cpu_s(fleet: Sequence[Running]) -> float:
 def viewers(
     fleet: Sequence[Running], projects: int, viewers_each: int
 ) -> Iterator[list[tuple[Load, int]]]:
-    """Viewers of each project, evenly over the tasks; yields loads, and viewers a project of each.
-
-    Every delivery is counted by its time stamp, and every latency is recorded.
-    """
+    """Viewers, evenly over the tasks; yields each load with its viewers a project."""
     share = viewers_each // len(fleet)
     if share * len(fleet) != viewers_each:
         raise ValueError(f"{viewers_each} viewers cannot be shared by {len(fleet)} tasks")
     with contextlib.ExitStack() as stack:
         loads = []
         for running in fleet:
-            load = running.load(
-                path="/ws?project_id=p%d", modulus=projects, marker=EVENT_MARKER, sample_every=1
-            )
+            load = running.viewers(projects)
             stack.callback(load.close)
             load.connect(projects * share, CONNECTIONS_AT_ONCE)
+            running.wait_for_viewers(projects * share)
             loads.append((load, share))
         yield loads
 
@@ -105,17 +96,16 @@ def real_shape_turn(
 
     Some of the viewers forward meanwhile. Rate 0 shows what connections and forwards cost alone.
     """
-    forward = {"action": "forward", "type": "dev", "data": {"instruction": filler(160)}}
 
     def turn(number: int) -> Iterator[Record]:
         with (
             server.fleet(tasks, latency_ms=AWS_LATENCY_MS) as fleet,
             viewers(fleet, projects, VIEWERS) as loads,
-            contextlib.closing(_agents(fleet[0])) as agents,
+            contextlib.closing(fleet[0].agents()) as agents,
         ):
             for load, share in loads:
                 forwarding = int(projects * share * FORWARDING_SHARE)
-                load.trickle(forwarding, FORWARD_PERIOD_S, json.dumps(forward))
+                load.trickle(forwarding, FORWARD_PERIOD_S, fleet[0].forward())
             tail = HeavyTail(projects, seed=number)
             for rate in (0, *rates):
                 reset(loads)
@@ -132,11 +122,6 @@ def real_shape_turn(
                 yield Record("real shape", server.name, number, parameters, values)
 
     return turn
-
-
-def _agents(running: Running) -> QueueAgents:
-    assert running.aws is not None
-    return QueueAgents(running.aws.environment["SQS_QUEUE_URL_UPDATES"])
 
 
 def reset(loads: Sequence[tuple[Load, int]]) -> None:
@@ -191,3 +176,77 @@ def _bursts(
         feed.publish_updates([update(200, name) for name in names])
         await_all(loads, 20 * (burst + 1), MAX_BURST_S)
     return 20 * bursts
+
+
+STREAMS, STREAM_VIEWERS, TOKENS_PER_S, TOKEN_BYTES = 100, 20, 100, 6
+
+
+def streams_turn(server: Server, gathered: int, *, seconds: float) -> Turn:
+    """Text that is written while it is read: 100 streams of 100 tokens a second, 20 viewers each.
+
+    An agent sends a message for each token, or gathers so many of them.
+    """
+
+    def turn(number: int) -> Iterator[Record]:
+        with (
+            server.fleet(1, latency_ms=AWS_LATENCY_MS) as fleet,
+            viewers(fleet, STREAMS, STREAM_VIEWERS) as loads,
+            contextlib.closing(fleet[0].agents()) as agents,
+        ):
+            assert isinstance(agents, QueueAgents)
+            overhead = len(update(0, "p00", ephemeral=True))
+            size = overhead + TOKEN_BYTES * gathered
+            for measured in (False, True):
+                reset(loads)
+                begun, due, messages = Sum.begin(fleet), time.monotonic(), 0
+                ticks = int((seconds if measured else WARM_UP_S) * TOKENS_PER_S / gathered)
+                for _ in range(ticks):
+                    due += gathered / TOKENS_PER_S
+                    if (early := due - time.monotonic()) > 0:
+                        time.sleep(early)
+                    for first in range(0, STREAMS, 10):
+                        names = [f"p{first + n}" for n in range(10)]
+                        agents.send_batch([update(size, n, ephemeral=True) for n in names])
+                    messages += STREAMS
+                offered_s = time.monotonic() - begun.moment
+                counted = await_all(loads, messages, MAX_DELAY_S)
+            values = begun.values(messages * gathered) | {
+                "offered_per_s": messages * gathered / offered_s,
+                "p50_ms": counted[0].p50_ms,
+                "p99_ms": counted[0].p99_ms,
+            }
+            parameters = {"gathered": gathered}
+            yield Record("streams", server.name, number, parameters, values)
+
+    return turn
+
+
+HISTORY = 20_000
+STRETCH = 2000
+MAX_HISTORY_S = 40.0
+
+
+def history_turn(server: Server) -> Turn:
+    """The cost of an event in a project that has more and more of them, all within minutes."""
+
+    def turn(number: int) -> Iterator[Record]:
+        if number > 2:  # it takes long, and shows no more
+            return
+        with server.fleet(1) as fleet, viewers(fleet, 1, VIEWERS) as loads:
+            feed, aws, sent = fleet[0].feed, fleet[0].aws, 0
+            assert isinstance(feed, QueueFeed)
+            assert aws is not None
+            reset(loads)
+            started = time.monotonic()
+            while sent < HISTORY and time.monotonic() - started < MAX_HISTORY_S:
+                begun, before, until = Sum.begin(fleet), aws.used(), sent + STRETCH
+                while sent < until:
+                    ids = [uuid.uuid4().hex for _ in range(20)]
+                    feed.publish_updates([update(200, "p0", event_id=one) for one in ids])
+                    sent += 20
+                    await_all(loads, sent, MAX_BURST_S)
+                used = aws.used().since(before)
+                values = begun.values(STRETCH) | {"read_units_per_event": used.read_units / STRETCH}
+                yield Record("history", server.name, number, {"events": until}, values)
+
+    return turn

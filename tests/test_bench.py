@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 
 from bench import prices, report
+from bench.agents import HeavyTail
 from bench.bill import dollars_per_million, per_event
+from bench.cluster import PUBLISH_S, PUBLISHING, ceiling, line, unwanted_turn
 from bench.feeds import event, update
 from bench.processes import ROOT, BenchError, Process
 from bench.programme import FULL, QUICK, Effort, paired_programme, programme
 from bench.report import Run, Target
 from bench.scenarios import Record
-from bench.servers import GATEWAY, Server, Used, generous_limits, limits, present
+from bench.servers import GATEWAY, JETSTREAM, Server, Used, generous_limits, limits, present
+from bench.small_projects import real_shape_turn
 from server import Settings
 
 FULL_RUN = report.RESULTS / "full.json"
@@ -213,6 +217,54 @@ def test_bill_is_what_was_counted_times_its_price() -> None:
     nothing = Used(Counter(), Counter(), read_units=0, write_units=0)
     with pytest.raises(BenchError, match="no event was sent"):
         per_event(nothing, 10)
+
+
+def test_ceiling_is_where_the_budget_is_spent() -> None:
+    """With messages that gather, and with one for each event: the cost of all is four fifths."""
+    event_s, message_s = line({1: 110.0, 2: 60.0, 100: 11.0})
+    assert (round(event_s * 1e6), round(message_s * 1e6)) == (10, 100)
+    for tasks in PUBLISHING:
+        events, fill = ceiling(event_s, message_s, tasks)
+        messages = events / fill
+        assert events * event_s + messages * message_s == pytest.approx(0.25 * 0.8)
+        assert messages == pytest.approx(min(events, tasks / PUBLISH_S))
+
+
+def test_heavy_tail_is_as_described() -> None:
+    """The first of 2,000 projects has an eighth of the events, the last thousand a twelfth."""
+    chosen = Counter(HeavyTail(2000).choose(100_000))
+    assert chosen["p0"] / 100_000 == pytest.approx(1 / 8, rel=0.05)
+    last = sum(chosen[f"p{n}"] for n in range(1000, 2000))
+    assert last / 100_000 == pytest.approx(1 / 12, rel=0.05)
+    assert HeavyTail(2000).choose(50) == HeavyTail(2000).choose(50)
+    assert HeavyTail(2000, seed=2).choose(50) != HeavyTail(2000).choose(50)
+
+
+def test_small_projects_come_to_their_figures() -> None:
+    """A short turn on a real gateway and two, with everything counted that was offered."""
+    turn = real_shape_turn(GATEWAY, 2, (50,), projects=200, seconds=1.5)
+    idle, busy = turn(1)
+    assert idle.parameters["rate"] == 0
+    assert "cpu_us_per_event" not in idle.values
+    assert busy.values["forwards_per_s"] > 0
+    assert busy.values["aws_calls_per_event"] > 1
+    assert 5 < busy.values["p50_ms"] <= busy.values["p99_ms"]
+
+
+@pytest.mark.skipif(not shutil.which("nats-server"), reason="nats-server is not installed")
+def test_jetstream_keeps_events_and_forwards() -> None:
+    """Viewers of a project get its events, in files or not, and confirmations of forwards."""
+    turn = real_shape_turn(JETSTREAM, 1, (50,), projects=200, seconds=1.5)
+    _, busy = turn(1)
+    assert busy.values["forwards_per_s"] > 0
+    assert busy.values["p99_ms"] > 0
+
+
+def test_what_nobody_wants_is_measured() -> None:
+    """Messages between tasks are captured and sent again, as full as asked for."""
+    fills = [record.values["events_per_message"] for record in unwanted_turn(GATEWAY)(1)]
+    assert fills[:3] == [1, 2, 10]
+    assert fills[3] > 100
 
 
 def test_pairs_are_the_same_turns() -> None:
