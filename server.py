@@ -1117,9 +1117,40 @@ class Event:
         return self._deflated
 
 
-def brief(exc: BaseException) -> str:
-    """What a parser complains of, cut short: the path to it is as deep as somebody has nested."""
-    return str(exc)[:COMPLAINT_MAX_CHARS]
+KINDS = {
+    "str": "a string", "int": "a whole number", "float": "a fraction", "bool": "true or false",
+    "null": "null", "array": "an array", "object": "an object",
+}  # fmt: skip
+
+COMPLAINT = re.compile(
+    r"(?:Object missing required field `(?P<missing>[^`]+)`"
+    r"|Expected `(?P<kinds>[^`]+)`(?: of length (?P<length>[<>]=) (?P<characters>\d+)"
+    r"| (?P<bound>[<>]=) (?P<number>-?\d+)|, got `(?P<got>\w+)`))(?: - at `\$\.?(?P<path>[^`]*)`)?"
+)
+
+
+def in_words(exc: BaseException) -> str:
+    """What a parser complains of, as a person says it and without a full stop.
+
+    It is cut short: the path to the fault is as deep as somebody has nested.
+    """
+    complaint = str(exc)[:COMPLAINT_MAX_CHARS]
+    if not (found := COMPLAINT.fullmatch(complaint)):
+        complaint = complaint.replace("Input data was truncated", "it ends too early")
+        complaint = complaint.removeprefix("JSON is malformed: ")
+        return re.sub(r" - at `\$\.?(.*)`", r' in "\1"', complaint)
+    if found["missing"]:
+        return f'The field "{found["missing"]}" is missing'
+    subject = f'The field "{found["path"]}"' if found["path"] else "It"
+    kinds = " or ".join(KINDS.get(kind, kind) for kind in found["kinds"].split(" | "))
+    if found["length"] == "<=":
+        return f"{subject} has more than {found['characters']} characters"
+    if found["length"]:  # the only bound from below that there is
+        return f"{subject} is empty"
+    if found["bound"]:
+        side = "least" if found["bound"] == ">=" else "most"
+        return f"{subject} must be {kinds} of at {side} {found['number']}"
+    return f"{subject} must be {kinds}, not {KINDS.get(found['got'], found['got'])}"
 
 
 TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{}:,"]|[^][{}:,"\s]+')
@@ -1305,7 +1336,7 @@ def explain(payload: bytes, complaint: msgspec.ValidationError) -> BadMessage:
         return BadMessage(ErrorCode.INVALID_MESSAGE, f'The message has no "action": {actions}.')
     if "`$.action`" in str(complaint):
         return BadMessage(ErrorCode.UNKNOWN_ACTION, f'This "action" is not known; use {actions}.')
-    return BadMessage(ErrorCode.INVALID_FIELD, f"{brief(complaint).replace('`', '')}.")
+    return BadMessage(ErrorCode.INVALID_FIELD, f"{in_words(complaint)}.")
 
 
 def decode_message(payload: bytes) -> ClientMessage:
@@ -1322,7 +1353,7 @@ def decode_message(payload: bytes) -> ClientMessage:
     except msgspec.ValidationError as exc:
         refusal = explain(payload, exc)
     except UNREADABLE_JSON as exc:
-        sentence = f"The message is not JSON that can be read: {brief(exc)}."
+        sentence = f"The message is not valid JSON: {in_words(exc)}."
         refusal = BadMessage(ErrorCode.INVALID_JSON, sentence)
     refusal.context = context_of(payload)
     raise refusal from None
@@ -1389,7 +1420,7 @@ def decode_update(body: str) -> Update:
     try:
         update = decode(Decoders.update, body.encode())
     except (BadMessage, msgspec.DecodeError, UnicodeError) as exc:
-        raise UnreadableUpdate(brief(exc)) from None
+        raise UnreadableUpdate(in_words(exc)) from None
     if update.type in RESERVED_TYPES:
         raise UnreadableUpdate(f"the type {update.type!r} is reserved for the server")
     if len(bytes(update.data)) > EVENT_MAX_BYTES:

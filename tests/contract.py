@@ -427,7 +427,7 @@ ERRORS = {
         "the text is not JSON",
         "mend the client",
         error(
-            "The message is not JSON that can be read: Input data was truncated.",
+            "The message is not valid JSON: it ends too early.",
             ErrorCode.INVALID_JSON,
             action="ping",
         ),
@@ -441,7 +441,7 @@ ERRORS = {
         "a field is missing, or is not of its kind",
         "mend the client",
         error(
-            "Expected int >= 0 - at $.since.",
+            'The field "since" must be a whole number of at least 0.',
             ErrorCode.INVALID_FIELD,
             action="subscribe",
             project_id="proj_123",

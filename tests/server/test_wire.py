@@ -346,3 +346,41 @@ class TestRelayed:
     def test_of_nobody(self, line: str) -> None:
         with pytest.raises(msgspec.DecodeError):
             server.decode_relayed(line)
+
+            server.decode_carrier(body)
+
+
+@pytest.mark.parametrize(
+    ("payload", "sentence"),
+    [
+        ('{"action":"subscribe"}', 'The field "project_id" is missing.'),
+        ('{"action":"subscribe","project_id":""}', 'The field "project_id" is empty.'),
+        (
+            '{"action":"subscribe","project_id":"%s"}' % ("x" * 257),
+            'The field "project_id" has more than 256 characters.',
+        ),
+        (
+            '{"action":"subscribe","project_id":7}',
+            'The field "project_id" must be a string, not a whole number.',
+        ),
+        (
+            '{"action":"subscribe","project_id":"p","since":-1}',
+            'The field "since" must be a whole number of at least 0.',
+        ),
+        (
+            '{"action":"subscribe","project_id":"p","since":[]}',
+            'The field "since" must be a whole number or null, not an array.',
+        ),
+        (
+            '{"action":"subscribe","project_id":"p","since":1e400}',
+            'Number out of range in "since".',
+        ),
+        ('{"action":"ping"', "The message is not valid JSON: it ends too early."),
+        ("hello", "The message is not valid JSON: invalid character (byte 0)."),
+    ],
+)
+def test_refusal_is_a_sentence(payload: str, sentence: str) -> None:
+    """A client's author reads of fields and JSON, not of the parser's types and paths."""
+    with pytest.raises(server.BadMessage) as caught:
+        server.decode_message(payload.encode())
+    assert str(caught.value) == sentence
