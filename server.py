@@ -4013,7 +4013,7 @@ class Relay:
             if not batch.lines:  # from a task of an earlier version
                 batch = Decoders.relayed_batch.decode(body)
         except UNREADABLE_JSON as exc:
-            logger.error("fan-out: a message cannot be read: %s", brief(exc))
+            logger.error("fan-out: a message cannot be read: %s", in_words(exc))
             return
         if batch.origin == self._name:
             return
@@ -4022,7 +4022,7 @@ class Relay:
             try:
                 yield decode_relayed(line.removesuffix(","))
             except UNREADABLE_JSON as exc:
-                logger.error("fan-out: an event cannot be read: %s", brief(exc))
+                logger.error("fan-out: an event cannot be read: %s", in_words(exc))
 
     async def run(self, accept: Callable[[RelayedEvent], None]) -> NoReturn:
         """Hand what the other tasks publish to ``accept``."""

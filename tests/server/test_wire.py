@@ -347,8 +347,6 @@ class TestRelayed:
         with pytest.raises(msgspec.DecodeError):
             server.decode_relayed(line)
 
-            server.decode_carrier(body)
-
 
 @pytest.mark.parametrize(
     ("payload", "sentence"),
