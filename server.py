@@ -982,12 +982,13 @@ class RelayedBatch(Struct):
 
     Attributes:
         origin: the task that sends it.
-        lines: whether each event has a line of its own, so that it can be decoded by itself.
+        sizes: the length of each event in bytes, by which it can be decoded by itself; none from
+            a task of an earlier version.
     """
 
     origin: str
     events: list[RelayedEvent]
-    lines: bool = False
+    sizes: list[int] = []
 
 
 class DataWithoutD(Struct, rename={"data": "cata"}):
@@ -1281,20 +1282,19 @@ def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
     return message
 
 
-def decode_relayed(line: str) -> RelayedEvent:
+def decode_relayed(encoded: bytes) -> RelayedEvent:
     """An event that another task has published, whatever its payload.
 
     Raises:
         msgspec.DecodeError, RecursionError: it is none.
     """
     try:
-        return Decoders.relayed_event.decode(line)
+        return Decoders.relayed_event.decode(encoded)
     except msgspec.DecodeError:
-        if not re.search(r"\\u[dD]", line):
+        if not re.search(rb"\\u[dD]", encoded):
             raise
-    members = [
-        with_halves(bytes(raw)) for raw in Decoders.raws.decode(without_halves(line.encode()))
-    ]
+    parts = Decoders.raws.decode(without_halves(encoded))
+    members = [with_halves(bytes(part)) for part in parts]
     place = RelayedEvent.__struct_fields__.index("payload")
     payload = b"".join(members[place : place + 1])
     members[place : place + 1] = [b"null"]
@@ -3890,6 +3890,10 @@ async def delete(sqs: SQSClient, queue_url: str, receipts: Sequence[str]) -> lis
     ]
 
 
+EVENTS_BEGIN = b'"events":['
+"""Where the events begin in a message between tasks; nothing before it is written by others."""
+
+
 class Relay:
     """The way to the other tasks: the topic, and this task's own queue subscribed to it."""
 
@@ -3977,40 +3981,35 @@ class Relay:
         return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
     def publish(self, event: RelayedEvent, done: Callable[[], None]) -> None:
-        """Have an event brought to the other tasks; ``done`` is called when the topic has it.
-
-        Each event is a line, so that no other is lost with one that cannot be read. A line's end
-        in JSON is always white space: in a string it is escaped.
-        """
-        line = sendable(encode(event)).replace(b"\n", b" ")
-        self.bytes_in_hand += len(line)
-        self._unpublished.add((line, done), len(line) + 2)
+        """Have an event brought to the other tasks; ``done`` is called when the topic has it."""
+        encoded = sendable(encode(event))
+        self.bytes_in_hand += len(encoded)
+        self._unpublished.add((encoded, done), len(encoded) + 8)
 
     async def _publish(self, batch: list[tuple[bytes, Callable[[], None]]]) -> None:
-        first_line = encode({"origin": self._name, "lines": True, "events": []})[:-2]
-        lines = b",\n".join(line for line, _ in batch)
-        body = b"".join((first_line, b"\n", lines, b"\n]}")).decode()
+        head = {"origin": self._name, "sizes": [len(encoded) for encoded, _ in batch]}
+        events = b",".join(encoded for encoded, _ in batch)
+        body = b"%b,%b%b]}" % (encode(head)[:-1], EVENTS_BEGIN, events)
         origin: Any = {"origin": {"DataType": "String", "StringValue": self._name}}
         await self.dependency.retry(
             "Publish",
             lambda: self._sns.publish(
-                TopicArn=self._topic_arn, Message=body, MessageAttributes=origin
+                TopicArn=self._topic_arn, Message=body.decode(), MessageAttributes=origin
             ),
         )
-        for line, done in batch:
-            self.bytes_in_hand -= len(line)
+        for encoded, done in batch:
+            self.bytes_in_hand -= len(encoded)
             done()
 
-    def events_of(self, body: str) -> Iterator[RelayedEvent]:
+    def events_of(self, body: bytes) -> Iterator[RelayedEvent]:
         """The events that a message of the topic brings from another task.
 
         What cannot be read is logged and left out: the events around it are other projects'.
         """
-        first_line, *lines = body.split("\n")
+        head, begin, events = body.partition(EVENTS_BEGIN)
         try:
-            whole = first_line + "]}" if lines and lines[-1] == "]}" else body
-            batch = Decoders.relayed_batch.decode(whole)
-            if not batch.lines:  # from a task of an earlier version
+            batch = Decoders.relayed_batch.decode(b"%b%b]}" % (head, begin))
+            if not batch.sizes:
                 batch = Decoders.relayed_batch.decode(body)
         except UNREADABLE_JSON as exc:
             logger.error("fan-out: a message cannot be read: %s", in_words(exc))
@@ -4018,18 +4017,20 @@ class Relay:
         if batch.origin == self._name:
             return
         yield from batch.events
-        for line in lines[:-1] if batch.lines else ():
+        place = 0
+        for size in batch.sizes:
             try:
-                yield decode_relayed(line.removesuffix(","))
+                yield decode_relayed(events[place : place + size])
             except UNREADABLE_JSON as exc:
                 logger.error("fan-out: an event cannot be read: %s", in_words(exc))
+            place += size + 1
 
     async def run(self, accept: Callable[[RelayedEvent], None]) -> NoReturn:
         """Hand what the other tasks publish to ``accept``."""
         receiver = Receiver(self._tasks, self._sqs, self._queue_url, self.dependency)
         while True:
             for message in await receiver.messages():
-                for event in self.events_of(message["Body"]):
+                for event in self.events_of(message["Body"].encode("utf-8", "surrogatepass")):
                     accept(event)
                 self._to_delete.add(message["ReceiptHandle"])
 

@@ -329,7 +329,7 @@ class TestRelayed:
         """An event comes out as it went in."""
         payload = msgspec.Raw(f'{{"data":{data}}}'.encode())
         event = RelayedEvent(r'p"\\', 1, "c\uffff", 1.5, payload, "id")
-        found = server.decode_relayed(server.sendable(msgspec.json.encode(event)).decode())
+        found = server.decode_relayed(server.sendable(msgspec.json.encode(event)))
         assert bytes(found.payload) == server.sendable(bytes(payload))
         found.payload = payload
         assert found == event
@@ -345,7 +345,7 @@ class TestRelayed:
     )
     def test_of_nobody(self, line: str) -> None:
         with pytest.raises(msgspec.DecodeError):
-            server.decode_relayed(line)
+            server.decode_relayed(line.encode())
 
 
 @pytest.mark.parametrize(
