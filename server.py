@@ -4656,7 +4656,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_asked", "_corked", "_drained", "_gateway", "_holds", "_paused_at", "_private_bytes",
+        "_asked", "_corked", "_drained", "_ended", "_gateway", "_holds", "_paused_at", "_private_bytes",
         "_request_bytes", "_tail", "account", "address", "backlog_bytes", "catch_up_turn",
         "catching_up", "charged_bytes", "choked", "close_code", "deadline", "deflates", "heard_at",
         "id",
@@ -4686,7 +4686,7 @@ class Connection(asyncio.Protocol):
         self.principal: Principal | None = None
         self.warned = False
         self.charged_bytes = self.backlog_bytes = self._private_bytes = 0
-        self._asked = False
+        self._asked = self._ended = False
         self._drained: asyncio.Future[None] | None = None
         self._holds = 0
         self._paused_at = 0.0
@@ -4706,6 +4706,8 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._gateway.now()
         try:
+            if self._ended:
+                return  # nothing that comes now changes what happens
             if self.progress is Progress.CLOSING:
                 self._see_the_end(data)
             else:
@@ -5051,6 +5053,7 @@ class Connection(asyncio.Protocol):
         if parts and not parts[-1] and self.transport.can_write_eof():
             with contextlib.suppress(OSError):  # the peer may have reset the connection already
                 self.transport.write_eof()
+            self._ended = True
         if self.progress is Progress.OPEN and protocol.state is not State.OPEN:
             self._begin_to_close()
         elif self.choked and self.progress is Progress.OPEN:

@@ -754,7 +754,7 @@ PROMISES = (
             "TestConnection.test_endless_empty_fragments",
             "TestConnection.test_reading_pauses_for_forwards",
             "TestGateway.test_silent_peer",
-            "TestLimits.test_pings_and_fragments",
+            "TestTurns.test_flood_of_any_kind",
         ),
     ),
     Promise(
