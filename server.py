@@ -1921,6 +1921,7 @@ class Registry:
     def join(self, connection: Connection, channel: Channel) -> None:
         (channel.deflating if connection.deflates else channel.plain).add(connection)
         connection.subscriptions.add(channel.project_id)
+        connection.recount()
 
     def leave(self, connection: Connection, project_id: str) -> None:
         """Take ``connection`` off the live list; also if it is not on it."""
@@ -1930,6 +1931,7 @@ class Registry:
             channel.plain.discard(connection)
             channel.deflating.discard(connection)
             self.release(channel)
+        connection.recount()
 
     def release(self, channel: Channel) -> None:
         """Forget a channel nobody listens to; everyone's own stays."""
@@ -3542,6 +3544,7 @@ class Feed:
             del connection.catching_up[channel.project_id]
         channel.visitors -= 1
         self._registry.release(channel)
+        connection.recount()
 
     def unsubscribe(self, connection: Connection, project_id: str) -> None:
         """Stop a subscription wherever it stands."""
@@ -4725,10 +4728,12 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.choked = True
         self._private_bytes = 0
+        self.recount()
 
     def resume_writing(self) -> None:
         self.choked = False
         self.moved_at = self._gateway.now()
+        self.recount()
         self._wake()
 
     def connection_lost(self, _exc: Exception | None) -> None:
@@ -4774,6 +4779,10 @@ class Connection(asyncio.Protocol):
             return self.inbox.unfinished_since or math.inf
         return self.deadline - HANDSHAKE_TIMEOUT_S
 
+    def recount(self) -> None:
+        """Have the ledger know what it holds now."""
+        self._gateway.ledger.update(self)
+
     def charge_to(self, account: Account) -> None:
         """Belong to another account from now on."""
         self.account.users -= 1
@@ -4787,7 +4796,7 @@ class Connection(asyncio.Protocol):
             self.moved_at = now
         if size != self.backlog_bytes:
             self.backlog_bytes = size
-            self._gateway.ledger.update(self)
+            self.recount()
 
     # The gateway calls these.
 
@@ -4830,7 +4839,7 @@ class Connection(asyncio.Protocol):
         """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
         self.in_flight += change
         self.in_flight_bytes += size_bytes * change
-        self._gateway.ledger.update(self)
+        self.recount()
         if self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
             self._go_on()
 
@@ -4936,7 +4945,7 @@ class Connection(asyncio.Protocol):
             self.pause_reading()
         else:
             self.resume_reading()
-        self._gateway.ledger.update(self)
+        self.recount()
         return left and self._may_act
 
     def _go_on(self) -> None:
@@ -5041,7 +5050,7 @@ class Connection(asyncio.Protocol):
         if self.choked:
             self._private_bytes += size_bytes
             self.backlog_bytes += size_bytes
-            self._gateway.ledger.update(self)
+            self.recount()
 
     def _write_out(self) -> None:
         """Write what the protocol has to say, and follow it into the closing handshake."""

@@ -406,6 +406,9 @@ class Listener(Connection):
         if self.progress is Progress.OPEN:
             self.transport.write(server.frame(payload))
 
+    def recount(self) -> None:
+        pass
+
     def replay(self, chunk: Chunk) -> None:
         if self.progress is Progress.OPEN:
             self.transport.write(chunk.frames(deflated=self.deflates))

@@ -1,0 +1,526 @@
+"""What clients may cost: work by account, memory by ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from websockets.frames import CloseCode, Opcode
+
+import aws_standin
+import server
+from aws_standin import StandIn
+from server import Account, Accounts, Connection, Gateway, Turns, deflate
+from test_server import (
+    DEFLATED,
+    Json,
+    client_of,
+    dialled,
+    event,
+    eventually,
+    fill_log,
+    masked,
+    narrow,
+    peer_of,
+    running_gateway,
+    upgrade,
+)
+
+
+class TestAccount:
+    def test_no_share(self) -> None:
+        """A share of 0 counts nothing."""
+        account = Account("a", 0, window_s=2)
+        assert all(account.take(1, 0.0) for _ in range(1_000))
+        assert account.paid_at < 0
+
+    def test_burst(self) -> None:
+        """What is saved up may be used at once, and then the share."""
+        account = Account("a", 5, window_s=2)
+        assert [account.take(1, 100.0) for _ in range(12)] == [True] * 10 + [False] * 2
+        assert [account.take(1, 101.0) for _ in range(7)] == [True] * 5 + [False] * 2
+        assert [account.take(1, 1e5) for _ in range(12)] == [True] * 10 + [False] * 2
+
+    @given(
+        share=st.integers(1, 1_000),
+        window_s=st.integers(1, 100),
+        steps=st.lists(st.floats(0, 10), min_size=1, max_size=200),
+    )
+    def test_rate(self, share: int, window_s: int, steps: list[float]) -> None:
+        """However takes are spread over time, the share and one window are never exceeded."""
+        account, now, taken = Account("a", share, window_s), 0.0, 0
+        for step in steps:
+            now += step
+            taken += account.take(1, now)
+        assert taken <= share * (window_s + now) + 1e-6
+
+    @given(st.lists(st.floats(0, 1e6), max_size=50))
+    def test_debt_is_capped(self, charges: list[float]) -> None:
+        """However much is charged, it is paid within the window."""
+        account = Account("a", 0.05, window_s=10)
+        for amount in charges:
+            account.charge(amount, 100.0)
+        assert account.paid_at <= 110.0
+
+    async def test_afford(self) -> None:
+        """Those who want more than is saved up get it one after the other, as it is paid."""
+        now = asyncio.get_running_loop().time
+        account = Account("a", 1.0, window_s=0.2)
+        started_at = now()
+        await asyncio.gather(*(account.afford(0.1) for _ in range(6)))
+        assert (
+            now() - started_at >= 0.28
+        )  # three were saved up, one may be owed, two were waited for
+
+    def test_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who has been quiet costs no memory; who has a connection open is not forgotten."""
+        monkeypatch.setattr(server, "FORGOTTEN_AT_ONCE", 10)
+        accounts = Accounts(1, window_s=2)
+        for number in range(95):
+            accounts.of(str(number)).charge(3 if number % 2 else 1, 0.0)
+        held = accounts.of("0")
+        held.users = 1
+        for _ in range(10):
+            accounts.forget(2.5)
+        assert accounts.of("0") is held
+        left = [number for number in range(95) if accounts.of(str(number)).paid_at >= 0]
+        assert left == [number for number in range(95) if number % 2]
+
+    def test_bookkeeping_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A million addresses are not remembered, and the last ones are."""
+        monkeypatch.setattr(server, "ACCOUNTS_REMEMBERED", 3)
+        accounts = Accounts(1, window_s=2)
+        first = accounts.of("0")
+        found = [accounts.of(str(number)) for number in range(1, 5)]
+        assert accounts.of("4") is found[-1]
+        assert accounts.of("0") is not first
+
+
+class Toiler(Connection):
+    """A connection whose input costs so much CPU time."""
+
+    def __init__(self, account: Account, costs_s: list[float], diary: list[str]) -> None:
+        self.account = account
+        self.queued = False
+        self.paused = False
+        self._costs_s = costs_s
+        self._diary = diary
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def take_turn(self, until_s: float) -> bool:  # noqa: ARG002
+        self.paused = False
+        if self._costs_s:
+            burn(self._costs_s.pop(0))
+            self._diary.append(self.account.key)
+        return bool(self._costs_s)
+
+
+def queries_of(stand_in: StandIn) -> int:
+    return sum(count for (_, operation), count in stand_in.calls.items() if operation == "Query")
+
+
+def burn(cpu_s: float) -> None:
+    until_s = time.thread_time() + cpu_s
+    while time.thread_time() < until_s:
+        pass
+
+
+class TestTurns:
+    async def test_at_once(self) -> None:
+        """Where nobody waits, input is acted on as it comes."""
+        diary: list[str] = []
+        toiler = Toiler(Account("a", 0.05, 10), [0.0], diary)
+        Turns().give(toiler)
+        assert diary == ["a"]
+        assert not toiler.paused
+
+    async def test_connections_take_turns(self) -> None:
+        """Connections of one account have a turn each before one has its second."""
+        diary: list[str] = []
+        turns, account = Turns(), Account("a", 0, 10)
+        toilers = [Toiler(account, [0.006] * 3, diary) for _ in range(3)]
+        order: list[int] = []
+        for number, toiler in enumerate(toilers):
+            take_turn = toiler.take_turn
+
+            def noted(until_s: float, number: int = number, take: Any = take_turn) -> bool:
+                order.append(number)
+                return bool(take(until_s))
+
+            toiler.take_turn = noted  # type: ignore[method-assign]
+            turns.queue(toiler)
+        await eventually(lambda: len(diary) == 9)
+        assert order == [0, 1, 2] * 3
+
+    async def test_least_used_first(self) -> None:
+        """Who has used least comes first, however many connections somebody else has."""
+        diary: list[str] = []
+        turns = Turns()
+        greedy, modest = Account("greedy", 0.5, 10), Account("modest", 0.5, 10)
+        greedy.charge(1.0, asyncio.get_running_loop().time())
+        for _ in range(50):
+            turns.queue(Toiler(greedy, [0.002] * 2, diary))
+        turns.queue(Toiler(modest, [0.002] * 2, diary))
+        await eventually(lambda: len(diary) == 102)
+        assert diary.index("modest") < 3
+        assert diary[:4].count("modest") >= 1
+
+    async def test_debt_is_paid_first(self) -> None:
+        """Who owes is not acted on, nor read from, until it is paid, and then without a call."""
+        diary: list[str] = []
+        turns, account = Turns(), Account("a", 1.0, 0.2)
+        now = asyncio.get_running_loop().time
+        account.charge(0.35, now())
+        due = account.paid_at
+        toiler = Toiler(account, [0.0], diary)
+        turns.give(toiler)
+        assert toiler.paused
+        await eventually(lambda: diary)
+        assert now() >= due - 0.002
+        assert not toiler.paused
+
+    async def test_half_of_the_loop(self) -> None:
+        """While anything else is due, input takes at most half of the loop's time."""
+        diary: list[str] = []
+        turns, other = Turns(), 0.0
+        for _ in range(4):
+            turns.queue(Toiler(Account("a", 0, 10), [0.002] * 40, diary))
+        for _ in range(60):
+            burn(0.003)
+            other += 0.003
+            await asyncio.sleep(0)
+            assert len(diary) * 0.002 <= other + server.INPUT_SLICE_S + 0.012
+        assert diary
+
+    async def test_long_waiting_come_first(self) -> None:
+        """Who has waited for the window comes before all newcomers, whatever they have used."""
+        turns, diary = Turns(), [""]
+        diary.clear()
+        now = asyncio.get_running_loop().time
+        old, fresh = Account("old", 0.05, 10), Account("fresh", 0.05, 10)
+        old.paid_at = now() - 0.001  # it has just paid its debt
+        turns.queue(Toiler(old, [0.0], diary))
+        later = now() + server.WORK_WINDOW_S + 0.1
+        turns._loop = type("Later", (), {  # the same loop, ten seconds on
+            "time": staticmethod(lambda: later),
+            "call_soon": staticmethod(asyncio.get_running_loop().call_soon),
+        })()  # fmt: skip
+        turns.queue(Toiler(fresh, [0.0], diary))
+        await eventually(lambda: len(diary) == 2)
+        assert diary == ["old", "fresh"]
+
+    @pytest.mark.parametrize(
+        "frames",
+        [
+            masked(b'{"action":"ping"}') * 3_000,
+            masked(b"", Opcode.PING) * 10_000,
+            masked(b"", Opcode.PONG) * 30_000,
+            masked(b'{"action":"x","a":[%s]}' % (b"[]," * 20_000 + b"[]")) * 20,
+            masked(b"{", fin=False) + masked(b"", Opcode.CONT, fin=False) * 20_000,
+        ],
+        ids=["messages", "pings", "pongs", "no messages", "fragments"],
+    )
+    async def test_flood_of_any_kind(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch, frames: bytes
+    ) -> None:
+        """Whatever a flood is made of, it is charged, not read on, and closes nothing."""
+        monkeypatch.setattr(server, "ADDRESS_WORK_SHARE", 0.001)
+        async with (
+            running_gateway(platform) as gateway,
+            peer_of(gateway) as flood,
+            client_of(gateway) as other,
+        ):
+            [account] = {c.account for c in gateway.registry.connections.values()}
+            flood.write(frames)
+            await eventually(lambda: account.paid_at > gateway.now())
+            queued = [c for c in gateway.registry.connections.values() if not c.is_read]
+            assert len(queued) >= 1
+            gateway.deliver(event(None, server.EVERYONE), None)  # live events go on
+            assert (await other.receive())["project_id"] == server.EVERYONE
+            assert len(gateway.registry.connections) == 2
+
+    async def test_accounts_survive(self, platform: aws_standin.Platform) -> None:
+        """A reconnect starts no new account."""
+        async with running_gateway(platform) as gateway:
+            async with client_of(gateway):
+                [first] = {c.account for c in gateway.registry.connections.values()}
+            await eventually(lambda: not gateway.registry.connections)
+            gateway.door.forget_the_quiet(gateway.now())
+            async with client_of(gateway):
+                [again] = {c.account for c in gateway.registry.connections.values()}
+            assert again is first
+
+    async def test_subscribe_again_and_again(
+        self, platform: aws_standin.Platform, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Catch-ups that replace each other cost the log what their account can pay."""
+        monkeypatch.setattr(server, "ADDRESS_WORK_SHARE", 0.01)
+        monkeypatch.setattr(server, "WORK_WINDOW_S", 1.0)
+        async with running_gateway(platform) as gateway:
+            await fill_log(gateway, 200, 5_000)
+            async with peer_of(gateway) as peer:
+                before = queries_of(stand_in)
+                for number in range(200):
+                    peer.send(action="subscribe", project_id="p", since=number % 50)
+                    await asyncio.sleep(0.002)
+                queries = queries_of(stand_in) - before
+        assert queries < 40  # 200 before; the account has 10 ms saved up, a page costs 2
+
+    async def test_replays_are_charged(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A replay from memory costs by the byte."""
+        monkeypatch.setattr(server, "ADDRESS_WORK_SHARE", 0.01)
+        async with (
+            running_gateway(platform, compression=False) as gateway,
+            client_of(gateway) as client,
+        ):
+            await client.ask(action="subscribe", project_id="p")
+            for seq in range(1, 12):
+                gateway.deliver(event(seq, size=5_000), None)
+            await client.receive_many(11)
+            [connection] = gateway.registry.connections.values()
+            before = connection.account.paid_at
+            await client.ask(action="subscribe", project_id="p", since=0)
+            await client.receive_many(11)
+            price_s = 55_000 * server.REPLAY_PRICE_S_PER_BYTE / 0.01
+            assert connection.account.paid_at - max(before, gateway.now() - 10) >= price_s * 0.9
+
+    async def test_subscriptions_in_a_url(self, platform: aws_standin.Platform) -> None:
+        """More subscriptions in a URL than a connection may have get one answer."""
+        many = [f"p{number}" for number in range(101)]
+        async with (
+            running_gateway(platform) as gateway,
+            client_of(gateway, project_id=many) as client,
+        ):
+            assert (await client.receive())["code"] == "too_many_subscriptions"
+            assert await client.has_nothing_more()
+            assert not gateway.registry.subscriptions
+
+
+def held(gateway: Gateway) -> int:
+    return gateway.ledger.clients_bytes
+
+
+class TestLedger:
+    async def test_adds_up(self, platform: aws_standin.Platform) -> None:
+        """What the ledger has in all is what its connections hold; nothing is left at the end."""
+        async with running_gateway(platform) as gateway:
+            empty = held(gateway)
+            async with client_of(gateway) as client, peer_of(gateway) as peer:
+                await client.ask(action="subscribe", project_id="p")
+                peer.send_frame(b" " * 10_000, fin=False)
+                await eventually(
+                    lambda: any(
+                        c.inbox.held_bytes >= 10_000 for c in gateway.registry.connections.values()
+                    )
+                )
+                each = sum(c.held_bytes() for c in gateway.registry.connections.values())
+                channels = len(gateway.registry.channels) * server.CHANNEL_BYTES
+                assert held(gateway) == each + channels
+                figures = gateway.ledger.figures()
+                assert figures["input"] >= 10_000
+                assert sum(figures.values()) == held(gateway)
+            await eventually(lambda: held(gateway) == empty)
+
+    async def test_never_reads(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Over the budget the connection that holds most ends, at once; others notice nothing."""
+        monkeypatch.setattr(server, "SOCKET_BUFFER_BYTES", 4_096)
+        async with (
+            running_gateway(platform, max_backlog_bytes=10**9) as gateway,
+            client_of(gateway) as other,
+            peer_of(gateway) as greedy,
+        ):
+            gateway.ledger._budget_bytes = held(gateway) + 1_000_000
+            await other.ask(action="subscribe", project_id="p")
+            narrow(gateway)
+            connection = next(
+                c for c in gateway.registry.connections.values()
+                if c.id != other.greeting["connection_id"]
+            )  # fmt: skip
+            while connection.id in gateway.registry.connections:
+                connection.send(b'"' + b"x" * 50_000 + b'"')
+                await asyncio.sleep(0)
+            assert gateway.metrics.memory_closed == 1
+            assert connection.close_code == CloseCode.TRY_AGAIN_LATER
+            await eventually(lambda: connection.progress is server.Progress.LOST)
+            assert greedy is not None
+            assert await other.has_nothing_more()
+
+    async def test_stalled_first(self, platform: aws_standin.Platform) -> None:
+        """Of the account that holds most, the connection that has stalled longest ends."""
+        async with (
+            running_gateway(platform) as gateway,
+            peer_of(gateway, deflates=True) as first,
+            peer_of(gateway) as second,
+            peer_of(gateway) as third,
+        ):
+            gateway.ledger._budget_bytes = held(gateway) + 100_000
+            first.send_frame(deflate(b" " * 60_000), fin=False, rsv=DEFLATED)
+            await eventually(lambda: gateway.ledger.figures()["input"] > 50_000)  # inflated
+            second.send_frame(b" " * 30_000, fin=False)
+            await eventually(lambda: gateway.ledger.figures()["input"] > 89_000)
+            third.send_frame(b" " * 20_000, fin=False)
+            assert await first.close_code() == CloseCode.TRY_AGAIN_LATER
+            third.send_frame(b'{"action":"ping"}', Opcode.CONT)
+            assert (await third.receive())["type"] == "pong"
+            await eventually(lambda: gateway.ledger.figures()["input"] < 40_000)
+
+    async def test_shared_counts_once(self, platform: aws_standin.Platform) -> None:
+        """An event that many have not read yet is counted once."""
+        async with running_gateway(platform) as gateway, contextlib.AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(peer_of(gateway)) for _ in range(10)]
+            for peer in peers:
+                await peer.ask(action="subscribe", project_id="p")
+            narrow(gateway)
+            for connection in gateway.registry.connections.values():
+                connection.transport.set_write_buffer_limits(high=1_000)
+            before = held(gateway)
+            for _ in range(4):
+                gateway.deliver(event(None, size=200_000), None)
+                await asyncio.sleep(0)
+            assert sum(c.choked for c in gateway.registry.connections.values()) == 10
+            grown = held(gateway) - before - 10 * 2 * server.SOCKET_BUFFER_BYTES
+            assert 600_000 < grown < 1_600_000  # not ten times as much
+        await eventually(lambda: not gateway.registry.connections)
+        gateway.ledger.let_go()
+        assert held(gateway) <= before
+
+    async def test_long_names(self, platform: aws_standin.Platform) -> None:
+        """Subscriptions and channels are charged, so that their sum has a bound too."""
+        async with running_gateway(platform) as gateway, client_of(gateway) as client:
+            before = held(gateway)
+            for number in range(100):
+                await client.ask(action="subscribe", project_id=f"{number:0256}")
+            assert held(gateway) - before >= 100 * server.CHANNEL_BYTES
+
+    async def test_half_open(self, platform: aws_standin.Platform) -> None:
+        """Sockets that say nothing are charged: the one that has waited longest ends."""
+        async with running_gateway(platform) as gateway, dialled(gateway) as first:
+            await eventually(lambda: gateway.registry.pending)
+            gateway.ledger._budget_bytes = held(gateway) + server.HANDSHAKE_BYTES * 3 // 2
+            async with dialled(gateway) as second:
+                await eventually(lambda: len(gateway.registry.pending) == 2)
+                async with dialled(gateway) as third:
+                    assert await first.rest() == []
+                    for peer in (second, third):
+                        assert peer is not None
+
+    async def test_full(self, platform: aws_standin.Platform) -> None:
+        """Close to the budget, who comes gets 503; who is here stays."""
+        async with running_gateway(platform) as gateway, client_of(gateway) as client:
+            with_one_more = held(gateway) + server.HANDSHAKE_BYTES
+            gateway.ledger._budget_bytes = int(with_one_more * 1.05)
+            async with dialled(gateway) as peer:
+                peer.write(upgrade())
+                assert (await peer.response())[0] == 503
+            assert await client.has_nothing_more()
+
+    async def test_agents_stop_the_intake(self, platform: aws_standin.Platform) -> None:
+        """What agents cause stops the intake of updates and ends no client."""
+        async with running_gateway(platform) as gateway, client_of(gateway) as client:
+            gateway.ledger.agents_bytes = lambda: 10**12
+            assert not gateway.ledger.may_receive()
+            gateway.ledger._check()
+            await asyncio.sleep(0)
+            assert await client.has_nothing_more()
+
+    async def test_stalls_and_pongs(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who reads nothing is ended after a while, whatever it goes on sending."""
+        monkeypatch.setattr(server, "STALLED_AFTER_S", 0.3)
+        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.05)
+        async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
+            narrow(gateway)
+            [connection] = gateway.registry.connections.values()
+            for _ in range(10):
+                connection.send(b'"' + b"x" * 50_000 + b'"')
+            for _ in itertools.count():
+                if not gateway.registry.connections:
+                    break
+                peer.send_frame(b"", Opcode.PONG)
+                await asyncio.sleep(0.02)
+            assert gateway.metrics.slow_consumers_closed == 1
+            await eventually(lambda: connection.progress is server.Progress.LOST)
+
+    async def test_slow_but_moving(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who reads slowly and steadily stays, though its backlog grows."""
+        monkeypatch.setattr(server, "STALLED_AFTER_S", 0.4)
+        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.05)
+        async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
+            narrow(gateway)
+            [connection] = gateway.registry.connections.values()
+            started_at = gateway.now()
+            received = 0
+            while gateway.now() - started_at < 1.2:
+                connection.send(b'{"type":"x","data":"' + b"x" * 40_000 + b'"}')
+                message: Json = await peer.receive()
+                received += len(message["data"])
+                await asyncio.sleep(0.02)
+            assert gateway.metrics.slow_consumers_closed == 0
+            assert gateway.registry.connections
+
+
+class TestHolds:
+    async def test_two_owners(self, platform: aws_standin.Platform) -> None:
+        """The end of one reason to act on nothing does not end another."""
+        async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
+            [connection] = gateway.registry.connections.values()
+            connection.hold(+1)  # a token is looked up
+            connection.hold(+1)  # the drain waits for forwards
+            received = gateway.metrics.messages_received
+            peer.send(action="ping")
+            connection.hold(-1)
+            await eventually(lambda: not connection.is_read)
+            await asyncio.sleep(0)
+            assert gateway.metrics.messages_received == received
+            connection.hold(-1)
+            assert (await peer.receive())["type"] == "pong"
+
+    async def test_deadlines_stand_still(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While a client is not read from, what it has to send may come later."""
+        monkeypatch.setattr(server, "MESSAGE_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        async with (
+            running_gateway(platform, ping_interval_seconds=0.3) as gateway,
+            peer_of(gateway) as peer,
+        ):
+            [connection] = gateway.registry.connections.values()
+            peer.send_frame(b'{"action":', fin=False)
+            await eventually(lambda: connection.inbox.unfinished_since)
+            connection.hold(+1)
+            peer.send_frame(b"", Opcode.PONG)
+            await eventually(lambda: not connection.is_read)
+            await asyncio.sleep(0.7)  # what is shown is that nothing happens in this time
+            connection.hold(-1)
+            peer.send_frame(b'"ping"}', Opcode.CONT)
+            assert (await peer.receive())["type"] == "pong"
+
+
+class TestFirstMessage:
+    @pytest.mark.parametrize(
+        "payload",
+        [b'{"action":"ping"}', b'{"action":"x","a":[%s[]]}' % (b"[]," * 50_000), b"["],
+        ids=["another", "expensive", "broken"],
+    )
+    def test_nothing_else_is_decoded(self, payload: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a principal, whatever is not `authenticate` gets the same short answer."""
+        monkeypatch.setattr(server, "decode_message", None)
+        with pytest.raises(server.BadMessage) as caught:
+            server.decode_first_message(payload)
+        assert caught.value.code == "unauthenticated"
