@@ -199,6 +199,7 @@ HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEEP_INTERVAL_S = 1.0
+BUSY_EVERY_S = 1.9  # two seconds, less what a sweep may come early
 FORGOTTEN_AT_ONCE = 4_096  # accounts looked at, each second
 SWEPT_PER_TURN = 200  # connections, before the others get their turn
 PIECE_BYTES = 4_096  # of input that is parsed at once
@@ -915,6 +916,10 @@ class TokenExpiring(Struct, tag="token_expiring"):
     in_seconds: int
 
 
+class Busy(Struct, tag="busy"):
+    """A sign of life while nothing is read from a client that asked for it by ``busy=1``."""
+
+
 class Reconnect(Struct, tag="reconnect"):
     after_ms: int
 
@@ -926,7 +931,6 @@ class ErrorMessage(Struct, tag="error"):
     message_id: str | UnsetType = UNSET
     project_id: str | UnsetType = UNSET
     retryable: bool | UnsetType = UNSET
-    retry_after_ms: int | UnsetType = UNSET
 
 
 class EventMessage(Struct, omit_defaults=True):
@@ -4655,16 +4659,18 @@ class Connection(asyncio.Protocol):
         moved_at: when the client last read something, or had nothing left to read.
         principal: who it belongs to; ``None`` until that is known.
         queued: it waits for its turn to act on its input.
+        said_busy_at: when it was last told that it is not read from; infinite if it did not ask.
         warned: whether the client was told that its token is about to expire.
     """
 
     __slots__ = (
-        "_asked", "_corked", "_drained", "_ended", "_gateway", "_holds", "_paused_at", "_private_bytes",
+        "_asked", "_corked", "_drained", "_ended", "_gateway", "_holds", "_paused_at",
+        "_private_bytes",
         "_request_bytes", "_tail", "account", "address", "backlog_bytes", "catch_up_turn",
         "catching_up", "charged_bytes", "choked", "close_code", "deadline", "deflates", "heard_at",
         "id",
         "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal",
-        "progress", "queued", "subscriptions", "transport", "warned",
+        "progress", "queued", "said_busy_at", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     account: Account
@@ -4688,6 +4694,7 @@ class Connection(asyncio.Protocol):
         self.address = ""
         self.principal: Principal | None = None
         self.warned = False
+        self.said_busy_at = math.inf
         self.charged_bytes = self.backlog_bytes = self._private_bytes = 0
         self._asked = self._ended = False
         self._drained: asyncio.Future[None] | None = None
@@ -5513,19 +5520,22 @@ class Messages:
             gateway.registry.unauthenticated[connection] = None
         else:
             gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
+        query = split_target(request.path)[1]
+        if "busy=1" in query.split("&"):
+            connection.said_busy_at = -math.inf
         try:
-            for subscription in self._asked_for_in(connection, request):
+            for subscription in self._asked_for_in(connection, query):
                 self.handle(connection, encode(subscription))
         except BadMessage as exc:
             self.refuse(connection, exc)
 
-    def _asked_for_in(self, connection: Connection, request: Request) -> list[dict[str, Any]]:
+    def _asked_for_in(self, connection: Connection, query: str) -> list[dict[str, Any]]:
         """The subscribe messages that a URL stands for.
 
         Raises:
             BadMessage: one answer for all of them.
         """
-        subscriptions = subscriptions_in(split_target(request.path)[1])
+        subscriptions = subscriptions_in(query)
         limit = self._settings.max_subscriptions_per_connection
         if subscriptions and connection.principal is None:
             sentence = "Authenticate first, and subscribe then: the URL's project_id is ignored."
@@ -5705,7 +5715,10 @@ class Sweep:
             connection.end(CloseCode.TRY_AGAIN_LATER, "nothing was read; resume with since")
             return
         self._end_session(connection)
-        if not connection.is_read or connection.progress is not Progress.OPEN:
+        if connection.progress is not Progress.OPEN:
+            return
+        if not connection.is_read:
+            self._say_busy(connection, now)
             return
         since = connection.inbox.unfinished_since
         if since and now - since > MESSAGE_TIMEOUT_S:
@@ -5723,6 +5736,12 @@ class Sweep:
         elif left_s <= TOKEN_WARNING_S + TOKEN_LEEWAY_S and not connection.warned:
             connection.warned = True
             connection.send(encode(TokenExpiring(max(0, int(left_s - TOKEN_LEEWAY_S)))))
+
+    def _say_busy(self, connection: Connection, now: float) -> None:
+        """Show that somebody is here, unless it shows by what waits to be written."""
+        if now - connection.said_busy_at >= BUSY_EVERY_S and not connection.backlog_bytes:
+            connection.said_busy_at = now
+            connection.send(encode(Busy()))
 
     def _ping(self, connection: Connection, now: float) -> None:
         """Ping who is quiet, and drop who does not answer."""

@@ -82,7 +82,7 @@ export class GatewayError extends Error {
   readonly code: string;
   /** Whether the same call may succeed later. */
   readonly retryable: boolean;
-  /** The server's whole message (with `retry_after_ms`, for one), or what was thrown or unreadable. */
+  /** The server's whole message, or what was thrown or unreadable. */
   readonly detail?: any;
 }
 

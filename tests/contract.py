@@ -40,7 +40,7 @@ TOKEN = "eyJhbGciOiJSUzI1NiIsImtpZCI6ImtleS0xIn0.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dX
 
 VARYING = {
     "timestamp", "connection_id", "epoch", "sqs_message_id", "token", "user",
-    "client_id", "expires_in_seconds", "in_seconds", "after_ms", "retry_after_ms",
+    "client_id", "expires_in_seconds", "in_seconds", "after_ms",
 }  # fmt: skip
 """Fields whose values in the examples stand for others of their kind."""
 
@@ -312,6 +312,14 @@ SERVER_MESSAGES = (
         {"reconnect": {"type": "reconnect", "after_ms": 420}},
     ),
     Message(
+        "busy",
+        server.Busy,
+        "Nothing is read from you at the moment; said every two seconds to who asked for it with "
+        "`?busy=1`. It has no `project_id`, and the word stays free for agents.",
+        {},
+        {"busy": {"type": "busy"}},
+    ),
+    Message(
         "error",
         server.ErrorMessage,
         "A message of yours was not acted upon.",
@@ -322,7 +330,6 @@ SERVER_MESSAGES = (
             "message_id": "of the message it answers",
             "project_id": "of the message it answers",
             "retryable": "of a forward: whether the same may work later",
-            "retry_after_ms": "from when on it may",
         },
         {},  # see ERRORS
     ),

@@ -91,7 +91,7 @@ class TestDocuments:
 
     def test_server_types_are_reserved(self) -> None:
         """Agents may use no word of the server's own, and every other one."""
-        own = {message.name for message in contract.SERVER_MESSAGES} - {"event"}
+        own = {message.name for message in contract.SERVER_MESSAGES} - {"event", "busy"}
         assert own == server.RESERVED_TYPES
 
     def test_every_error_code(self) -> None:
@@ -494,6 +494,18 @@ class TestExamples:
             for title, mistake in mistakes.items():
                 await client.socket.send(mistake)
                 await client.receive(title)
+
+    @shows("busy")
+    async def test_sign_of_life(self, platform: tests.moto_aws.Platform, connect: Connect) -> None:
+        """Who asked for it hears that nothing is read from it."""
+        async with running_gateway(platform) as gateway:
+            client = await connect(gateway, "?busy=1")
+            await client.next()
+            [connection] = gateway.registry.connections.values()
+            connection.hold(+1)
+            await client.send("ping")
+            await client.receive("busy")
+            connection.hold(-1)
 
     @shows("too_large", "too_many_subscriptions", "overloaded", "unavailable", "timeout")
     async def test_troubles(

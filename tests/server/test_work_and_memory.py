@@ -524,3 +524,47 @@ class TestFirstMessage:
         with pytest.raises(server.BadMessage) as caught:
             server.decode_first_message(payload)
         assert caught.value.code == "unauthenticated"
+
+
+class TestBusy:
+    async def test_said_to_who_asked(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who asked for it is told every two seconds that it is not read from; nobody else is."""
+        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        monkeypatch.setattr(server, "BUSY_EVERY_S", 0.1)
+        async with (
+            running_gateway(platform) as gateway,
+            client_of(gateway, busy=1) as asked,
+            client_of(gateway) as other,
+        ):
+            for connection in gateway.registry.connections.values():
+                connection.hold(+1)
+            await asked.send(action="ping")
+            await other.send(action="ping")
+            for _ in range(3):
+                assert await asked.receive() == {"type": "busy"}
+            for connection in gateway.registry.connections.values():
+                connection.hold(-1)
+            while (answer := await asked.receive()) == {"type": "busy"}:
+                pass
+            assert answer["type"] == "pong"
+            assert (await other.receive())["type"] == "pong"
+            assert await other.has_nothing_more()
+
+    async def test_not_behind_a_backlog(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is not said while anything waits to be written, nor to a client that is closing."""
+        monkeypatch.setattr(server, "BUSY_EVERY_S", 0.0)
+        async with running_gateway(platform) as gateway, client_of(gateway, busy=1):
+            [connection] = gateway.registry.connections.values()
+            said: list[bytes] = []
+            monkeypatch.setattr(Connection, "send", lambda _, payload: said.append(payload))
+            connection.pause_reading()
+            connection.backlog_bytes = 1
+            gateway.sweep._say_busy(connection, gateway.now())
+            assert said == []
+            connection.backlog_bytes = 0
+            gateway.sweep._say_busy(connection, gateway.now())
+            assert said == [b'{"type":"busy"}']
