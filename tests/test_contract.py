@@ -503,7 +503,7 @@ class TestExamples:
             await client.next()
             [connection] = gateway.registry.connections.values()
             connection.hold(+1)
-            await client.send("ping")
+            await client.socket.send(json.dumps(EXAMPLES["ping"]))
             await client.receive("busy")
             connection.hold(-1)
 

@@ -243,7 +243,7 @@ class TestTurns:
             await eventually(lambda: account.paid_at > gateway.now())
             queued = [c for c in gateway.registry.connections.values() if not c.is_read]
             assert len(queued) >= 1
-            gateway.deliver(event(None, server.EVERYONE), None)  # live events go on
+            gateway.feed.accept(event(None, server.EVERYONE))  # live events go on
             assert (await other.receive())["project_id"] == server.EVERYONE
             assert len(gateway.registry.connections) == 2
 
@@ -285,7 +285,7 @@ class TestTurns:
         ):
             await client.ask(action="subscribe", project_id="p")
             for seq in range(1, 12):
-                gateway.deliver(event(seq, size=5_000), None)
+                gateway.feed.accept(event(seq, size=5_000))
             await client.receive_many(11)
             [connection] = gateway.registry.connections.values()
             before = connection.account.paid_at
@@ -387,7 +387,7 @@ class TestLedger:
                 connection.transport.set_write_buffer_limits(high=1_000)
             before = held(gateway)
             for _ in range(4):
-                gateway.deliver(event(None, size=200_000), None)
+                gateway.feed.accept(event(None, size=200_000))
                 await asyncio.sleep(0)
             assert sum(c.choked for c in gateway.registry.connections.values()) == 10
             grown = held(gateway) - before - 10 * 2 * server.SOCKET_BUFFER_BYTES
