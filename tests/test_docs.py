@@ -29,6 +29,7 @@ from botocore import xform_name
 from moto import mock_aws
 
 import server
+from aws_standin import StandIn
 from tests import template
 from tests.template import Stack
 
@@ -738,3 +739,28 @@ class TestNodeAgent:
         sent, returned = self.run(tmp_path, *bodies)
         assert returned == {"batchItemFailures": [{"itemIdentifier": "m0"}]}
         assert all("connection_id" in json.loads(m["MessageBody"]) for m in sent)
+
+
+# --- The map of the code ----------------------------------------------------------------------
+
+ARCHITECTURE = ROOT / "docs" / "ARCHITECTURE.md"
+
+
+class TestArchitecture:
+    def test_every_section_in_its_order(self) -> None:
+        """The map has the sections of ``server.py``, and no others."""
+        source = Path(server.__file__).read_text("utf-8")
+        sections = re.findall(r"^# --- (.+?) -+$", source, re.MULTILINE)
+        rows = [row["section"] for path, row in columns_of("section") if path == ARCHITECTURE]
+        assert rows == sections
+
+    def test_names_exist(self) -> None:
+        """A class or method that the map names is there."""
+        unknown = []
+        for span in set(re.findall(r"`([A-Z]\w+(?:\.\w+)?)`", ARCHITECTURE.read_text("utf-8"))):
+            owner: Any = StandIn if span.startswith("StandIn") else server
+            for name in span.removeprefix("StandIn.").split("."):
+                owner = getattr(owner, name, None)
+            if owner is None:
+                unknown.append(span)
+        assert unknown == []
