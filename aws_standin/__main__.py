@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import sys
 
 from aws_standin import StandIn
 
@@ -35,8 +37,15 @@ def _tell_usage(stand_in: StandIn) -> None:
 
 def _latency_s(text: str) -> tuple[float, float]:
     """Milliseconds, ``5-10`` or ``5``, as seconds."""
-    least, _, most = text.partition("-")
-    return float(least) / 1e3, float(most or least) / 1e3
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds, or two: 5-10")
+    return float(match[1]) / 1e3, float(match[2] or match[1]) / 1e3
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
 
 
 def main() -> None:
@@ -49,7 +58,7 @@ def main() -> None:
         description=main.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
+    parser.add_argument("--port", type=_port, default=0, help="0 picks a free one")
     parser.add_argument("--prefix", default="agenticai", help="of the names of queues and tables")
     parser.add_argument("--fifo-updates", action="store_true", help="a FIFO updates queue")
     parser.add_argument(
@@ -63,8 +72,13 @@ def main() -> None:
     serving = _serve_forever(
         arguments.port, arguments.prefix, arguments.fifo_updates, arguments.latency_ms
     )
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         asyncio.run(serving)
+    except KeyboardInterrupt:
+        pass
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        sys.exit(f"Port {arguments.port} cannot be used ({reason}): choose another, or 0 for any.")
 
 
 if __name__ == "__main__":

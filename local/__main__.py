@@ -24,11 +24,11 @@ except ModuleNotFoundError as error:
     sys.exit(lacking(error))
 from local.child import Child
 from local.console import console_link, serve_console
+from local.ports import port_number, port_refused
 from local.screen import Screen, colored, log_line
 
 HOST = "127.0.0.1"
 MAX_TASKS = 16
-MAX_PORT = 65535 - MAX_TASKS
 READY_TIMEOUT_S = 60.0
 HEALTH_TIMEOUT_S = 2.0
 TICK_S = 0.25
@@ -251,21 +251,12 @@ def require_free(port: int, option: str) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            make = f"make run PORT={port + 10}, or " if option == "--port" else ""
-            raise LocalError(
-                f"Port {port} cannot be used ({(error.strerror or str(error)).lower()}): is this "
-                f"running already? End what listens there, or choose another port: {make}"
-                f"python -m local {option} {port + 10}"
-            ) from None
+            make = [f"make run PORT={port + 10}"] if option == "--port" else []
+            command = f"python -m local {option} {port + 10}"
+            raise LocalError(port_refused(port, error, *make, command)) from None
 
 
 # --- The command ---
-
-
-def port_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= MAX_PORT):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to {MAX_PORT}")
-    return int(text)
 
 
 def task_count(text: str) -> int:

@@ -6,6 +6,7 @@ header too: a header also covers what a `<meta>` element cannot, such as being f
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import sys
@@ -15,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
+
+from local.ports import port_number, port_refused
 
 CLIENT = Path(__file__).resolve().parent.parent / "client"
 FILES = {
@@ -111,10 +114,20 @@ def console_link(address: str, gateway: str, *projects: str) -> str:
 
 
 def main() -> None:
-    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8090
-    with serve_console(port) as address, contextlib.suppress(KeyboardInterrupt):
-        print(f"{console_link(address, 'ws://127.0.0.1:8080/ws', 'proj_123')}  (Ctrl-C ends it)")
-        threading.Event().wait()
+    parser = argparse.ArgumentParser(
+        prog="python -m local.console", description="Serve the console page on this machine."
+    )
+    parser.add_argument(
+        "port", nargs="?", type=port_number, default=8090, help="default: 8090; 0: any free one"
+    )
+    port = parser.parse_args().port
+    try:
+        with serve_console(port) as address, contextlib.suppress(KeyboardInterrupt):
+            link = console_link(address, "ws://127.0.0.1:8080/ws", "proj_123")
+            print(f"{link}  (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
+    except OSError as error:
+        sys.exit(port_refused(port, error, f"python -m local.console {port + 10}"))
 
 
 if __name__ == "__main__":

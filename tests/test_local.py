@@ -400,6 +400,18 @@ class TestCommand:
         assert f"make run PORT={port + 10}, or python -m local --port {port + 10}" in command.output
         assert len(command.output.strip().splitlines()) == 1
 
+    @pytest.mark.parametrize(
+        "program", [["-m", "local.console"], ["-m", "aws_standin", "--port"]], ids=" ".join
+    )
+    def test_other_programs_say_that_a_port_is_taken(self, program: list[str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = str(other.getsockname()[1])
+            command = [sys.executable, *program, port]
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"Port {port} cannot be used (address already in use)")
+        assert result.stderr.count("\n") == 1
+
     def test_says_so_when_it_runs_already(self) -> None:
         with running() as command:
             (url,) = command.wait_until_ready()
