@@ -366,6 +366,16 @@ class TestConsole:
         page.click("#only")
         page.wait_for_selector(f"#events li[data-seq='{start + 5}']")
 
+    def test_order_about_another_project(
+        self, stage: Stage, open_page: Callable[..., Page]
+    ) -> None:
+        """Whoever would not see the answers is told so."""
+        page = open_page(stage.link(PROJECT))
+        await_live(page)
+        page.fill("#target", "elsewhere")
+        page.press("#data", "Control+Enter")
+        await_text(page, "#orders .status", "Subscribe to elsewhere to see its answers.")
+
     def test_what_is_typed_wrong_is_said(
         self, stage: Stage, open_page: Callable[..., Page]
     ) -> None:
@@ -548,6 +558,11 @@ class TestConsole:
         page = open_page(stage.link(PROJECT, "proj_9"))
         await_live(page)
         later = page.context.new_page()
+        later.goto(stage.console)
+        assert later.input_value("#url") != stage.balancer.url, "a link's address is kept"
+        page.click("#connect-button")
+        page.click("#connect-button")
+        await_live(page)
         later.goto(stage.console)
         assert later.input_value("#url") == stage.balancer.url
         assert later.locator("#subs .name").all_text_contents() == [PROJECT, "proj_9"]
@@ -859,9 +874,10 @@ class TestStates:
         eventually(lambda: not soon.search(text_of(page, "#state-more")), timeout_s=120)
         gateway = ScriptedGateway(port)
         try:
-            page.click("#try")
+            page.press("#try", "Enter")
             began = time.monotonic()
             await_state(page, "open")
+            assert page.evaluate("document.activeElement.id") == "connect-button"
             assert time.monotonic() - began < 3.5, "it came by itself, not for the button"
             await_text(page, "#events .brief", "Connected again")
             outage = re.compile(r"\d,\d{3} ms|\d+ s")
