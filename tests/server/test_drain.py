@@ -76,6 +76,8 @@ class TestTargetHealth:
             register(stand_in, gateway, "draining")
             assert (await peer.receive())["type"] == "reconnect"
             assert gateway.health() == {"status": "draining"}
+            gateway.drain.signal()  # ECS sends SIGTERM at the end of the deregistration delay
+            assert not gateway.drain.hurry.is_set()
 
     async def test_draining_from_the_start(
         self, platform: aws_standin.Platform, stand_in: StandIn
