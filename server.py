@@ -690,10 +690,12 @@ class Settings:
         whole(0, 10), "proxies whose `X-Forwarded-For` entries are believed", 1
     )
     allowed_origins: tuple[str, ...] = setting(
-        origins, "comma-separated; browsers from elsewhere get 403. None: any may connect", ()
+        origins,
+        "comma-separated; pages of other origins get 403. Without any, every page may connect",
+        (),
     )
     auth_jwks_url: str | None = setting(
-        keys_url, "keys of the tokens' issuer. None: everybody may do everything", None
+        keys_url, "keys of the tokens' issuer. Without it, everybody may do everything", None
     )
     auth_issuer: str | None = setting(text, "`iss` of the tokens; needed with keys", None)
     auth_audience: str | None = setting(text, "whom the tokens are for; needed with keys", None)

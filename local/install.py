@@ -20,7 +20,11 @@ LOG_NAME = "pip.log"
 LINE_INTERVAL_S = 5.0
 """How often a line of progress is printed where lines cannot be overwritten."""
 
-BEGINS_PACKAGE = re.compile(r"(?:Collecting|Requirement already satisfied:) ([\w.-]+)")
+# A file that lies on this machine is only processed.
+BEGINS_PACKAGE = re.compile(
+    r"(?:Collecting |Requirement already satisfied: |Processing \S*?)([\w.]+(?:-[a-zA-Z][\w.]*)*)"
+    r"(?=[=\s\[]|-\d)"
+)
 SIZE = re.compile(r"\((\d+(?:\.\d+)?) ?(kB|MB|GB)\)\s*$")
 BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 NOTHING_FOUND = re.compile(r"from versions: none|No matching distribution|ConnectionPool\(")
@@ -67,17 +71,20 @@ class Progress:
         self.packages: set[str] = set()
         self.downloaded = 0
         self._total = total
+        self._unpacking = False
         self._show = show
         self._began_at = time.monotonic()
 
     def read(self, line: str) -> None:
         """Take in one line of pip's output."""
         if package := BEGINS_PACKAGE.match(line):
-            self.packages.add(package[1].lower())
+            self.packages.add(package[1].lower().replace("_", "-"))
         elif "Downloading" in line and (size := SIZE.search(line)):
             self.downloaded += int(float(size[1]) * BYTES[size[2]])
+        elif line.startswith("Installing collected packages"):
+            self._unpacking = True
         step = f"{len(self.packages)} of {self._total} packages"
-        if line.startswith("Installing collected packages"):
+        if self._unpacking:
             step = "unpacking"
         self._show(f"  {step}, {self.downloaded / 1e6:.0f} MB downloaded, {self.seconds:.0f} s")
 
