@@ -230,9 +230,9 @@ CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
 RECEIVED_AT_ONCE = 90
 SUSPICIOUSLY_SHORT_POLL_S = 1.0
-POLL_USUALLY_S = 0.01  # for messages that are there already, until that was seen
-POLL_USUALLY_MIN_S = 0.002
-GATHER_S = 0.05  # at most, for what may still come
+GATHER_S = 0.03  # three or four round trips
+BACKLOG = 30  # messages within that time
+POLLS_AT_ONCE = 4
 DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
 OWN_DELETES_LINGER_S = 1.0  # of the default visibility timeout's thirty
 ROOM_ASKED_FOR_S = 0.1
@@ -3784,10 +3784,11 @@ class Feed:
 class Receiver:
     """Takes messages out of one queue: as many in one piece as are there.
 
-    A full batch means that there may be more, and what comes in one piece becomes one append and
-    one write to each client. So the next poll begins at once, and is given the time that such a
-    poll usually takes. If it has no answer by then, there was nothing more, and it goes on as the
-    long poll that is due anyway; a short one would be a call for nothing after every burst.
+    What comes in one piece becomes one append and one write to each client. So after a full answer
+    the next is waited for too, and so on, for ``GATHER_S`` in all. A poll that has not been
+    answered by then goes on as the long poll that is due anyway; a short one would be a call for
+    nothing after every burst. Where that brings ``BACKLOG`` messages, several polls go side by
+    side: one alone takes no more than ten messages a round trip.
     """
 
     def __init__(
@@ -3797,50 +3798,49 @@ class Receiver:
         self._sqs = sqs
         self._url = queue_url
         self._dependency = dependency
-        self._poll: asyncio.Task[list[dict[str, Any]]] | None = None
-        self._usual_s = POLL_USUALLY_S
+        self._polls: list[asyncio.Task[list[dict[str, Any]]]] = []
         self._empty_answers = 0
 
     @property
     def polling(self) -> bool:
         """Whether a poll is under way, or its answer not taken yet."""
-        return self._poll is not None
+        return bool(self._polls)
 
     async def messages(self, stopping: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
         """The next messages: waits for the first, then takes what else is there.
 
-        Once ``stopping`` says so, no poll is begun, but one that is under way seen through.
+        Once ``stopping`` says so, no poll is begun, but those under way are seen through.
         """
         messages: list[dict[str, Any]] = []
-        late = 0.0
-        while len(messages) % SQS_BATCH_ENTRIES == 0 and len(messages) < RECEIVED_AT_ONCE:
-            if self._poll is None:
-                if stopping():
-                    break
-                self._poll = self._tasks.create_task(self._receive())
-            if messages:
-                late = late or time.monotonic() + GATHER_S
-                if not await self._answers_by(late, self._poll):
-                    break  # and the poll goes on
-            poll, self._poll = self._poll, None
-            batch = await poll
-            messages += batch
-            if messages and not batch:
+        gathered_at = math.inf
+        while len(messages) < RECEIVED_AT_ONCE:
+            polls = POLLS_AT_ONCE if len(messages) >= BACKLOG else 1
+            while len(self._polls) < polls and not stopping():
+                self._polls.append(self._tasks.create_task(self._receive()))
+            if not self._polls:
                 break
+            answers = await self._answers(gathered_at)
+            for answer in answers:
+                messages += answer
+            if messages and all(len(answer) < SQS_BATCH_ENTRIES for answer in answers):
+                break
+            gathered_at = min(gathered_at, time.monotonic() + GATHER_S)
         return messages
 
-    async def _answers_by(self, late: float, poll: asyncio.Task[Any]) -> bool:
-        """Wait twice as long as such polls took lately, and longer each time that is too short."""
-        began_at = time.monotonic()
+    async def _answers(self, until: float) -> list[list[dict[str, Any]]]:
+        """The answers to polls, in the order of the calls; waits for the first of them."""
+        patience_s = None if until == math.inf else max(0.0, until - time.monotonic())
         try:
-            done, _ = await asyncio.wait({poll}, timeout=min(2 * self._usual_s, late - began_at))
+            done, _ = await asyncio.wait(
+                self._polls, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+            )
         except asyncio.CancelledError:
-            poll.cancel()  # a wait leaves running what it waits for
+            for poll in self._polls:
+                poll.cancel()  # a wait leaves running what it waits for
             raise
-        took_s = time.monotonic() - began_at
-        usual_s = (self._usual_s + took_s) / 2 if done else 1.25 * self._usual_s
-        self._usual_s = min(max(usual_s, POLL_USUALLY_MIN_S), GATHER_S / 2)
-        return bool(done)
+        answered = [poll for poll in self._polls if poll in done]
+        self._polls = [poll for poll in self._polls if poll not in done]
+        return [poll.result() for poll in answered]
 
     async def _receive(self) -> list[dict[str, Any]]:
         """One long poll; nothing, after a pause, where it failed.
