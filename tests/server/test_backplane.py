@@ -1,0 +1,130 @@
+"""Updates in, events out: over several projects, to one client, and between tasks."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import msgspec
+import pytest
+
+import aws_standin
+import server
+from aws_standin import StandIn
+from server import EVERYONE, Event, RelayedBatch, RelayedEvent
+from test_server import (
+    Listener,
+    MemoryLog,
+    bodies,
+    client_of,
+    event,
+    eventually,
+    news,
+    office_of,
+    push,
+    running_gateway,
+)
+
+Json = dict[str, Any]
+
+
+class TestRights:
+    """A right is looked at when an event is delivered, not only when somebody subscribes."""
+
+    @pytest.mark.parametrize(
+        ("projects", "project_id", "comes"),
+        [
+            (None, "p", True),
+            (frozenset({"p"}), "p", True),
+            (frozenset({"q"}), "p", False),
+            (frozenset({"q"}), EVERYONE, True),
+            (frozenset(), "p", False),
+        ],
+    )
+    async def test_directed(
+        self, projects: frozenset[str] | None, project_id: str, comes: bool
+    ) -> None:
+        """What is for one client comes only if its principal may use the project now."""
+        async with office_of(MemoryLog()) as office:
+            listener = Listener("c1")
+            office.registry.connections["c1"] = listener
+            listener.principal = server.Principal("ada", projects, time.time() + 60)
+            directed = Event.of(server.EventMessage("t", project_id, msgspec.Raw(b"1")))
+            assert office.feed.accept(directed, "c1") is True
+            assert office.feed.accept(directed, "c2") is False
+            relayed = RelayedEvent(project_id, None, "c1", 0.0, msgspec.Raw(directed.payload))
+            office.feed.accept_relayed(relayed)
+        assert len(listener.received()) == 2 * comes
+
+    async def test_nobody_yet(self) -> None:
+        """Who has not authenticated gets nothing."""
+        async with office_of(MemoryLog()) as office:
+            listener = Listener("c1")
+            listener.principal = None
+            office.registry.connections["c1"] = listener
+            assert office.feed.accept(event(None), "c1") is True
+            assert office.feed.accept(event(None, EVERYONE), "c1") is True
+        assert not listener.received()
+
+
+class TestRelayedEvents:
+    @pytest.mark.parametrize(
+        "bad", [b"", b"nonsense", b'["p"]', b"[" * 5_000, b'["p",1,null,0,' + b"[" * 1_020 + b"1"]
+    )
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    async def test_stand_alone(
+        self, stand_in: StandIn, platform: aws_standin.Platform, bad: bytes, place: int
+    ) -> None:
+        """An event that cannot be read takes no other with it."""
+        events = [
+            msgspec.json.encode(
+                RelayedEvent("p", None, None, 0.0, msgspec.Raw(b'{"good":%d}' % number))
+            )
+            for number in range(2)
+        ]
+        events.insert(place, bad)
+        sizes = json.dumps([len(each) for each in events])
+        body = b'{"origin":"other","sizes":%b,"events":[%b]}' % (sizes.encode(), b",".join(events))
+        async with (
+            running_gateway(platform, topic=True) as gateway,
+            client_of(gateway, project_id="p") as client,
+        ):
+            await client.receive()
+            push(stand_in, body.decode(), queue="agenticai-updates-task-task-1")
+            assert await client.receive_many(2) == [{"good": 0}, {"good": 1}]
+
+    async def test_earlier_version(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
+        """Tasks of the version before are understood, and understand."""
+        earlier = [["p", None, None, 0.0, {"text": '"events":[ {"sizes":[1]}\n'}]]
+        message = {"origin": "other", "events": earlier}
+        bodies = json.dumps(message), msgspec.json.encode(message).decode()
+        async with (
+            running_gateway(platform, topic=True) as gateway,
+            client_of(gateway, project_id="p") as client,
+        ):
+            await client.receive()
+            push(stand_in, *bodies, queue="agenticai-updates-task-task-1")
+            assert await client.receive_many(2) == [earlier[0][4]] * 2
+
+    async def test_form(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
+        """A message between tasks is JSON, with what the version before reads in its place."""
+        async with (
+            running_gateway(platform, "task-1", topic=True),
+            running_gateway(platform, "task-2", topic=True) as other,
+        ):
+            del other
+            queues = [f"agenticai-updates-task-task-{number}" for number in (1, 2)]
+            push(stand_in, *news(*range(3)), *news(7, ephemeral=True))
+            await eventually(lambda: sum(len(bodies(stand_in, each)) for each in queues))
+            [body] = [body for each in queues for body in bodies(stand_in, each)][:1]
+        message = json.loads(body)
+        whole = msgspec.json.decode(body, type=RelayedBatch)
+        assert len(message["sizes"]) == len(message["events"]) == len(whole.events)
+        for relayed in message["events"]:
+            project_id, seq, connection_id, sent_at, payload, event_id = relayed
+            assert (project_id, connection_id) == ("p", None)
+            assert payload["project_id"] == "p"
+            assert payload.get("seq") == seq
+            assert sent_at > 0
+            assert (event_id is None) == (seq is None)
