@@ -1374,6 +1374,44 @@ class TestLooks:
             assert send["y"] + send["height"] < size["height"], "Send is below the fold"
             assert events["height"] > size["height"] / 2, "events are not what one sees first"
 
+    @pytest.mark.parametrize("width", [320, 768, 1024, 1280])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_everything_at_once(
+        self,
+        scripted: ScriptedGateway,
+        open_page: Callable[..., Page],
+        console: str,
+        width: int,
+        scheme: str,
+    ) -> None:
+        """An order that streams, a refusal of what was typed, an open detail, a filter, a gap."""
+        link = console_link(console, scripted.url, PROJECT, "a_project_with_a_long_name_" * 4)
+        options: dict[str, Any] = {"viewport": {"width": width, "height": 700}}
+        page = open_page(link, bypass_csp=True, color_scheme=scheme, **options)
+        await_live(page)
+        page.press("#data", "Control+Enter")
+        page.wait_for_selector("#orders li[data-status=confirmed]")
+        order = scripted.forwards[0]["message_id"]
+        text = "a_word_without_an_end" * 20
+        scripted.send(data={"stream": "s", "at": 0, "text": text}, in_reply_to=order)
+        scripted.send(type=text, data={"message": text, "agent": text})
+        scripted.send(data={"message": "soon gone"}, ephemeral=True)
+        await_text(page, "#orders .said", "a_word")
+        page.fill("#data", "{")
+        page.press("#data", "Control+Enter")
+        scripted.head += 10
+        scripted.confirm(scripted.connections[-1], PROJECT, recovered=False)
+        page.wait_for_selector("#t-gaps.alert")
+        page.click("#orders .link")
+        await_text(page, "#detail .stream pre", text)
+        scripted.send_events(100)
+        await_seq(page, scripted.head)
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert violations(page) == []
+        page.click("#detail-close")
+        page.click("#types .chip:has-text('notices')")
+        assert violations(page) == []
+
 
 def make_small(path: Path) -> None:
     """Write a picture again with as many colours as such a page needs."""
