@@ -38,7 +38,9 @@ from bench.servers import (
 # The tables that are not called like the scenario they show.
 SCENARIO_OF = {
     "real-shape": "real shape",
+    "small-targets": "real shape",
     "cluster": "unwanted",
+    "handshakes": "handshake",
     "connections": "fan-out",
     "latency": "fan-out",
     "sizes": "deflated",

@@ -3,7 +3,7 @@
  * the server is what is measured. One process, one thread, epoll, loopback only.
  *
  *   load PORT PATH [-H 'Name: value']... [-s TEXT] [-f FRAMES] [-m MARKER] [-k EVERY] [-r BYTES]
- *        [-n N] [-c TEXT]
+ *        [-n N] [-c TEXT] [-t FILE]
  *
  *   -s  a text frame every connection sends once it is open; a %d in it is replaced as in PATH,
  *       a %5d by five digits of the same, a %c by five digits of the connection's own number, and
@@ -14,6 +14,7 @@
  *   -k  record latencies on every k-th connection (default 50)
  *   -r  SO_RCVBUF of the connections
  *   -n  a %d in PATH is replaced by the connection's number modulo this (default: its number)
+ *   -t  a file with a token in each line; every connection sends the next one as its bearer token
  *   -c  what the confirmation of a forward contains (default: forward_confirmed)
  *
  * Commands are lines on stdin; each is answered by one line of JSON on stdout:
@@ -83,6 +84,7 @@ static int port, setup_frames, every = 50, receive_buffer, modulus = MAX_CONNECT
 static const char *path, *marker, *first_message, *confirmation = "forward_confirmed";
 static char extra_headers[8192];
 static char forward_text[65536];
+static FILE *tokens;
 static int epoll_fd;
 static enum waiting waiting;
 static double wait_until, connect_started, last_arrival, wait_started;
@@ -222,7 +224,7 @@ static void numbered(char *out, size_t room, const char *template, const struct 
 }
 
 static void send_request(struct connection *c) {
-    char request[sizeof extra_headers + 1024];
+    char request[sizeof extra_headers + 8192], token[4096] = "";
     int error = 0;
     socklen_t size = sizeof error;
     getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
@@ -232,11 +234,17 @@ static void send_request(struct connection *c) {
     }
     char target[512];
     numbered(target, sizeof target, path, c);
+    if (tokens && fgets(token, sizeof token - 64, tokens)) {
+        char line[sizeof token];
+        token[strcspn(token, "\n")] = 0;
+        snprintf(line, sizeof line, "Authorization: Bearer %s\r\n", token);
+        strcpy(token, line);
+    }
     int length = snprintf(request, sizeof request,
                           "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\n"
                           "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-                          "Sec-WebSocket-Version: 13\r\n%s\r\n",
-                          target, port, extra_headers);
+                          "Sec-WebSocket-Version: 13\r\n%s%s\r\n",
+                          target, port, extra_headers, token);
     c->state = HANDSHAKE;
     listen_for_input(c);
     if (send(c->fd, request, (size_t)length, MSG_NOSIGNAL) != length) abandon(c, 1006);
@@ -618,7 +626,7 @@ static void on_stdin(void) {
 int main(int argc, char **argv) {
     int option;
     struct rlimit files;
-    while ((option = getopt(argc, argv, "H:s:f:m:k:r:n:c:")) != -1) {
+    while ((option = getopt(argc, argv, "H:s:f:m:k:r:n:c:t:")) != -1) {
         size_t at = strlen(extra_headers);
         switch (option) {
             case 'H':
@@ -629,6 +637,10 @@ int main(int argc, char **argv) {
             case 'm': marker = optarg; break;
             case 'k': every = atoi(optarg); break;
             case 'n': modulus = atoi(optarg); break;
+            case 't':
+                tokens = fopen(optarg, "r");
+                if (!tokens) die(optarg);
+                break;
             case 'c': confirmation = optarg; break;
             case 'r': receive_buffer = atoi(optarg); break;
             default: return 2;

@@ -51,6 +51,7 @@ class Load:
         receive_buffer_bytes: int = 0,
         modulus: int = 0,
         confirmation: str | None = None,
+        tokens: Path | None = None,
     ) -> None:
         command: list[str | Path] = [_program(), "-f", str(setup_frames), "-k", str(sample_every)]
         for header in headers:
@@ -63,6 +64,8 @@ class Load:
             command += ["-r", str(receive_buffer_bytes)]
         if modulus:
             command += ["-n", str(modulus)]
+        if tokens is not None:
+            command += ["-t", tokens]
         if confirmation is not None:
             command += ["-c", confirmation]
         self._process = Process([*command, str(port), path], stdout=subprocess.PIPE)

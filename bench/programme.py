@@ -17,6 +17,7 @@ from bench.scenarios import (
     catch_up_turn,
     fan_out_turn,
     forward_turn,
+    handshake_turn,
     idle_projects_turn,
     projects_turn,
     storm_turn,
@@ -85,6 +86,7 @@ def programme(effort: Effort) -> list[Labelled]:
         *_fan_out_turns(effort),
         *_projects_turns(effort, GATEWAY),
         *_forward_turns(effort, [*OWN, FORWARD_EACH]),
+        _handshakes(effort, GATEWAY, TOKENS_GATEWAY),
         *_storm_turns(effort),
         *_catch_up_turns(effort, GATEWAY),
     ]
@@ -189,6 +191,11 @@ def _forward_turns(effort: Effort, servers: Sequence[Server]) -> Iterator[Labell
         for connections in (1, 100):
             turn = forward_turn(server, connections, 4 * effort.cpu_s)
             yield f"forwards: {server.name}, {connections} clients", turn
+
+
+def _handshakes(effort: Effort, open_to_all: Server, with_tokens: Server) -> Labelled:
+    turn = handshake_turn(open_to_all, with_tokens, effort.subscribers)
+    return f"handshake: {with_tokens.name}", turn
 
 
 def _storm_turns(effort: Effort) -> Iterator[Labelled]:

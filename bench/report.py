@@ -16,7 +16,7 @@ from bench.bill import dollars_per_million
 from bench.cluster import PUBLISHING, ceiling, line
 from bench.processes import ROOT
 from bench.scenarios import Record
-from bench.small_projects import STRETCH
+from bench.small_projects import HISTORY, STRETCH
 
 DOCUMENT = ROOT / "docs" / "PERFORMANCE.md"
 IMAGES = ROOT / "docs" / "images"
@@ -500,11 +500,11 @@ class Target:
     unit: str = "x"
     at_most: bool = False
 
-    def row(self, run: Run) -> list[str]:
+    def row(self, run: Run, servers: Iterable[str] = MEASURED) -> list[str]:
         """Label and goal, then of each server what was measured, and the verdict on the median."""
         label = self.label.format(**run.effort)
         goal = f"{'at most' if self.at_most else 'at least'} {self.goal}{self.unit}"
-        cells = [cell for server in MEASURED for cell in self._verdict(self.measured(run, server))]
+        cells = [cell for server in servers for cell in self._verdict(self.measured(run, server))]
         return [label, goal, *cells]
 
     def _verdict(self, values: list[float]) -> tuple[str, str]:
@@ -562,6 +562,128 @@ def _figure(scenario: str, key: str) -> Measured:
     return lambda run, own: list(run.by_round(scenario, own, key).values())
 
 
+def _parameterised(scenario: str, key: str, **parameters: Any) -> Measured:
+    return lambda run, own: list(run.by_round(scenario, own, key, **parameters).values())
+
+
+def _against_first(scenario: str, key: str, first: Any, other: dict[str, Any]) -> Measured:
+    """The ratio of a figure to the same with other parameters, round by round."""
+
+    def measured(run: Run, own: str) -> list[float]:
+        return ratios(
+            run.by_round(scenario, own, key, **other), run.by_round(scenario, own, key, **first)
+        )
+
+    return measured
+
+
+def _dollars(tasks: int, pattern: str) -> Measured:
+    def measured(run: Run, own: str) -> list[float]:
+        return [
+            dollars_per_million(r.values)
+            for r in run.records
+            if (r.scenario, r.server) == ("bill", own)
+            and r.parameters == {"tasks": tasks, "pattern": pattern, "kilobytes": 1}
+        ]
+
+    return measured
+
+
+CPU = "cpu_us_per_event"
+REAL = {"tasks": 1, "rate": 300}
+
+# Of projects with two viewers each; measured with tokens and limits on.
+SMALL_TARGETS = [
+    Target(
+        "2,000 projects, 300 events/s: cores used, forwards and all",
+        0.25,
+        _parameterised("real shape", "core_share", **REAL),
+        "",
+        at_most=True,
+    ),
+    Target(
+        "the same: p99 from `SendMessage` to a socket, calls to AWS of 5-10 ms",
+        150,
+        _parameterised("real shape", "p99_ms", **REAL),
+        " ms",
+        at_most=True,
+    ),
+    Target(
+        "bursts of 20 spread over 20 projects, against one project",
+        1.8,
+        _against_first("spread", CPU, {"tasks": 1, "projects": 1}, {"tasks": 1, "projects": 20}),
+        at_most=True,
+    ),
+    Target(
+        "bursts of 20 over 200 projects, CPU an event",
+        600,
+        _parameterised("spread", CPU, tasks=1, projects=200),
+        " us",
+        at_most=True,
+    ),
+    Target(
+        "bursts of 20 over 20 projects, two tasks: AWS calls an event, of both",
+        0.5,
+        _parameterised("spread", "aws_calls_per_event", tasks=2, projects=20),
+        "",
+        at_most=True,
+    ),
+    Target(
+        "a million logged events, two tasks, ten at once", 2.8, _dollars(2, "bursts"), " $", True
+    ),
+    Target("a million logged events, two tasks, alone", 4.5, _dollars(2, "alone"), " $", True),
+    Target(
+        "an event of a project with 20,000, against one with 2,000",
+        1.2,
+        _against_first("history", CPU, {"events": STRETCH}, {"events": HISTORY}),
+        at_most=True,
+    ),
+    Target(
+        "an event that nobody on the task wants, from full messages",
+        10,
+        _parameterised("unwanted", CPU, fill=0),
+        " us",
+        at_most=True,
+    ),
+    Target(
+        "a handshake with a remembered token, against none",
+        1.2,
+        _against_first("handshake", "handshake_cpu_ms", {"token": "none"}, {"token": "remembered"}),
+        at_most=True,
+    ),
+    Target(
+        "a handshake with a token never seen, against none",
+        1.5,
+        _against_first("handshake", "handshake_cpu_ms", {"token": "none"}, {"token": "never seen"}),
+        at_most=True,
+    ),
+]
+
+
+def small_targets(run: Run) -> str:
+    """What was to be reached with small projects."""
+    rows = (t.row(run, ["gateway with tokens"]) for t in SMALL_TARGETS)
+    return table(("", "to reach", "measured", "reached"), rows)
+
+
+def handshakes(run: Run) -> str:
+    """CPU time of a handshake by what is known of its token."""
+    rows = [
+        [
+            f"{parameters['token']}",
+            shown(run.by_round("handshake", server, "handshake_cpu_ms", **parameters).values()),
+            shown(
+                _against_first("handshake", "handshake_cpu_ms", {"token": "none"}, parameters)(
+                    run, server
+                ),
+                "x",
+            ),
+        ]
+        for server, parameters in run.parameters("handshake")
+    ]
+    return table(("token", "CPU ms", "to none"), rows)
+
+
 TARGETS = [
     Target(
         "bursts of 20, against `websockets.broadcast()`", 15, _against("websockets", "fan-out", 20)
@@ -578,7 +700,7 @@ TARGETS = [
         "the same with {many:,} subscribers, without the calls to AWS", 1.2, _many_without_fixed(1)
     ),
     Target("one at a time, against the C floor", 0.85, _against("C floor", "fan-out", 1)),
-    Target("the same without the calls to AWS", 0.85, _floor_without_fixed),
+    Target("the same without the calls to AWS", 0.7, _floor_without_fixed),
     Target("deflated by all, against plain, one at a time", 0.8, _deflated_against_plain),
     Target(
         "deflated by all, bursts of 20, against `websockets.broadcast()`",
@@ -749,6 +871,7 @@ def _save(figure: Any, name: str) -> None:
 
 TABLES: dict[str, Callable[[Run], str]] = {
     "machine": machine,
+    "small-targets": small_targets,
     "real-shape": real_shape,
     "spread": spread,
     "bill": bill,
@@ -764,6 +887,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "subscribers": subscribers,
     "projects": projects,
     "forwards": forwards,
+    "handshakes": handshakes,
     "storm": storm,
     "catch-up": catch_up,
 }

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.feeds import PROJECT, QueueFeed, filler, update
@@ -204,6 +206,40 @@ def forward_turn(server: Server, connections: int, seconds: float) -> Turn:
                 "p99_ms": counted.p99_ms,
             }
             yield Record("forwards", server.name, number, {"connections": connections}, values)
+
+    return turn
+
+
+def handshake_turn(open_to_all: Server, with_tokens: Server, count: int) -> Turn:
+    """What a handshake costs without authentication, with a token seen before, and with a new one.
+
+    A client that returns has the same token; all clients of a fresh task have others.
+    """
+
+    def turn(number: int) -> Iterator[Record]:
+        def record(kind: str, opened: dict[str, float]) -> Record:
+            values = {"handshake_cpu_ms": opened["handshake_cpu_ms"]}
+            return Record("handshake", with_tokens.name, number, {"token": kind}, values)
+
+        with open_to_all.start(False) as running:
+            with connected(running, count):  # warm up; their closing is in what follows, each time
+                pass
+            with connected(running, count) as (_, opened):
+                yield record("none", opened)
+        with (
+            with_tokens.start(False) as running,
+            tempfile.NamedTemporaryFile("w", suffix=".tokens") as file,
+        ):
+            with connected(running, count):
+                pass
+            with connected(running, count) as (_, opened):
+                yield record("remembered", opened)
+            assert running.token is not None
+            file.write("".join(f"{running.token(f'user-{n}')}\n" for n in range(count)))
+            file.flush()
+            running.headers = running.headers[1:]  # all but the token of all
+            with connected(running, count, tokens=Path(file.name)) as (_, opened):
+                yield record("never seen", opened)
 
     return turn
 

@@ -49,6 +49,7 @@ class Running:
     deflate: bool = False
     headers: tuple[str, ...] = ()
     aws: Aws | None = None
+    token: Callable[[str], str] | None = None
 
     def viewers(self, projects: int) -> Load:
         """A load generator whose connections view so many projects in turn: p0, p1, ...
@@ -257,7 +258,8 @@ def gateways_with_tokens(
         ) as fleet,
     ):
         for running in fleet:
-            running.headers = (f"Authorization: Bearer {token}", f"Origin: {ORIGIN}")
+            running.headers = (f"Authorization: Bearer {token('user-1')}", f"Origin: {ORIGIN}")
+            running.token = token
         yield fleet
 
 

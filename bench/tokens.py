@@ -7,7 +7,7 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -18,19 +18,21 @@ LIFETIME_S = 3600
 
 
 @contextlib.contextmanager
-def issuer() -> Iterator[tuple[dict[str, str], str]]:
-    """Serve a key set; yields the settings of a gateway that trusts it, and a token for all."""
+def issuer() -> Iterator[tuple[dict[str, str], Callable[[str], str]]]:
+    """Serve a key set; yields the settings of a gateway that trusts it, and who makes tokens."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     public = RSAAlgorithm.to_jwk(key.public_key(), as_dict=True)
     key_set = json.dumps({"keys": [{**public, "kid": KEY_ID, "alg": "RS256", "use": "sig"}]})
-    claims = {
-        "iss": ISSUER,
-        "aud": AUDIENCE,
-        "sub": "user-1",
-        "exp": int(time.time()) + LIFETIME_S,
-        "projects": "*",
-    }
-    token = jwt.encode(claims, key, "RS256", {"kid": KEY_ID})
+
+    def token(user: str) -> str:
+        claims = {
+            "iss": ISSUER,
+            "aud": AUDIENCE,
+            "sub": user,
+            "exp": int(time.time()) + LIFETIME_S,
+            "projects": "*",
+        }
+        return jwt.encode(claims, key, "RS256", {"kid": KEY_ID})
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
