@@ -1409,6 +1409,10 @@ class TestLooks:
         assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
         assert violations(page) == []
         page.click("#detail-close")
+        for place in ("#events .seq", "#clear", "#theme", "#types"):
+            box = page.locator(place).first.bounding_box()
+            assert box
+            assert box["x"] + box["width"] <= width, f"{place} is cut"
         page.click("#types .chip:has-text('notices')")
         assert violations(page) == []
 
