@@ -182,6 +182,7 @@ TOKEN_LEEWAY_S = 30.0
 SESSION_WITHOUT_END_S = 2**31 - 1
 TOKEN_WARNING_S = 60.0
 TOKEN_MAX_CHARS = 16_384
+TOKENS_REMEMBERED = 10_000
 FIRST_MESSAGE_MAX_BYTES = TOKEN_MAX_CHARS + 1_024
 KEYS_MAX_BYTES = 1_048_576
 KEYS_TRIED = 16  # for one token, of those that fit it
@@ -288,15 +289,28 @@ class BadMessage(GatewayError):
 
 
 class NotAuthenticated(GatewayError):
-    """A token is missing, forged, expired or somebody else's; the text never has any of it."""
+    """A token is missing, forged, expired or somebody else's; the text never has any of it.
+
+    Attributes:
+        counts: whether it is held against the address that it comes from.
+    """
+
+    counts = True
 
 
 class UnknownKey(NotAuthenticated):
-    """A token is signed with a key that was not known when the keys were last read."""
+    """A token is signed with a key that was not known when the keys were last read.
+
+    When the issuer has changed its keys, a whole office of honest clients has such tokens.
+    """
+
+    counts = False
 
 
 class Expired(NotAuthenticated):
     """A token that was good, and whose time is over: no sign of somebody who guesses."""
+
+    counts = False
 
 
 class UnreadableUpdate(GatewayError):
@@ -1655,7 +1669,9 @@ class Keys:
     def __init__(self, fetch: Callable[[], Awaitable[bytes]], algorithms: Sequence[str]) -> None:
         self._fetch = fetch
         self._algorithms = algorithms
+        self._document = b""
         self._keys: list[PyJWK] = []
+        self.changes = 0
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
 
@@ -1693,11 +1709,14 @@ class Keys:
 
     async def _read(self) -> None:
         try:
-            members = json.loads(await self._fetch())["keys"]
+            document = await self._fetch()
+            members = json.loads(document)["keys"]
             keys = [key for member in members if (key := usable_key(member, self._algorithms))]
             if not keys:
                 raise PyJWKSetError("no key is for an algorithm in AUTH_ALGORITHMS")
-            self._keys = keys
+            if document != self._document:
+                self._document, self._keys = document, keys
+                self.changes += 1
         except Exception as exc:  # the document is a stranger's, and its parser raises all sorts
             logger.warning("the issuer's keys could not be read: %s", type(exc).__name__)
         finally:
@@ -1785,6 +1804,70 @@ class Verifier:
                     },
                 )
         return None
+
+
+class Tokens:
+    """Whose tokens are: looked at once, and remembered until they end or the issuer's keys change.
+
+    Attributes:
+        keys: the issuer's, to be read now and then.
+    """
+
+    def __init__(self, verifier: Verifier, tasks: asyncio.TaskGroup) -> None:
+        self.keys = verifier.keys
+        self._verifier = verifier
+        self._tasks = tasks
+        self._known: dict[bytes, Principal] = {}  # by SHA-256: what is kept is no token
+        self._changes = 0
+
+    def check(self, token: str, answer: Callable[[Principal | NotAuthenticated], None]) -> None:
+        """Have ``answer`` called with whose token it is, or why it is nobody's.
+
+        At once, unless the issuer's keys have to be read anew to tell.
+        """
+        found = self._look_at(token)
+        now = asyncio.get_running_loop().time()
+        if isinstance(found, UnknownKey) and self.keys.may_read_again(now):
+            self._tasks.create_task(self._check_later(token, answer))
+        else:
+            answer(found)
+
+    async def _check_later(
+        self, token: str, answer: Callable[[Principal | NotAuthenticated], None]
+    ) -> None:
+        await self.keys.read(asyncio.get_running_loop().time())
+        found = self._look_at(token)
+        answer(NotAuthenticated(str(found)) if isinstance(found, UnknownKey) else found)
+
+    def _look_at(self, token: str) -> Principal | NotAuthenticated:
+        if self._changes != self.keys.changes:
+            self._known.clear()
+            self._changes = self.keys.changes
+        digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+        known = self._known.get(digest)
+        if known is not None and known.expires_at > time.time():
+            return known
+        try:
+            principal = self._verifier.verify(token)
+        except NotAuthenticated as exc:
+            return exc
+        while len(self._known) >= TOKENS_REMEMBERED:
+            del self._known[next(iter(self._known))]
+        self._known[digest] = principal
+        return principal
+
+    async def first_keys(self) -> None:
+        """Read the issuer's keys: without any, nobody could come in."""
+        for attempt in itertools.count():
+            await self.keys.read(asyncio.get_running_loop().time())
+            if self.keys:
+                return
+            await asyncio.sleep(full_jitter_s(attempt))
+
+    async def keep_keys(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(KEYS_LIFETIME_S)
+            await self.keys.read(asyncio.get_running_loop().time())
 
 
 def bearer_token(headers: Headers) -> str | None:
@@ -4902,6 +4985,14 @@ class Connection(asyncio.Protocol):
         self.inbox.clear()
         self.close(CloseCode.INTERNAL_ERROR, "internal error")
 
+    @contextlib.contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """Have a fault of ours cost this connection, not the process."""
+        try:
+            yield
+        except Exception as exc:
+            self.fail(exc)
+
     def take_turn(self, until_s: float) -> bool:
         """Act on what was read until the thread's CPU time is ``until_s``; whether more is left."""
         try:
@@ -4911,7 +5002,7 @@ class Connection(asyncio.Protocol):
                 self._handshake()
             else:
                 self._act(until_s)
-        except Exception as exc:  # a fault of ours must cost one connection, not the process
+        except Exception as exc:  # as in ``failing_alone``, at less cost
             self.fail(exc)
         return self._go_on_reading()
 
@@ -5345,10 +5436,10 @@ def listening_socket(host: str, port: int) -> socket.socket:
 class Door:
     """Answers HTTP requests, and lets WebSocket clients in."""
 
-    def __init__(self, gateway: Gateway, settings: Settings, verifier: Verifier | None) -> None:
+    def __init__(self, gateway: Gateway, settings: Settings, tokens: Tokens | None) -> None:
         self._gateway = gateway
         self._settings = settings
-        self.verifier = verifier
+        self.tokens = tokens
         self.admission = Admission(settings)
         self.work_by_address = Accounts(ADDRESS_WORK_SHARE, WORK_WINDOW_S)
         self.work_by_subject = Accounts(WORK_SHARE, WORK_WINDOW_S)
@@ -5419,7 +5510,7 @@ class Door:
                 connection.address, self._gateway.now()
             )
         if refusal is not None:
-            connection.respond(request, unwelcome(connection.inbox.protocol, *refusal))
+            self._turn_away(connection, request, *refusal)
         else:
             self._identify(connection, request)
 
@@ -5432,58 +5523,44 @@ class Door:
             return 503, "This server is full."
         return None
 
-    def _identify(self, connection: Connection, request: Request, *, last: bool = False) -> None:
-        """Find out whose connection this is; with ``last`` without reading keys for it."""
-        protocol = connection.inbox.protocol
+    def _identify(self, connection: Connection, request: Request) -> None:
+        """Find out whose connection this is, and answer."""
         token = bearer_token(request.headers)
-        if self.verifier is None:
+        if self.tokens is None:
             connection.principal = self._anybody
         elif token is not None:
-            try:
-                self.know(connection, self.verifier.verify(token))
-            except NotAuthenticated as exc:
-                if not last and isinstance(exc, UnknownKey) and self.keys_may_help():
-                    self._gateway.tasks.create_task(self._identify_later(connection, request))
-                    return
-                self.count_failure(connection, exc, last=last)
-        if connection.principal is None and (
-            token is not None or not self._settings.auth_first_message
-        ):
-            connection.respond(request, unwelcome(protocol, 401, "A valid token is needed."))
-        else:
-            connection.respond(request, protocol.accept(request))
+            self.tokens.check(token, partial(self._identified, connection, request))
+            return
+        elif not self._settings.auth_first_message:
+            self._turn_away(connection, request, 401, "A valid token is needed.")
+            return
+        connection.respond(request, connection.inbox.protocol.accept(request))
 
-    async def _identify_later(self, connection: Connection, request: Request) -> None:
-        try:
-            await self.read_keys()
-            refusal = self._closed() or self.admission.crowded(connection.address)
-            if refusal is not None:
-                connection.respond(request, unwelcome(connection.inbox.protocol, *refusal))
+    def _identified(
+        self, connection: Connection, request: Request, found: Principal | NotAuthenticated
+    ) -> None:
+        with connection.failing_alone():
+            # The answer may have come later, and much may have happened since.
+            if refusal := self._closed() or self.admission.crowded(connection.address):
+                self._turn_away(connection, request, *refusal)
+            elif isinstance(found, NotAuthenticated):
+                self.count_failure(connection, found)
+                self._turn_away(connection, request, 401, "A valid token is needed.")
             else:
-                self._identify(connection, request, last=True)
-        except Exception as exc:  # a fault of ours must cost one connection, not the process
-            connection.fail(exc)
+                self.know(connection, found)
+                connection.respond(request, connection.inbox.protocol.accept(request))
+
+    def _turn_away(self, connection: Connection, request: Request, status: int, why: str) -> None:
+        connection.respond(request, unwelcome(connection.inbox.protocol, status, why))
 
     def know(self, connection: Connection, principal: Principal) -> None:
         """A connection's principal is known: its work is charged to that from now on."""
         connection.principal = principal
         connection.charge_to(self.work_by_subject.of(str(principal.subject)))
 
-    def keys_may_help(self) -> bool:
-        return self.verifier is not None and self.verifier.keys.may_read_again(self._gateway.now())
-
-    async def read_keys(self) -> None:
-        if self.verifier is not None:
-            await self.verifier.keys.read(self._gateway.now())
-
-    def count_failure(self, connection: Connection, exc: NotAuthenticated, *, last: bool) -> None:
-        """Hold a refused token against its address, unless it may be the keys that are old.
-
-        When the issuer has changed its keys, and they must not be read again yet, a whole office
-        of honest clients would be locked out; so would it be by one forgotten page that goes on
-        with a token that was good once.
-        """
-        if not isinstance(exc, Expired) and (last or not isinstance(exc, UnknownKey)):
+    def count_failure(self, connection: Connection, exc: NotAuthenticated) -> None:
+        """Hold a refused token against its address, if it may be a guess."""
+        if exc.counts:
             self.admission.failed(connection.address, self._gateway.now())
         logger.info("token refused: %s", exc, extra={"connection_id": connection.id})
 
@@ -5586,26 +5663,33 @@ class Messages:
             raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
         self._gateway.feed.subscribe(connection, message)
 
-    def _authenticate(self, connection: Connection, token: str, *, last: bool = False) -> None:
+    def _authenticate(self, connection: Connection, token: str) -> None:
         """Take a token as the first message, or a fresh one of the same subject."""
-        gateway, door = self._gateway, self._gateway.door
-        if door.verifier is None:
+        tokens = self._gateway.door.tokens
+        if tokens is None:
             connection.send(encode(Authenticated(SESSION_WITHOUT_END_S)))
-            return
-        try:
-            principal = door.verifier.verify(token)
-        except NotAuthenticated as exc:
-            if not last and isinstance(exc, UnknownKey) and door.keys_may_help():
-                connection.hold(+1)
-                gateway.tasks.create_task(self._authenticate_later(connection, token))
-                return
-            self._turn_out(connection, exc, last=last)
-            return
-        before = connection.principal
-        if before is not None and before.subject != principal.subject:
-            self._turn_out(connection, NotAuthenticated("the fresh token is another subject's"))
-            return
-        door.know(connection, principal)
+        else:
+            connection.hold(+1)
+            tokens.check(token, partial(self._authenticated, connection))
+
+    def _authenticated(self, connection: Connection, found: Principal | NotAuthenticated) -> None:
+        with connection.failing_alone():
+            before = connection.principal
+            if isinstance(found, Principal) and before and before.subject != found.subject:
+                found = NotAuthenticated("the fresh token is another subject's")
+            if connection.progress is not Progress.OPEN:
+                pass
+            elif isinstance(found, NotAuthenticated):
+                self._gateway.door.count_failure(connection, found)
+                connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
+            else:
+                self._use(connection, found)
+            connection.hold(-1)
+
+    def _use(self, connection: Connection, principal: Principal) -> None:
+        """Go on with a principal; what it may not use any more ends."""
+        gateway = self._gateway
+        gateway.door.know(connection, principal)
         connection.warned = False
         if gateway.registry.unauthenticated.pop(connection, principal) is None:
             gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
@@ -5614,21 +5698,6 @@ class Messages:
             if not principal.may_use(project_id):
                 gateway.feed.unsubscribe(connection, project_id)
                 connection.send(encode(UnsubscriptionConfirmed(project_id)))
-
-    async def _authenticate_later(self, connection: Connection, token: str) -> None:
-        try:
-            await self._gateway.door.read_keys()
-            if connection.progress is Progress.OPEN:
-                self._authenticate(connection, token, last=True)
-            connection.hold(-1)
-        except Exception as exc:  # a fault of ours must cost one connection, not the process
-            connection.fail(exc)
-
-    def _turn_out(
-        self, connection: Connection, exc: NotAuthenticated, *, last: bool = False
-    ) -> None:
-        self._gateway.door.count_failure(connection, exc, last=last)
-        connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
 
     def _forward(self, connection: Connection, message: Forward) -> None:
         queue = queue_of(message)
@@ -5764,7 +5833,7 @@ class Gateway:
         budget_mb = settings.memory_budget_mb or MEMORY_BUDGET_MB
         self.ledger = Ledger(self.registry, self.metrics, budget_mb * 1_048_576)
         self.metrics.bytes_held = self.ledger.figures
-        self.door = Door(self, settings, self._make_verifier())
+        self.door = Door(self, settings, self._make_tokens())
         self.messages = Messages(self, settings)
         self.sweep = Sweep(self, settings)
         self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics, self.ledger)
@@ -5785,12 +5854,12 @@ class Gateway:
         self.ready = asyncio.Event()
         self.drain = Drain(settings, self.registry, self.forwarder, self.intake, self.relay)
 
-    def _make_verifier(self) -> Verifier | None:
+    def _make_tokens(self) -> Tokens | None:
         settings = self._settings
         if not settings.auth_jwks_url:
             return None
-        fetch = partial(fetch_keys, settings.auth_jwks_url)
-        return Verifier(settings, Keys(fetch, settings.auth_algorithms))
+        keys = Keys(partial(fetch_keys, settings.auth_jwks_url), settings.auth_algorithms)
+        return Tokens(Verifier(settings, keys), self.tasks)
 
     def _make_relay(self, task_id: str) -> Relay | None:
         settings, aws = self._settings, self._aws
@@ -5825,7 +5894,7 @@ class Gateway:
         host, port, *_ = server.sockets[0].getsockname()
         self.address = (host, port)
         logger.info("listening", extra={"host": host, "port": port})
-        if self.door.verifier is None:
+        if self.door.tokens is None:
             logger.warning("AUTH_JWKS_URL is not set: everybody may use every project")
         if not self._settings.allowed_origins:
             logger.warning("ALLOWED_ORIGINS is not set: pages of every origin may connect")
@@ -5850,9 +5919,9 @@ class Gateway:
 
     async def _start(self, loops: list[asyncio.Task[Any]]) -> None:
         """Open the log, then the fan-out, and only then the doors."""
-        if self.door.verifier is not None:
-            await self._first_keys(self.door.verifier.keys)
-            loops.append(self.tasks.create_task(self._keep_keys(self.door.verifier.keys)))
+        if self.door.tokens is not None:
+            await self.door.tokens.first_keys()
+            loops.append(self.tasks.create_task(self.door.tokens.keep_keys()))
         await self.log.open()
         await self.feed.open(self.registry.channel(EVERYONE))
         loops.append(self.tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds)))
@@ -5866,20 +5935,6 @@ class Gateway:
             loops.append(self.tasks.create_task(self.intake.keep()))
         self.ready.set()
         logger.info("ready", extra={"epoch": self.log.epoch})
-
-    async def _first_keys(self, keys: Keys) -> None:
-        """Read the issuer's keys: without any, nobody could come in."""
-        await keys.read(self.now())
-        attempt = 0
-        while not keys:
-            await asyncio.sleep(full_jitter_s(attempt))
-            await keys.read(self.now())
-            attempt += 1
-
-    async def _keep_keys(self, keys: Keys) -> NoReturn:
-        while True:
-            await asyncio.sleep(KEYS_LIFETIME_S)
-            await keys.read(self.now())
 
     # Events.
 

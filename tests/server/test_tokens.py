@@ -1,0 +1,118 @@
+"""Whose tokens are: remembered, and forgotten when they end or the issuer's keys change."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+import server
+from server import Keys, NotAuthenticated, Principal, Tokens, Verifier
+from test_server import settings, task_group
+from tests.issuer import AUDIENCE, ISSUER, key_set, private_key, public_jwk, token_of
+
+
+class Counting(Verifier):
+    """A verifier that counts how often it has to look."""
+
+    looks = 0
+
+    def verify(self, token: str) -> Principal:
+        self.looks += 1
+        return super().verify(token)
+
+
+class Desk:
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self.document = key_set(public_jwk("key-1"))
+        auth = settings(auth_jwks_url="http://localhost/k", auth_issuer=ISSUER)
+        self.verifier = Counting(
+            dataclasses.replace(auth, auth_audience=AUDIENCE), Keys(self._fetch, ("RS256",))
+        )
+        self.tokens = Tokens(self.verifier, tasks)
+        self.answers: list[Principal | NotAuthenticated] = []
+
+    async def _fetch(self) -> bytes:
+        return self.document
+
+    def ask(self, token: str) -> Principal | NotAuthenticated | None:
+        """The answer, if it comes at once."""
+        before = len(self.answers)
+        self.tokens.check(token, self.answers.append)
+        return self.answers[-1] if len(self.answers) > before else None
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    async with task_group() as tasks:
+        found = Desk(tasks)
+        await found.tokens.first_keys()
+        yield found
+
+
+class TestTokens:
+    async def test_verified_once(self, desk: Desk) -> None:
+        """A client that returns is not verified again."""
+        token = token_of("ada")
+        first, again = desk.ask(token), desk.ask(token)
+        assert isinstance(first, Principal)
+        assert again is first
+        assert desk.verifier.looks == 1
+
+    async def test_ends(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A token that was remembered ends when it says."""
+        token = token_of("ada", valid_s=10)
+        assert isinstance(desk.ask(token), Principal)
+        later = time.time() + 10 + server.TOKEN_LEEWAY_S + 1
+        monkeypatch.setattr(time, "time", lambda: later)
+        assert isinstance(desk.ask(token), server.Expired)
+
+    async def test_keys_change(self, desk: Desk) -> None:
+        """When the issuer withdraws a key, its tokens are nobody's, remembered or not."""
+        token = token_of("ada")
+        assert isinstance(desk.ask(token), Principal)
+        await desk.tokens.keys.read(asyncio.get_running_loop().time())  # the same keys
+        assert isinstance(desk.ask(token), Principal)
+        assert desk.verifier.looks == 1
+        desk.document = key_set(public_jwk("key-2"))
+        await desk.tokens.keys.read(asyncio.get_running_loop().time())
+        assert isinstance(desk.ask(token), NotAuthenticated)
+
+    async def test_refusals_are_not_remembered(self, desk: Desk) -> None:
+        """A token that is refused costs no memory, and may be good when the keys are read anew."""
+        desk.ask("nonsense")
+        assert not desk.tokens._known
+        assert isinstance(desk.answers[-1], NotAuthenticated)
+        assert desk.answers[-1].counts
+
+    async def test_new_key(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A token with a key that is not known waits for the keys; then its failure counts."""
+        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+        token = token_of("ada", key_id="key-2", key=private_key("key-2"))
+        assert desk.ask(token) is None
+        await asyncio.sleep(0.01)
+        refused = desk.answers.pop()
+        assert isinstance(refused, NotAuthenticated)
+        assert refused.counts
+        desk.document = key_set(public_jwk("key-1"), public_jwk("key-2"))
+        assert desk.ask(token) is None
+        await asyncio.sleep(0.01)
+        assert isinstance(desk.answers[-1], Principal)
+
+    async def test_keys_may_not_be_read(self, desk: Desk) -> None:
+        """While the keys may not be read anew, an unknown one is held against nobody."""
+        token = token_of("ada", key_id="key-2", key=private_key("key-2"))
+        found = desk.ask(token)
+        assert isinstance(found, server.UnknownKey)
+        assert not found.counts
+
+    async def test_memory_is_bounded(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only so many are remembered, and never the tokens themselves."""
+        monkeypatch.setattr(server, "TOKENS_REMEMBERED", 3)
+        for number in range(5):
+            desk.ask(token_of(str(number)))
+        assert len(desk.tokens._known) == 3
+        assert all(len(digest) == 32 for digest in desk.tokens._known)
