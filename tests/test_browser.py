@@ -618,11 +618,32 @@ class TestRefusals:
                 page.fill("#token", token_of(valid_s=-600))
                 page.press("#token", "Enter")
                 await_text(page, "#state-text", "The token is refused")
+                await_state(page, "refused")
                 page.fill("#token", token_of(projects=[PROJECT]))
                 page.press("#token", "Enter")
                 await_live(page)
             finally:
                 task.child.kill()
+
+    def test_a_good_token_while_servers_are_replaced(
+        self, open_page: Callable[..., Page], console: str
+    ) -> None:
+        """A handshake that fails once is no reason to give a token up."""
+        gateway = ScriptedGateway()
+        try:
+            page = open_page(console)
+            page.fill("#url", gateway.url)
+            page.fill("#token", "good")
+            page.press("#token", "Enter")
+            await_state(page, "open")
+            gateway.refuses = 401  # which is also what anybody without a token is answered
+            gateway.greeted.pop().close(1012)
+            eventually(lambda: gateway.asked >= 2)
+            gateway.refuses = None
+            eventually(lambda: bool(gateway.greeted))
+            await_state(page, "open")
+        finally:
+            gateway.close()
 
     def test_nothing_listens(self, open_page: Callable[..., Page], console: str) -> None:
         """The page says so, goes on trying, and connects by itself once there is a gateway."""
@@ -721,6 +742,8 @@ class ScriptedGateway:
         epoch: of its log.
         refuses: the status that handshakes are answered with; None lets them in.
         confirms: whether forwards are confirmed.
+        asked: how many requests were refused, or were for its health.
+        greeted: connections that were let in.
         forwards: those that came.
     """
 
@@ -732,6 +755,8 @@ class ScriptedGateway:
         self.epoch = "e"
         self.refuses: int | None = None
         self.confirms = True
+        self.asked = 0
+        self.greeted: list[ServerConnection] = []
         self._server = serve(
             self._serve,
             HOST,
@@ -749,12 +774,14 @@ class ScriptedGateway:
         status = 200 if request.path == "/health" else self.refuses
         if status is None:
             return None
+        self.asked += 1
         headers = Headers({"Access-Control-Allow-Origin": "*", "Content-Length": "2"})
         return Response(status, "", headers, b"{}")
 
     def _serve(self, connection: ServerConnection) -> None:
         assert connection.request is not None
         self.requests.append(connection.request)
+        self.greeted.append(connection)
         connection.send('{"type":"connected","connection_id":"c"}')
         for frame in connection:
             message = json.loads(frame)
