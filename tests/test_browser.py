@@ -1118,7 +1118,17 @@ class TestList:
         assert text_of(page, "#detail .stream pre") == "def login(): \U0001f600 # done"
         assert page.locator(row).count() == 1
         assert listed(page) == [1, 2, 3]
-        page.wait_for_selector("#t-events:text-is('7')")
+        page.click("#detail-close")
+
+        scripted.send(type="answer", data={"stream": "s2", "at": 5, "text": "56"}, ephemeral=True)
+        await_text(page, f"{row} .brief", "\u202656")
+        scripted.send(type="answer", data={"stream": "s2", "at": 0, "text": "012345"})
+        await_text(page, f"{row} .brief", "0123456")
+        scripted.send(type="answer", data={"stream": "s2", "at": 9, "text": "9"})
+        await_text(page, f"{row} .brief", "012345\u20269")
+        scripted.send(type="answer", data={"stream": "s2", "at": 6, "text": "678"})
+        await_text(page, f"{row} .brief", "0123456789")
+        page.wait_for_selector("#t-events:text-is('11')")
 
     def test_reload_in_the_middle_of_an_answer(
         self, stage: Stage, open_page: Callable[..., Page]
