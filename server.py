@@ -175,6 +175,7 @@ SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
 WEBSOCKET_PATHS = ("/", "/ws")
 COMPLAINT_MAX_CHARS = 200
 MAX_NESTING = 100  # of arrays and objects, the message's own included; parsers stop at a thousand
+REF_MAX_CHARS = 64
 EXPLAINED_BYTES = 1_024  # of a refused message, in which its ids are looked for
 
 # Access.
@@ -854,7 +855,17 @@ class Settings:
 # Messages to bytes and back. Pure: knows no asyncio, no sockets, no AWS.
 
 
-class Subscribe(Struct, tag_field="action", tag="subscribe"):
+class Asking(Struct, kw_only=True):
+    """What every message of a client may carry, and every answer to it repeats."""
+
+    ref: Raw = Raw(b"0")
+
+
+class Answer(Struct, kw_only=True):
+    ref: str | UnsetType = UNSET
+
+
+class Subscribe(Asking, tag_field="action", tag="subscribe"):
     """Asks for a project's events; with ``since``, first for those missed after it."""
 
     project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
@@ -863,13 +874,13 @@ class Subscribe(Struct, tag_field="action", tag="subscribe"):
     snapshot: bool = False
 
 
-class Unsubscribe(Struct, tag_field="action", tag="unsubscribe"):
+class Unsubscribe(Asking, tag_field="action", tag="unsubscribe"):
     """Ends a subscription; of one that is not there too."""
 
     project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
 
 
-class Forward(Struct, tag_field="action", tag="forward"):
+class Forward(Asking, tag_field="action", tag="forward"):
     """Passes ``data``, unread, to the agent that ``type`` names."""
 
     type: str
@@ -879,11 +890,11 @@ class Forward(Struct, tag_field="action", tag="forward"):
     client_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
 
 
-class Ping(Struct, tag_field="action", tag="ping"):
+class Ping(Asking, tag_field="action", tag="ping"):
     """Asks whether anybody is there, for clients that cannot send ping frames."""
 
 
-class Authenticate(Struct, tag_field="action", tag="authenticate"):
+class Authenticate(Asking, tag_field="action", tag="authenticate"):
     """Brings a token: the first where the handshake had none, or a fresh one in time."""
 
     token: Annotated[str, Meta(min_length=1, max_length=TOKEN_MAX_CHARS)]
@@ -896,34 +907,36 @@ class Connected(Struct, tag="connected", kw_only=True):
     message: str = "WebSocket connection established"
     timestamp: str
     connection_id: str
+    ref: bool = True  # that answers repeat it
+    max_message_bytes: int
 
 
-class SubscriptionConfirmed(Struct, tag="subscription_confirmed"):
+class SubscriptionConfirmed(Answer, tag="subscription_confirmed"):
     project_id: str
     seq: int
     epoch: str
     recovered: bool | UnsetType = UNSET
 
 
-class UnsubscriptionConfirmed(Struct, tag="unsubscription_confirmed"):
+class UnsubscriptionConfirmed(Answer, tag="unsubscription_confirmed"):
     project_id: str
 
 
-class ProjectSnapshot(Struct, tag="project_snapshot"):
+class ProjectSnapshot(Answer, tag="project_snapshot"):
     project_id: str
     data: Any
 
 
-class ForwardConfirmed(Struct, tag="forward_confirmed"):
+class ForwardConfirmed(Answer, tag="forward_confirmed"):
     message_id: str
     sqs_message_id: str
 
 
-class Pong(Struct, tag="pong"):
+class Pong(Answer, tag="pong"):
     timestamp: str
 
 
-class Authenticated(Struct, tag="authenticated"):
+class Authenticated(Answer, tag="authenticated"):
     expires_in_seconds: int
 
 
@@ -939,7 +952,7 @@ class Reconnect(Struct, tag="reconnect"):
     after_ms: int
 
 
-class ErrorMessage(Struct, tag="error"):
+class ErrorMessage(Answer, tag="error"):
     message: str
     code: ErrorCode
     action: str | UnsetType = UNSET
@@ -1056,6 +1069,16 @@ class Encoders:
 encode = msgspec.json.encode
 
 UNREADABLE_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
+
+def ref_of(message: Asking) -> str | UnsetType:
+    """The ``ref`` of a message; what is no text of at most ``REF_MAX_CHARS`` is none."""
+    if bytes(message.ref).startswith(b'"'):
+        with contextlib.suppress(*UNREADABLE_JSON):
+            if len(text := msgspec.json.decode(message.ref, type=str)) <= REF_MAX_CHARS:
+                return text
+    return UNSET
+
 
 TEXT = 0x81
 TEXT_DEFLATED = 0xC1
@@ -1177,7 +1200,7 @@ TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{}:,"]|[^][{}:,"\s]+')
 
 
 def context_of(payload: bytes | bytearray | memoryview) -> dict[str, str]:
-    """The ``action``, ``message_id`` and ``project_id`` of a message that is refused.
+    """The ``action``, ``message_id``, ``project_id`` and ``ref`` of a message that is refused.
 
     Looks at its first ``EXPLAINED_BYTES`` only, whether they are JSON or not: to refuse a message
     must cost no more than to act on it.
@@ -1194,9 +1217,10 @@ def context_of(payload: bytes | bytearray | memoryview) -> dict[str, str]:
         depth += token in b"[{"
     context = {}
     for name, colon, value in zip(tokens, tokens[1:], tokens[2:], strict=False):
-        known = colon == b":" and name in (b'"action"', b'"message_id"', b'"project_id"')
+        known = colon == b":" and name in (b'"action"', b'"message_id"', b'"project_id"', b'"ref"')
+        limit = REF_MAX_CHARS if name == b'"ref"' else ID_MAX_CHARS
         with contextlib.suppress(*UNREADABLE_JSON):
-            if known and len(text := msgspec.json.decode(value, type=str)) <= ID_MAX_CHARS:
+            if known and len(text := msgspec.json.decode(value, type=str)) <= limit:
                 context[name[1:-1].decode()] = text
     return context
 
@@ -3616,7 +3640,7 @@ class Feed:
         if channel.cursor is not None and not request.snapshot and not ahead:
             position, recovered = self._resume_at(channel, request)
             if position >= channel.floor:
-                self._confirm(connection, channel, recovered)
+                self._confirm(connection, channel, recovered, ref_of(request))
                 self._go_live(connection, channel, position)
                 return
         channel.visitors += 1
@@ -3651,10 +3675,14 @@ class Feed:
         return request.since, True
 
     def _confirm(
-        self, connection: Connection, channel: Channel, recovered: bool | UnsetType
+        self,
+        connection: Connection,
+        channel: Channel,
+        recovered: bool | UnsetType,
+        ref: str | UnsetType = UNSET,
     ) -> None:
         message = SubscriptionConfirmed(
-            channel.project_id, channel.cursor or 0, self._log.epoch, recovered
+            channel.project_id, channel.cursor or 0, self._log.epoch, recovered, ref=ref
         )
         connection.send(encode(message))
 
@@ -3694,9 +3722,9 @@ class Feed:
         page = await self._read_on(connection, channel, position)
         if page is None:
             position, recovered, page = channel.cursor or 0, False, []
-        self._confirm(connection, channel, recovered)
+        self._confirm(connection, channel, recovered, ref_of(request))
         if request.snapshot:
-            await self._send_snapshot(connection, request.project_id)
+            await self._send_snapshot(connection, request.project_id, ref_of(request))
         while position < channel.floor:
             for chunk in page:
                 async with self._turns:  # a crowd that gets the same page at once stops nobody else
@@ -3764,7 +3792,9 @@ class Feed:
                 self._fan_out.push(channel, event)
         return events
 
-    async def _send_snapshot(self, connection: Connection, project_id: str) -> None:
+    async def _send_snapshot(
+        self, connection: Connection, project_id: str, ref: str | UnsetType
+    ) -> None:
         try:
             async with self._reads:
                 state = await self._read_state(project_id)
@@ -3772,11 +3802,11 @@ class Feed:
             logger.error("no snapshot of %r: %s", project_id, exc)
             sentence = "The project's state cannot be read; its events follow all the same."
             error = ErrorMessage(
-                sentence, ErrorCode.UNAVAILABLE, "subscribe", project_id=project_id
+                sentence, ErrorCode.UNAVAILABLE, "subscribe", project_id=project_id, ref=ref
             )
             connection.send(encode(error))
             return
-        connection.send(Encoders.snapshot.encode(ProjectSnapshot(project_id, state)))
+        connection.send(Encoders.snapshot.encode(ProjectSnapshot(project_id, state, ref=ref)))
 
     async def open(self, channel: Channel) -> None:
         """Have the channel's cursor where its log ends; of many channels in one call."""
@@ -5586,7 +5616,11 @@ class Messages:
         gateway.door.admission.entered(connection.address)
         gateway.metrics.connections_opened += 1
         logger.info("connection opened", extra={"connection_id": connection.id})
-        connection.send(encode(Connected(timestamp=timestamp(), connection_id=connection.id)))
+        limit = self._settings.max_message_bytes
+        greeting = Connected(
+            timestamp=timestamp(), connection_id=connection.id, max_message_bytes=limit
+        )
+        connection.send(encode(greeting))
         if connection.principal is None:
             connection.deadline = gateway.now() + self._settings.auth_deadline_seconds
             gateway.registry.unauthenticated[connection] = None
@@ -5632,7 +5666,7 @@ class Messages:
 
     def _act(self, connection: Connection, message: ClientMessage) -> None:
         if isinstance(message, Authenticate):
-            self._authenticate(connection, message.token)
+            self._authenticate(connection, message)
             return
         if connection.principal is None:
             raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
@@ -5650,9 +5684,10 @@ class Messages:
             case Unsubscribe():
                 if project_id != EVERYONE:  # whose events reach everyone, asked for or not
                     self._gateway.feed.unsubscribe(connection, message.project_id)
-                connection.send(encode(UnsubscriptionConfirmed(message.project_id)))
+                answer = UnsubscriptionConfirmed(message.project_id, ref=ref_of(message))
+                connection.send(encode(answer))
             case Ping():
-                connection.send(encode(Pong(timestamp())))
+                connection.send(encode(Pong(timestamp(), ref=ref_of(message))))
 
     def _subscribe(self, connection: Connection, message: Subscribe) -> None:
         limit = self._settings.max_subscriptions_per_connection
@@ -5663,16 +5698,19 @@ class Messages:
             raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
         self._gateway.feed.subscribe(connection, message)
 
-    def _authenticate(self, connection: Connection, token: str) -> None:
+    def _authenticate(self, connection: Connection, message: Authenticate) -> None:
         """Take a token as the first message, or a fresh one of the same subject."""
         tokens = self._gateway.door.tokens
         if tokens is None:
-            connection.send(encode(Authenticated(SESSION_WITHOUT_END_S)))
+            connection.send(encode(Authenticated(SESSION_WITHOUT_END_S, ref=ref_of(message))))
         else:
             connection.hold(+1)
-            tokens.check(token, partial(self._authenticated, connection))
+            done = partial(self._authenticated, connection, ref_of(message))
+            tokens.check(message.token, done)
 
-    def _authenticated(self, connection: Connection, found: Principal | NotAuthenticated) -> None:
+    def _authenticated(
+        self, connection: Connection, ref: str | UnsetType, found: Principal | NotAuthenticated
+    ) -> None:
         with connection.failing_alone():
             before = connection.principal
             if isinstance(found, Principal) and before and before.subject != found.subject:
@@ -5683,17 +5721,17 @@ class Messages:
                 self._gateway.door.count_failure(connection, found)
                 connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
             else:
-                self._use(connection, found)
+                self._use(connection, found, ref)
             connection.hold(-1)
 
-    def _use(self, connection: Connection, principal: Principal) -> None:
+    def _use(self, connection: Connection, principal: Principal, ref: str | UnsetType) -> None:
         """Go on with a principal; what it may not use any more ends."""
         gateway = self._gateway
         gateway.door.know(connection, principal)
         connection.warned = False
         if gateway.registry.unauthenticated.pop(connection, principal) is None:
             gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
-        connection.send(encode(Authenticated(seconds_left(principal))))
+        connection.send(encode(Authenticated(seconds_left(principal), ref=ref)))
         for project_id in tuple(connection.subscriptions | connection.catching_up.keys()):
             if not principal.may_use(project_id):
                 gateway.feed.unsubscribe(connection, project_id)
@@ -5709,7 +5747,8 @@ class Messages:
             if error is not None:
                 self.refuse(connection, error, message)
             elif sqs_message_id is not None:
-                connection.send(encode(ForwardConfirmed(message_id, sqs_message_id)))
+                answer = ForwardConfirmed(message_id, sqs_message_id, ref=ref_of(message))
+                connection.send(encode(answer))
 
         body = AgentMessage(
             type=message.type,
@@ -5732,6 +5771,7 @@ class Messages:
         context = dict(exc.context)
         if message is not None:
             context["action"] = message.__struct_config__.tag
+            context["ref"] = ref_of(message)
             for name in ("message_id", "project_id"):
                 if value := getattr(message, name, None):
                     context[name] = value

@@ -5591,7 +5591,9 @@ class TestGateway:
         async with client_of(standing) as one, client_of(standing, "/") as two:
             stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
             for client in (one, two):
-                assert client.greeting.keys() == {"type", "message", "timestamp", "connection_id"}
+                announced = {"ref", "max_message_bytes"}
+                plain = {"type", "message", "timestamp", "connection_id"}
+                assert client.greeting.keys() == plain | announced
                 assert client.greeting["message"] == "WebSocket connection established"
                 assert re.fullmatch(stamp, client.greeting["timestamp"])
             assert one.greeting["connection_id"] != two.greeting["connection_id"]

@@ -67,6 +67,13 @@ class Message:
     answers: tuple[str, ...] = ()
 
 
+ASKING = {
+    "ref": f"text of at most {server.REF_MAX_CHARS} characters, by which you know the answers to "
+    "this message: each carries the same. Write it first: of a message that is refused only the "
+    f"first {server.EXPLAINED_BYTES:,} bytes are looked at. Anything else is ignored"
+}
+ANSWER = {"ref": "the `ref` of the message it answers, if that had one"}
+
 CLIENT_MESSAGES = (
     Message(
         "subscribe",
@@ -78,6 +85,7 @@ CLIENT_MESSAGES = (
             "epoch": "the `epoch` that came with it, so that a log made anew is not taken for "
             "the old one",
             "snapshot": "whether to send the platform's own record of the project first",
+            **ASKING,
         },
         {
             "subscribe": {"action": "subscribe", "project_id": "proj_123"},
@@ -94,7 +102,7 @@ CLIENT_MESSAGES = (
         "unsubscribe",
         server.Unsubscribe,
         "Ends a subscription. To end one that is not there is no error.",
-        {"project_id": "the project"},
+        {"project_id": "the project", **ASKING},
         {"unsubscribe": {"action": "unsubscribe", "project_id": "proj_123"}},
         ("unsubscription_confirmed",),
     ),
@@ -115,6 +123,7 @@ CLIENT_MESSAGES = (
             "client_id": "your own id, made at random once and kept over reconnects, so that a "
             "FIFO queue knows your repetition from another client's message of the same "
             "`message_id`. Without it, the connection's id stands for it",
+            **ASKING,
         },
         {
             "forward": {
@@ -131,8 +140,8 @@ CLIENT_MESSAGES = (
         "ping",
         server.Ping,
         "Asks whether anybody is there, for programs that cannot send ping frames.",
-        {},
-        {"ping": {"action": "ping"}},
+        ASKING,
+        {"ping": {"action": "ping"}, "ping with ref": {"ref": "7", "action": "ping"}},
         ("pong",),
     ),
     Message(
@@ -140,7 +149,7 @@ CLIENT_MESSAGES = (
         server.Authenticate,
         "Brings a token: the first where the handshake had none, or a fresh one of the same "
         "subject before the last one expires.",
-        {"token": "a JSON Web Token"},
+        {"token": "a JSON Web Token", **ASKING},
         {"authenticate": {"action": "authenticate", "token": TOKEN}},
         ("authenticated", "unsubscription_confirmed"),
     ),
@@ -155,6 +164,8 @@ SERVER_MESSAGES = (
             "message": "a greeting",
             "timestamp": "the server's time",
             "connection_id": "this connection, by which an agent can answer it alone",
+            "ref": "`true`: answers carry the `ref` of the message they answer",
+            "max_message_bytes": "the largest message that you may send",
         },
         {
             "connected": {
@@ -162,6 +173,8 @@ SERVER_MESSAGES = (
                 "message": "WebSocket connection established",
                 "timestamp": NOW,
                 "connection_id": CONNECTION,
+                "ref": True,
+                "max_message_bytes": 262_144,
             }
         },
     ),
@@ -176,6 +189,7 @@ SERVER_MESSAGES = (
             "epoch": "the log's id, to be kept with `seq`",
             "recovered": "only where `since` was sent: `true`, all events after `since` follow; "
             "`false`, they cannot be had, so fetch the project's state and go on after `seq`",
+            **ANSWER,
         },
         {
             "subscription confirmed": {
@@ -208,6 +222,7 @@ SERVER_MESSAGES = (
         {
             "project_id": "the project",
             "data": "the record without its keys; `null` if the platform does not know the project",
+            **ANSWER,
         },
         {
             "project snapshot": {
@@ -221,7 +236,7 @@ SERVER_MESSAGES = (
         "unsubscription_confirmed",
         server.UnsubscriptionConfirmed,
         "A subscription has ended: because you asked, or because a fresh token does not allow it.",
-        {"project_id": "the project"},
+        {"project_id": "the project", **ANSWER},
         {
             "unsubscription confirmed": {
                 "type": "unsubscription_confirmed",
@@ -268,7 +283,7 @@ SERVER_MESSAGES = (
         "forward_confirmed",
         server.ForwardConfirmed,
         "SQS has the message.",
-        {"message_id": "yours, or the one made for it", "sqs_message_id": "SQS's own"},
+        {"message_id": "yours, or the one made for it", "sqs_message_id": "SQS's own", **ANSWER},
         {
             "forward confirmed": {
                 "type": "forward_confirmed",
@@ -281,8 +296,11 @@ SERVER_MESSAGES = (
         "pong",
         server.Pong,
         "Somebody is there.",
-        {"timestamp": "the server's time"},
-        {"pong": {"type": "pong", "timestamp": NOW}},
+        {"timestamp": "the server's time", **ANSWER},
+        {
+            "pong": {"type": "pong", "timestamp": NOW},
+            "pong with ref": {"type": "pong", "timestamp": NOW, "ref": "7"},
+        },
     ),
     Message(
         "authenticated",
@@ -290,7 +308,8 @@ SERVER_MESSAGES = (
         "A token was accepted.",
         {
             "expires_in_seconds": "how long the connection may stay without a fresh one; "
-            f"{server.SESSION_WITHOUT_END_S} where no tokens are in use"
+            f"{server.SESSION_WITHOUT_END_S} where no tokens are in use",
+            **ANSWER,
         },
         {"authenticated": {"type": "authenticated", "expires_in_seconds": 630}},
     ),
@@ -330,6 +349,7 @@ SERVER_MESSAGES = (
             "message_id": "of the message it answers",
             "project_id": "of the message it answers",
             "retryable": "of a forward: whether the same may work later",
+            **ANSWER,
         },
         {},  # see ERRORS
     ),
@@ -405,8 +425,14 @@ AGENT_MESSAGES = (
 
 MESSAGES = (*CLIENT_MESSAGES, *SERVER_MESSAGES, *AGENT_MESSAGES)
 
-INTERNAL = {server.DataWithoutD, server.RelayedBatch, server.RelayedEvent}
-"""Message types that only the gateway's own tasks see."""
+INTERNAL = {
+    server.Asking,
+    server.Answer,
+    server.DataWithoutD,
+    server.RelayedBatch,
+    server.RelayedEvent,
+}
+"""What message types have in common, and those that only the gateway's own tasks see."""
 
 
 # --- Errors and closes ----------------------------------------------------------------------

@@ -91,7 +91,7 @@ class TestModule:
             r"export function connect\(url, \{(.*?)\} = \{\}\)", module, re.DOTALL
         )
         assert signature
-        options = re.findall(r"([a-zW]\w+)(?: = |,)", re.sub(r"= \{.*\}", "= 0", signature[1]))
+        options = re.findall(r"\b([a-zW]\w+)(?: = |,)", re.sub(r"= \{.*\}", "= 0", signature[1]))
         assert {"getToken", "minDelay", "clock", "random"} <= set(options)
         for option in options:
             assert re.search(rf"^  {option}\?", declarations, re.MULTILINE), option

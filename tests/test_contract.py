@@ -401,7 +401,8 @@ class TestExamples:
         assert SHOWN.keys() == EXAMPLES.keys()
 
     @shows(
-        "connected", "ping", "pong", "subscribe", "subscription confirmed", "unsubscribe",
+        "connected", "ping", "pong", "ping with ref", "pong with ref", "subscribe",
+        "subscription confirmed", "unsubscribe",
         "unsubscription confirmed", "resume", "recovered", "not recovered", "event",
         "subscribe with snapshot", "project snapshot", "update", "update for everyone",
         "event for everyone", "ephemeral update", "update for one client", "ephemeral event",
@@ -420,6 +421,8 @@ class TestExamples:
             connection_id = (await client.receive("connected"))["connection_id"]
             await client.send("ping")
             await client.receive("pong")
+            await client.send("ping with ref")
+            await client.receive("pong with ref")
 
             await client.socket.send(json.dumps({"action": "subscribe", "project_id": PROJECT}))
             assert (await client.next())["seq"] == 0
