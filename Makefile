@@ -67,10 +67,10 @@ fuzz: $(INSTALLED) ## Feed the parsers random and mutated input (SECONDS=600)
 ##@ Measure it
 
 bench: $(INSTALLED) $(PEERS_INSTALLED) ## Measure beside comparable servers, and rewrite docs/PERFORMANCE.md
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(ARGS)
 
 bench-quick: $(INSTALLED) $(PEERS_INSTALLED) ## Measure the most telling part, in a few minutes
-	$(BIN)/python -m bench --quick
+	$(BIN)/python -m bench --quick $(ARGS)
 
 ##@ Maintain it
 

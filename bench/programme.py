@@ -62,11 +62,13 @@ class Effort:
     many: int
     thorough: bool
     rates: tuple[int, ...] = (100, 300, 1000)
-    seconds: float = 5.0
+    seconds: float = 4.0
 
 
-FULL = Effort(rounds=5, cpu_s=0.5, subscribers=2000, many=5000, thorough=True)
-QUICK = Effort(rounds=2, cpu_s=0.25, subscribers=1000, many=2000, thorough=False)
+FULL = Effort(rounds=5, cpu_s=0.4, subscribers=2000, many=5000, thorough=True)
+QUICK = Effort(rounds=2, cpu_s=0.25, subscribers=1000, many=2000, thorough=False, seconds=3.0)
+
+SOME_ROUNDS = 2  # for what takes long, or is compared with nothing else
 
 
 OWN = [GATEWAY, TOKENS_GATEWAY]  # what all that is to be reached is measured with
@@ -75,21 +77,24 @@ CLOSEST = [WEBSOCKETS, NATS, NCHAN]
 Labelled = tuple[str, Turn]
 
 
-def programme(effort: Effort) -> list[Labelled]:
-    """One round: all turns in the order they are taken, with a label each."""
-    return [
-        *_small_projects_turns(effort, TOKENS_GATEWAY),
-        _real_shape(effort, JETSTREAM, 1),
-        *_stream_turns(effort, TOKENS_GATEWAY),
-        (f"history: {TOKENS_GATEWAY.name}", history_turn(TOKENS_GATEWAY)),
-        (f"unwanted: {TOKENS_GATEWAY.name}", unwanted_turn(TOKENS_GATEWAY)),
-        *_fan_out_turns(effort),
-        *_projects_turns(effort, GATEWAY),
-        *_forward_turns(effort, [*OWN, FORWARD_EACH]),
-        _handshakes(effort, GATEWAY, TOKENS_GATEWAY),
-        *_storm_turns(effort),
-        *_catch_up_turns(effort, GATEWAY),
-    ]
+def programme(effort: Effort, number: int = 1) -> list[Labelled]:
+    """The turns of round `number` in the order they are taken, with a label each.
+
+    The first round has all of them. Some are taken in the first rounds only, and counts of calls,
+    which are the same each time, in the first.
+    """
+    turns = [*_small_projects_turns(effort, TOKENS_GATEWAY), *_fan_out_turns(effort)]
+    turns += [_handshakes(effort, GATEWAY, TOKENS_GATEWAY)]
+    turns += [_unwanted(TOKENS_GATEWAY), *_catch_up_turns(effort, GATEWAY)]
+    turns += _forward_turns(effort, [*OWN, FORWARD_EACH])
+    if number <= SOME_ROUNDS:
+        turns += [*_projects_turns(effort, GATEWAY), *_storm_turns(effort)]
+    if number <= SOME_ROUNDS and effort.thorough:
+        turns += [_jetstream(effort), *_stream_turns(effort, TOKENS_GATEWAY)]
+        turns += [_history(TOKENS_GATEWAY), *_large_turns(effort)]
+    if number == 1 and effort.thorough:
+        turns += _bill_turns(TOKENS_GATEWAY)
+    return turns
 
 
 def paired_programme(effort: Effort, other: Server) -> list[tuple[Labelled, Labelled]]:
@@ -97,12 +102,13 @@ def paired_programme(effort: Effort, other: Server) -> list[tuple[Labelled, Labe
     now, then = (
         [
             *_small_projects_turns(effort, server),
+            *_bill_turns(server),
             *_one_server_turns(effort, server),
             *_projects_turns(effort, server),
             *_forward_turns(effort, [server]),
             *_stream_turns(effort, server),
-            (f"history: {server.name}", history_turn(server)),
-            (f"unwanted: {server.name}", unwanted_turn(server)),
+            _history(server),
+            _unwanted(server),
             (f"storm: {server.name}", storm_turn(server, effort.many)),
             *_catch_up_turns(effort, server),
         ]
@@ -111,21 +117,33 @@ def paired_programme(effort: Effort, other: Server) -> list[tuple[Labelled, Labe
     return list(zip(now, then, strict=True))
 
 
-def _real_shape(effort: Effort, server: Server, tasks: int) -> Labelled:
-    turn = real_shape_turn(server, tasks, effort.rates, projects=PROJECTS, seconds=effort.seconds)
-    return f"real shape: {server.name}, tasks: {tasks}", turn
-
-
 def _small_projects_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
-    for tasks in (1, 2):
-        yield _real_shape(effort, server, tasks)
+    for tasks, rates in ((1, effort.rates), (2, effort.rates[1:2])):
+        turn = real_shape_turn(server, tasks, rates, projects=PROJECTS, seconds=effort.seconds)
+        yield f"real shape: {server.name}, tasks: {tasks}", turn
     for tasks, projects in ((1, 1), (1, 20), (1, 200), (2, 20)):
         turn = spread_turn(server, tasks, projects, viewers_each=VIEWERS, cpu_s=effort.cpu_s)
         yield f"spread: {server.name}, tasks: {tasks}, projects: {projects}", turn
+
+
+def _jetstream(effort: Effort) -> Labelled:
+    turn = real_shape_turn(JETSTREAM, 1, effort.rates, projects=PROJECTS, seconds=effort.seconds)
+    return f"real shape: {JETSTREAM.name}", turn
+
+
+def _bill_turns(server: Server) -> Iterator[Labelled]:
     for tasks, kilobytes in ((1, 1), (1, 4), (2, 1), (4, 1), (4, 4)):
         for pattern in ("alone", "bursts"):
             turn = bill_turn(server, tasks, pattern, kilobytes)
             yield f"bill: {server.name}, tasks: {tasks}, {pattern}, {kilobytes} KB", turn
+
+
+def _history(server: Server) -> Labelled:
+    return f"history: {server.name}", history_turn(server)
+
+
+def _unwanted(server: Server) -> Labelled:
+    return f"unwanted: {server.name}", unwanted_turn(server)
 
 
 def _stream_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
@@ -149,31 +167,39 @@ def _one_server_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
         yield f"fan-out: {server.name}, subscribers: {subscribers}", turn
 
 
-def _fan_out_turns(effort: Effort) -> list[Labelled]:
-    turns: list[Labelled] = []
+def _fan_out(
+    effort: Effort, scenario: str, servers: Iterable[Server], bursts: Sequence[int], **how: Any
+) -> Iterator[Labelled]:
+    usual = {"subscribers": effort.subscribers, "cpu_s": effort.cpu_s}
+    how = {"size": 200, "deflate": False, **usual, **how}
+    for server in servers:
+        yield f"{scenario}: {server.name}", fan_out_turn(scenario, server, bursts, **how)
 
-    def fan_out(
-        scenario: str, servers: Iterable[Server], bursts: Sequence[int], **how: Any
-    ) -> None:
-        usual = {"subscribers": effort.subscribers, "cpu_s": effort.cpu_s}
-        how = {"size": 200, "deflate": False, **usual, **how}
-        for server in servers:
-            turn = fan_out_turn(scenario, server, bursts, **how)
-            turns.append((f"{scenario}: {server.name}", turn))
 
-    deflating = [s for s in PEER_SERVERS if s.deflates and s.name != "websockets on uvloop"]
-    fan_out("fan-out", [*GATEWAYS, *PEER_SERVERS], (1, 5, 20, 100) if effort.thorough else (1, 20))
-    deflated = {"size": 1000, "deflate": True}
-    fan_out("deflated", [*OWN, *(deflating if effort.thorough else CLOSEST)], (1, 20), **deflated)
-    fan_out("plain 1 KB", [*OWN, WEBSOCKETS], (1, 20), size=1000)
-    if effort.thorough:
-        fan_out("4 KB", [GATEWAY, FLOOR, *CLOSEST], (1, 20), size=4096)
-        fan_out("4 KB deflated", [GATEWAY, *CLOSEST], (1, 20), size=4096, deflate=True)
-    fan_out("subscribers", OWN, (1, 20), subscribers=1)
+DEFLATED_1_KB = {"size": 1000, "deflate": True}
+
+
+def _fan_out_turns(effort: Effort) -> Iterator[Labelled]:
+    bursts = (1, 5, 20, 100) if effort.thorough else (1, 20)
+    yield from _fan_out(effort, "fan-out", [*GATEWAYS, *PEER_SERVERS], bursts)
+    yield from _fan_out(effort, "deflated", [*OWN, *CLOSEST], (1, 20), **DEFLATED_1_KB)
+    yield from _fan_out(effort, "plain 1 KB", [*OWN, WEBSOCKETS], (1, 20), size=1000)
+    yield from _fan_out(effort, "subscribers", OWN, (1, 20), subscribers=1)
     for count in (100, effort.many // 5, effort.many):
-        fan_out("subscribers", [*OWN, WEBSOCKETS], (1, 20), subscribers=count)
-    fan_out("memory", OWN, (20,), subscribers=effort.many, **deflated)
-    return turns
+        servers = [*OWN, WEBSOCKETS]
+        yield from _fan_out(effort, "subscribers", servers, (1, 20), subscribers=count)
+
+
+def _large_turns(effort: Effort) -> Iterator[Labelled]:
+    others = [
+        server
+        for server in PEER_SERVERS
+        if server.deflates and server not in CLOSEST and server.name != "websockets on uvloop"
+    ]
+    yield from _fan_out(effort, "deflated", others, (1, 20), **DEFLATED_1_KB)
+    yield from _fan_out(effort, "4 KB", [GATEWAY, FLOOR, *CLOSEST], (1, 20), size=4096)
+    deflating = [GATEWAY, *CLOSEST]
+    yield from _fan_out(effort, "4 KB deflated", deflating, (1, 20), size=4096, deflate=True)
 
 
 def _projects_turns(effort: Effort, server: Server) -> Iterator[Labelled]:
@@ -215,12 +241,15 @@ def run(effort: Effort, only: str, absent: dict[str, str]) -> Iterator[Record]:
 
     A turn that fails is noted in `absent` and left out of the rounds that follow.
     """
-    turns = [
-        t
-        for t in programme(effort)
-        if only in t[0] and t[0].split(": ")[1].partition(",")[0] not in absent
+    rounds = [
+        [
+            (label, turn)
+            for label, turn in programme(effort, number)
+            if only in label and label.split(": ")[1].partition(",")[0] not in absent
+        ]
+        for number in range(1, effort.rounds + 1)
     ]
-    yield from _run([turns] * effort.rounds, absent)
+    yield from _run(rounds, absent)
 
 
 def run_paired(

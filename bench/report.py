@@ -710,7 +710,7 @@ TARGETS = [
     Target(
         "memory of an idle connection, deflate negotiated",
         6,
-        _figure("memory", "idle_kb"),
+        _figure("deflated", "idle_kb"),
         " KB",
         at_most=True,
     ),

@@ -186,7 +186,7 @@ def test_full_run_has_every_turn() -> None:
 def test_programme_measures_both_for_each_target(effort: Effort) -> None:
     """Whatever is compared without tokens is compared with them."""
     labels = {label for label, _ in programme(effort)}
-    for scenario in ("fan-out", "deflated", "plain 1 KB", "subscribers", "memory"):
+    for scenario in ("fan-out", "deflated", "plain 1 KB", "subscribers"):
         assert {f"{scenario}: gateway", f"{scenario}: gateway with tokens"} <= labels
     assert "forwards: gateway with tokens, 100 clients" in labels
 
