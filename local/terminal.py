@@ -160,7 +160,7 @@ def parse_token(text: str) -> str:
 
 def parse_positive(text: str) -> float:
     """A number above 0."""
-    value = float(text) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else 0.0
+    value = float(text) if re.fullmatch(r"\d{1,9}\.?\d{0,9}|\.\d{1,9}", text) else 0.0
     if not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value

@@ -475,6 +475,44 @@ class TestConversation:
 
     @posix
     @needs_editor
+    @pytest.mark.parametrize(("key", "code"), [(b"\x03", 130), (b"\x04", 0)], ids=["c", "d"])
+    def test_leaves_the_terminal_in_order(self, key: bytes, code: int) -> None:
+        """Ctrl-C and Ctrl-D end the connection with 1000, and the terminal is as it was."""
+        import pty
+        import termios
+
+        codes: SimpleQueue[int | None] = SimpleQueue()
+
+        def listen(websocket: ServerConnection) -> None:
+            say(websocket, "connected", **CONNECTED)
+            with contextlib.suppress(ConnectionClosed):
+                websocket.recv(TIMEOUT_S)
+            codes.put(websocket.close_code)
+
+        ours, theirs = pty.openpty()
+        before = termios.tcgetattr(theirs)
+        environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        with websocket_stub(listen) as place:
+            client = subprocess.Popen(
+                [sys.executable, CLIENT, place],
+                cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
+            )  # fmt: skip
+            printed = b""
+            # The second is what announces the prompt: from then on keys are read one by one.
+            while b"connected" not in printed or b"\x1b[?2004h" not in printed:
+                printed += os.read(ours, 65536)
+            os.write(ours, key)
+            reader = threading.Thread(target=os.read, args=(ours, 65536), daemon=True)
+            reader.start()
+            assert client.wait(TIMEOUT_S) == code
+            assert codes.get(timeout=TIMEOUT_S) == 1000
+        assert termios.tcgetattr(theirs) == before
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+
+    @posix
+    @needs_editor
     def test_pasted_lines(self) -> None:
         """JSON that is pasted over several lines is one message."""
         pasted = b'\x1b[200~{\r  "action": "ping"\r}\x1b[201~\r'
@@ -743,6 +781,7 @@ class TestNoConnection:
         [
             [CLIENT, "ftp://host"],
             [CLIENT, "host", "--timeout", "0"],
+            [CLIENT, "host", "--timeout", "1e3"],
             [CLIENT, "host", "--token", "two words"],
             [CHECKER, "ws://"],
             [CHECKER, "host", "--max-message-bytes", "-1"],
