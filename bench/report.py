@@ -870,15 +870,15 @@ def _save(figure: Any, name: str) -> None:
 
 
 TABLES: dict[str, Callable[[Run], str]] = {
-    "machine": machine,
-    "small-targets": small_targets,
     "real-shape": real_shape,
+    "small-targets": small_targets,
     "spread": spread,
     "bill": bill,
     "streams": streams,
     "history": history,
     "unwanted": unwanted,
     "cluster": cluster,
+    "machine": machine,
     "targets": targets,
     "fan-out": fan_out,
     "latency": latency,
