@@ -19,10 +19,12 @@ CLIENT_INSTALLED := $(if $(shell command -v npm),client/node_modules/.package-lo
 # The benchmark's peers: those from Python, and where there is npm, those for Node.
 PEERS_INSTALLED := $(VENV)/.peers-installed \
 	$(if $(shell command -v npm),bench/peers/node_modules/.package-lock.json)
+# The AWS CLI, for the deployments that tests play through; its pins differ from ours.
+AWS_CLI_INSTALLED := $(VENV)/aws-cli/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: run image test lint audit chaos rehearsal hostile conformance fuzz bench bench-quick requirements clean help
+.PHONY: run image test lint audit chaos rehearsal deployments hostile conformance fuzz bench bench-quick requirements clean help
 
 ##@ Run it
 
@@ -35,7 +37,7 @@ image: ## Build the container image (DOCKER=podman, IMAGE=name:tag)
 
 ##@ Check it
 
-test: $(INSTALLED) $(CLIENT_INSTALLED) ## Run all tests, and measure the coverage of server.py (ARGS="-k name -x")
+test: $(INSTALLED) $(CLIENT_INSTALLED) $(AWS_CLI_INSTALLED) ## Run all tests, and measure the coverage of server.py (ARGS="-k name -x")
 	$(BIN)/python -m pytest --cov=server $(ARGS)
 
 lint: $(INSTALLED) ## Check style, format and types
@@ -53,6 +55,9 @@ chaos: $(INSTALLED) ## Kill, cut and disturb three tasks, and count every event 
 
 rehearsal: $(INSTALLED) ## Replace a task behind a real proxy under 500 clients (ARGS="--trigger sigterm")
 	$(BIN)/python -m tests.rehearsal $(ARGS)
+
+deployments: $(INSTALLED) $(AWS_CLI_INSTALLED) ## Play every deployment through, by the real shell and AWS CLI
+	$(BIN)/python -m pytest --no-cov tests/test_deployment.py tests/deployment/every_case.py $(ARGS)
 
 hostile: $(INSTALLED) ## Attack a server with 100 honest clients on it, and print what they felt
 	$(BIN)/python -m tests.hostile
@@ -81,6 +86,7 @@ requirements: $(INSTALLED) ## Pin the packages anew after a change of *.in (UPGR
 	$(PIN) --output-file requirements-dev.txt requirements-dev.in
 	$(PIN) --constraint requirements-dev.txt \
 		--output-file bench/requirements.txt bench/requirements.in
+	$(PIN) --output-file tests/deployment/aws-cli.txt tests/deployment/aws-cli.in
 
 clean: ## Remove .venv and the tools' caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
@@ -108,6 +114,11 @@ $(INSTALLED): requirements-dev.txt
 	$(check_python)
 	@$(PYTHON) local/install.py $(VENV) $< "$(DEV_COST)"
 	@touch $@ $(RUNNABLE)
+
+$(AWS_CLI_INSTALLED): tests/deployment/aws-cli.txt $(INSTALLED)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
 
 $(VENV)/.peers-installed: bench/requirements.txt $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<

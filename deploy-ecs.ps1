@@ -3,22 +3,24 @@
 Deploys the WebSocket gateway to ECS Fargate with one command, and checks that it works.
 
 .DESCRIPTION
-Checks its tools and credentials, reads what the platform's main stack exports, deploys
-ecs-template.yaml, builds the image for the right processor, pushes it under the git revision,
-deploys it by digest, waits until the service is stable, and tests the result with
-test-connection.ps1.
+In seven steps: checks its tools and credentials; reads what the platform's main stack exports and
+how the gateway's stack stands; works out every parameter and says whether authentication, TLS and
+the origin check are on; deploys ecs-template.yaml without an image, if the stack is new; builds the
+image and pushes it under the git revision; deploys it by digest and waits until the service is
+stable; tests the result with test-connection.ps1.
 
-It may be run again at any time. After a failure it picks up where it can: a stack that never stood
-is made anew, a stuck rollback is finished, an operation under way is waited for, an image pushed
-before is used again. A second run with nothing changed changes nothing. Template parameters that
-are not given keep the values they have. A failed rollout is rolled back, its reason and the last
-log lines are shown, and the exit code is 1.
+It may be run again at any time. A second run with nothing changed changes nothing. Template
+parameters that are not given keep the values they have, also those of a first deployment that
+failed; each such value is shown with where it comes from. A stack that never stood is made anew, a
+stuck rollback is finished, an operation under way is waited for, an image pushed before is used
+again. What another person has left waiting to be executed is shown, and not executed. A failed
+rollout is rolled back, its reason and the last log lines are shown, and the exit code is 1.
 
 The image's tag is the git revision and the processor, such as 3f2a9c1b7d10-amd64. When the files
 that go into the image differ from that revision, a hash of their content is part of the tag.
 
 Needs the AWS CLI (version 1 or 2), signed in, and Docker with Linux containers. Runs on Windows
-PowerShell 5.1 and PowerShell 7. With -WhatIf it reads, and says what it would do.
+PowerShell 5.1 and PowerShell 7. With -WhatIf it reads, and says what it would do, without Docker.
 
 .PARAMETER Environment
 Name of the environment; part of the names of the cluster, the service and everything else.
@@ -27,7 +29,7 @@ Name of the environment; part of the names of the cluster, the service and every
 Region to deploy to.
 
 .PARAMETER AwsProfile
-Profile of the AWS CLI to use instead of the default one.
+Profile of the AWS CLI to use, also where there are keys in the environment.
 
 .PARAMETER StackName
 CloudFormation stack of the gateway. Each environment needs its own.
@@ -63,6 +65,10 @@ Any further parameters of ecs-template.yaml, such as @{ MaxTasks = 8; LogLevel =
 .PARAMETER AccessToken
 Token for the final round trip, where the gateway asks for one. The default is $env:AGENTICAI_TOKEN.
 
+.PARAMETER Rebuild
+Build the image anew on the newest base image, although this revision's image was pushed before.
+Later runs on the same revision use the newest.
+
 .PARAMETER TimeoutMinutes
 How long to wait for each stack operation, and for the service to become stable.
 
@@ -90,337 +96,43 @@ Turns on TLS under the certificate's name, authentication and the origin check.
 param(
     [ValidatePattern('(?-i)^[a-z][a-z0-9]{0,11}$')]
     [string]$Environment = 'prod',
-
     [ValidatePattern('(?-i)^[a-z]{2}(-[a-z]+)+-\d$')]
     [string]$AwsRegion = 'us-east-1',
-
     [ValidateNotNullOrEmpty()]
     [string]$AwsProfile,
-
     [ValidatePattern('^[A-Za-z][A-Za-z0-9-]{0,127}$')]
     [string]$StackName = 'agenticai-websocket-stack',
-
     [ValidatePattern('^[A-Za-z][A-Za-z0-9-]{0,127}$')]
     [string]$MainStackName = 'agenticai-stack',
-
     [ValidatePattern('^(arn:aws[a-z-]*:acm:[a-z0-9-]+:\d{12}:certificate/[A-Za-z0-9-]+)?$')]
     [string]$CertificateArn,
-
     [ValidatePattern('^([A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+)?$')]
     [string]$DomainName,
-
     [ValidatePattern('(?-i)^(Z[A-Z0-9]{1,31})?$')]
     [string]$HostedZoneId,
-
     [ValidateSet('X86_64', 'ARM64')]
     [string]$CpuArchitecture,
-
     [ValidatePattern('^vpc-[0-9a-f]+$')]
     [string]$VpcId,
-
     [ValidatePattern('^subnet-[0-9a-f]+$')]
     [string[]]$LoadBalancerSubnetId,
-
     [ValidatePattern('^subnet-[0-9a-f]+$')]
     [string[]]$TaskSubnetId,
-
     [ValidateNotNull()]
     [hashtable]$ParameterOverride = @{},
-
     [string]$AccessToken = $env:AGENTICAI_TOKEN,
-
+    [switch]$Rebuild,
     [ValidateRange(5, 180)]
     [int]$TimeoutMinutes = 30
 )
 
-$ErrorActionPreference = 'Stop'
-
-# --- Programs and environment: the same text as in test-connection.ps1 ----------------------------
-
-function Write-Step {
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [AllowEmptyString()]
-        [string]$Message
-    )
-    Write-Information -MessageData $Message -InformationAction Continue
-}
-
-function ConvertTo-NativeLine {
-    <#
-    .SYNOPSIS
-    Turns what a program wrote into objects with Text and IsError, and shows it on the way if told.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(ValueFromPipeline = $true)]
-        [AllowNull()]
-        [object]$InputObject,
-
-        [switch]$Show
-    )
-    process {
-        $isError = $InputObject -is [System.Management.Automation.ErrorRecord]
-        if ($isError) {
-            $text = $InputObject.Exception.Message
-        }
-        else {
-            $text = [string]$InputObject
-        }
-        if ($Show) {
-            Write-Step -Message "    $text"
-        }
-        [pscustomobject]@{ Text = $text; IsError = $isError }
-    }
-}
-
-function Invoke-Native {
-    <#
-    .SYNOPSIS
-    Runs a program. Returns ExitCode, Output and ErrorOutput (lines); a failure does not throw.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$Command,
-
-        [Parameter(Mandatory = $true)]
-        [string[]]$ArgumentList,
-
-        [string]$InputText,
-
-        [switch]$Show
-    )
-    # Windows PowerShell makes an error record of every redirected stderr line, and 'Stop' would end
-    # the script at the first one: a progress line of docker, a warning of aws.
-    $ErrorActionPreference = 'Continue'
-    if ($InputText) {
-        $lines = @($InputText | & $Command @ArgumentList 2>&1 | ConvertTo-NativeLine -Show:$Show)
-    }
-    else {
-        $lines = @(& $Command @ArgumentList 2>&1 | ConvertTo-NativeLine -Show:$Show)
-    }
-    $exitCode = $LASTEXITCODE
-    [pscustomobject]@{
-        ExitCode    = $exitCode
-        Output      = @($lines | Where-Object { -not $_.IsError } | ForEach-Object { $_.Text })
-        ErrorOutput = @($lines | Where-Object { $_.IsError } | ForEach-Object { $_.Text })
-    }
-}
-
-function Invoke-AwsCli {
-    <#
-    .SYNOPSIS
-    Runs the AWS CLI and returns its JSON answer as objects, or nothing when the error matches
-    AbsentPattern. Any other failure throws, with what AWS said.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string[]]$ArgumentList,
-
-        [string]$AbsentPattern
-    )
-    Write-Verbose -Message "aws $($ArgumentList -join ' ')"
-    $result = Invoke-Native -Command 'aws' -ArgumentList $ArgumentList
-    if ($result.ExitCode -ne 0) {
-        $problem = ($result.ErrorOutput -join ' ').Trim()
-        if ($AbsentPattern -and $problem -match $AbsentPattern) {
-            return
-        }
-        throw "aws $($ArgumentList[0]) $($ArgumentList[1]) failed (exit code $($result.ExitCode)): $problem"
-    }
-    $text = ($result.Output -join ' ').Trim()
-    if ($text) {
-        ConvertFrom-Json -InputObject $text
-    }
-}
-
-function Assert-Tool {
-    <#
-    .SYNOPSIS
-    Throws unless every program is there, naming all that are missing and how to get them.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Advice
-    )
-    $missing = @($Advice.Keys | Sort-Object | Where-Object { -not (Get-Command -Name $_ -ErrorAction SilentlyContinue) })
-    if ($missing.Count -gt 0) {
-        $steps = @($missing | ForEach-Object { "$($_): $($Advice[$_])" })
-        throw "Missing on this machine: $($missing -join ', '). $($steps -join ' ')"
-    }
-}
-
-function Assert-Credential {
-    <#
-    .SYNOPSIS
-    Throws unless AWS accepts the credentials; returns the account id.
-    #>
-    [CmdletBinding()]
-    param()
-    try {
-        $identity = Invoke-AwsCli -ArgumentList 'sts', 'get-caller-identity'
-    }
-    catch {
-        $advice = "Sign in with 'aws configure' or 'aws sso login', or name a profile with -AwsProfile."
-        throw "AWS did not accept the credentials. $advice AWS said: $($_.Exception.Message)"
-    }
-    $identity.Account
-}
-
-function Get-Stack {
-    <#
-    .SYNOPSIS
-    Returns one CloudFormation stack, or nothing when there is none of that name.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$StackName
-    )
-    $answer = Invoke-AwsCli -ArgumentList 'cloudformation', 'describe-stacks', '--stack-name', $StackName -AbsentPattern 'does not exist'
-    if ($answer) {
-        $answer.Stacks[0]
-    }
-}
-
-function Get-StackValue {
-    <#
-    .SYNOPSIS
-    Returns a stack's outputs, or its parameters, as a hashtable; an empty one when there are none.
-    #>
-    [CmdletBinding()]
-    param(
-        [AllowNull()]
-        [object]$Stack,
-
-        [Parameter(Mandatory = $true)]
-        [ValidateSet('Output', 'Parameter')]
-        [string]$Kind
-    )
-    $values = @{}
-    if ($Stack -and $Kind -eq 'Output') {
-        foreach ($output in $Stack.Outputs) {
-            $values[$output.OutputKey] = $output.OutputValue
-        }
-    }
-    if ($Stack -and $Kind -eq 'Parameter') {
-        foreach ($parameter in $Stack.Parameters) {
-            $values[$parameter.ParameterKey] = $parameter.ParameterValue
-        }
-    }
-    $values
-}
-
-function Push-Environment {
-    <#
-    .SYNOPSIS
-    Sets environment variables of this process and returns what they were, for Pop-Environment.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Value
-    )
-    $previous = @{}
-    foreach ($name in $Value.Keys) {
-        $previous[$name] = [Environment]::GetEnvironmentVariable($name)
-        [Environment]::SetEnvironmentVariable($name, $Value[$name])
-    }
-    $previous
-}
-
-function Pop-Environment {
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Previous
-    )
-    foreach ($name in $Previous.Keys) {
-        $value = $Previous[$name]
-        if ($null -eq $value) {
-            # PowerShell would hand over an empty string for $null, and an empty AWS_PROFILE is an error.
-            $value = [System.Management.Automation.Language.NullString]::Value
-        }
-        [Environment]::SetEnvironmentVariable($name, $value)
-    }
-}
-
-function Get-AwsEnvironment {
-    <#
-    .SYNOPSIS
-    Returns the environment the AWS CLI is run in: region, JSON answers, UTF-8 files, no pager.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$AwsRegion,
-
-        [string]$AwsProfile
-    )
-    $environment = @{
-        AWS_REGION            = $AwsRegion
-        AWS_DEFAULT_REGION    = $AwsRegion
-        AWS_DEFAULT_OUTPUT    = 'json'
-        AWS_CLI_FILE_ENCODING = 'UTF-8'
-    }
-    if ($AwsProfile) {
-        $environment['AWS_PROFILE'] = $AwsProfile
-    }
-    $environment
-}
-
-function Get-EcsService {
-    <#
-    .SYNOPSIS
-    Returns the ECS service, or nothing when there is none.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$ClusterName,
-
-        [Parameter(Mandatory = $true)]
-        [string]$ServiceName
-    )
-    $arguments = 'ecs', 'describe-services', '--cluster', $ClusterName, '--services', $ServiceName
-    $answer = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ClusterNotFoundException'
-    $answer.services | Where-Object { $_.status -eq 'ACTIVE' } | Select-Object -First 1
-}
-
-function Get-ServiceState {
-    <#
-    .SYNOPSIS
-    Returns Stable, Failed and Text (one line for people) of an ECS service.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [object]$Service
-    )
-    $deployments = @($Service.deployments)
-    $primary = $deployments | Where-Object { $_.status -eq 'PRIMARY' } | Select-Object -First 1
-    $full = $Service.desiredCount -gt 0 -and $Service.runningCount -eq $Service.desiredCount
-    $text = "$($Service.runningCount) of $($Service.desiredCount) tasks running, $($Service.pendingCount) pending"
-    [pscustomobject]@{
-        Stable = $full -and $deployments.Count -eq 1 -and $primary.rolloutState -eq 'COMPLETED'
-        Failed = $primary.rolloutState -eq 'FAILED'
-        Text   = "$text, rollout $($primary.rolloutState)"
-    }
-}
+. (Join-Path -Path $PSScriptRoot -ChildPath 'ecs-common.ps1')
 
 # --- What is there: read only ---------------------------------------------------------------------
 
+# Throws unless Docker's engine answers and runs Linux containers.
 function Assert-DockerEngine {
-    <#
-    .SYNOPSIS
-    Throws unless Docker's engine answers and runs Linux containers.
-    #>
-    [CmdletBinding()]
-    param()
+    [CmdletBinding()] param()
     $result = Invoke-Native -Command 'docker' -ArgumentList 'version', '--format', '{{.Server.Os}}'
     if ($result.ExitCode -ne 0) {
         $problem = ($result.ErrorOutput -join ' ').Trim()
@@ -431,171 +143,190 @@ function Assert-DockerEngine {
     }
 }
 
+# Returns the main stack's outputs that the template's parameters of the same names take, as a
+# hashtable; throws naming every one that is missing.
 function Get-MainStackOutput {
-    <#
-    .SYNOPSIS
-    Returns the main stack's outputs that the template's parameters of the same names take, as a
-    hashtable; throws naming every one that is missing.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$MainStackName
-    )
+    [CmdletBinding()] param()
     $required = 'DataTableName', 'PMQueueUrl', 'DevQueueUrl', 'QAQueueUrl', 'OpsQueueUrl'
-    $stack = Get-Stack -StackName $MainStackName
+    $stack = Get-Stack -Name $MainStackName
     if (-not $stack) {
         throw "The platform's main stack '$MainStackName' does not exist in this account and region. Deploy it first, or name it with -MainStackName (and -AwsRegion)."
     }
-    $outputs = Get-StackValue -Stack $stack -Kind Output
-    $missing = @($required | Where-Object { -not $outputs[$_] })
+    $missing = @($required | Where-Object { -not $stack.Output[$_] })
     if ($missing.Count -gt 0) {
-        throw "The main stack '$MainStackName' ($($stack.StackStatus)) lacks these outputs: $($missing -join ', '). Add them to its template and update it, or name another stack with -MainStackName."
+        throw "The main stack '$MainStackName' ($($stack.Status)) lacks these outputs: $($missing -join ', '). Add them to its template and update it, or name another stack with -MainStackName."
     }
     $values = @{}
     foreach ($name in $required) {
-        $values[$name] = $outputs[$name]
+        $values[$name] = $stack.Output[$name]
     }
     $values
 }
 
+# Throws when the stack was made from another template or for another environment, or cannot be
+# brought into order from here.
 function Assert-GatewayStack {
-    <#
-    .SYNOPSIS
-    Throws when the stack was made from another template or for another environment.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [object]$Stack,
-
-        [Parameter(Mandatory = $true)]
-        [string]$Environment
-    )
-    if ($Stack.StackStatus -eq 'REVIEW_IN_PROGRESS') {
-        return  # no more than a name yet
-    }
-    $parameters = Get-StackValue -Stack $Stack -Kind Parameter
+    [CmdletBinding()] param([object]$Stack)
+    $parameters = $Stack.Parameter
     if (-not $parameters.ContainsKey('ContainerImage') -or -not $parameters['Environment']) {
-        throw "The stack '$($Stack.StackName)' was not made from ecs-template.yaml, and updating it would delete what is in it. Choose another -StackName."
+        throw "The stack '$StackName' was not made from ecs-template.yaml, and updating it would delete what is in it. Choose another -StackName."
     }
     if ($parameters['Environment'] -ne $Environment) {
-        throw "The stack '$($Stack.StackName)' is the environment '$($parameters['Environment'])'. Say -Environment $($parameters['Environment']) to update it, or choose another -StackName for '$Environment'."
+        throw "The stack '$StackName' is the environment '$($parameters['Environment'])'. Say -Environment $($parameters['Environment']) to update it, or choose another -StackName for '$Environment'."
+    }
+    if ($Stack.Status -eq 'DELETE_FAILED') {
+        throw "Deleting the stack '$StackName' failed ($($Stack.Reason)). Finish that first: aws cloudformation delete-stack --stack-name $StackName --region $AwsRegion"
     }
 }
 
+# Waits until no operation is under way and returns the stack, or nothing when there is none.
+function Wait-StackIdle {
+    [CmdletBinding()] param()
+    $deadline = [datetime]::UtcNow.AddMinutes($TimeoutMinutes)
+    $shown = ''
+    while ($true) {
+        $stack = Get-Stack -Name $StackName
+        if (-not $stack -or $stack.Status -eq 'REVIEW_IN_PROGRESS' -or $stack.Status -notlike '*_IN_PROGRESS') {
+            return $stack
+        }
+        if ([datetime]::UtcNow -ge $deadline) {
+            throw "The stack '$StackName' is still $($stack.Status) after $TimeoutMinutes minutes. Run this script again when it is done."
+        }
+        if ($stack.Status -ne $shown) {
+            $shown = $stack.Status
+            Write-Step -Message "  another operation is under way ($shown); waiting for its end"
+        }
+        Start-Sleep -Seconds 5
+    }
+}
+
+# Throws, after showing its values, when a change set for a new stack waits for its execution.
+# Whoever may make one could have planted a value in it: a person has to look.
+function Assert-NothingWaiting {
+    [CmdletBinding()] param([hashtable]$Template, [hashtable]$MainOutput)
+    $arguments = 'cloudformation', 'list-change-sets', '--stack-name', $StackName, '--query', 'Summaries[].ChangeSetId'
+    $waiting = @(Invoke-AwsCli -ArgumentList $arguments | Where-Object { $_ })
+    if ($waiting.Count -eq 0) {
+        return
+    }
+    $query = '{Name:ChangeSetName,Status:Status,Reason:StatusReason,Parameters:Parameters[].[ParameterKey,ParameterValue]}'
+    $changeSet = Invoke-AwsCli -ArgumentList 'cloudformation', 'describe-change-set', '--change-set-name', $waiting[0], '--query', $query
+    $values = ConvertTo-Table -Pair $changeSet.Parameters
+    $given = @{}
+    Write-Step -Message "  the change set $($changeSet.Name) ($($changeSet.Status)) waits for its execution, with these values:"
+    foreach ($name in @($values.Keys | Sort-Object)) {
+        $known = 'Environment', 'ContainerImage' -contains $name -or $MainOutput[$name] -eq $values[$name]
+        if (-not $known -and $Template[$name] -ne $values[$name]) {
+            Write-Step -Message "    $name = $($values[$name])"
+            $given[$name] = $values[$name]
+        }
+    }
+    Write-Step -Message '  If you know them all, delete it and deploy with them; if not, delete it and deploy with your own:'
+    Write-Step -Message "    aws cloudformation delete-stack --stack-name $StackName --region $AwsRegion"
+    Write-Step -Message "    $(Get-RepeatCommand -Override $given)"
+    throw "A change set of the new stack '$StackName' was never executed, and it may be anybody's. Nothing was changed. $($changeSet.Reason)".Trim()
+}
+
+# Returns Stack and ByThisScript of the stack of this name that was deleted last; nothing when
+# there is none. CloudFormation keeps it readable, by its id, for 90 days.
+function Get-DeletedStack {
+    [CmdletBinding()] param()
+    $query = "StackSummaries[?StackName=='$StackName'].{Id:StackId,At:DeletionTime}"
+    $arguments = 'cloudformation', 'list-stacks', '--stack-status-filter', 'DELETE_COMPLETE', '--query', $query
+    $newest = Invoke-AwsCli -ArgumentList $arguments | Sort-Object -Property 'At' | Select-Object -Last 1
+    if ($newest) {
+        $deletions = @(Get-StackEvent -StackId $newest.Id | Where-Object { $_.Resource -eq $newest.Id -and $_.Status -eq 'DELETE_IN_PROGRESS' })
+        [pscustomobject]@{
+            Stack        = Get-Stack -Name $newest.Id
+            ByThisScript = @($deletions | Where-Object { $_.Token -like 'deploy-*' }).Count -gt 0
+        }
+    }
+}
+
+function Get-StackEvent {
+    [CmdletBinding()] param([string]$StackId)
+    $query = 'StackEvents[].{Id:EventId,Token:ClientRequestToken,Status:ResourceStatus,Name:LogicalResourceId,Resource:PhysicalResourceId,Type:ResourceType,Reason:ResourceStatusReason,At:Timestamp}'
+    Invoke-AwsCli -ArgumentList 'cloudformation', 'describe-stack-events', '--stack-name', $StackId, '--max-items', '100', '--query', $query
+}
+
+# Returns the template without comments and empty lines: CloudFormation takes 51,200 bytes.
+function Get-TemplateBody {
+    [CmdletBinding()] param()
+    $text = [System.IO.File]::ReadAllText((Join-Path -Path $PSScriptRoot -ChildPath 'ecs-template.yaml')).Replace("$([char]13)", '')
+    [regex]::Replace($text, '(?m)^\s*#.*\n|  +# .*$|^\n', '')
+}
+
+# Returns the template's parameters as a hashtable of name and default.
 function Get-TemplateParameter {
-    <#
-    .SYNOPSIS
-    Returns the template's parameters as a hashtable of name and default.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$TemplatePath
-    )
-    $summary = Invoke-AwsCli -ArgumentList 'cloudformation', 'get-template-summary', '--template-body', "file://$TemplatePath"
-    $defaults = @{}
-    foreach ($parameter in $summary.Parameters) {
-        $defaults[$parameter.ParameterKey] = $parameter.DefaultValue
-    }
-    $defaults
+    [CmdletBinding()] param([string]$TemplateFile)
+    $arguments = 'cloudformation', 'get-template-summary', '--template-body', "file://$TemplateFile"
+    $pairs = Invoke-AwsCli -ArgumentList ($arguments + @('--query', 'Parameters[].[ParameterKey,DefaultValue]'))
+    ConvertTo-Table -Pair $pairs
 }
 
+# --- The network ----------------------------------------------------------------------------------
+
+# Returns the region's default VPC, or the only one there is; throws when there is a choice.
 function Get-VpcId {
-    <#
-    .SYNOPSIS
-    Returns the region's default VPC, or the only one there is; throws when there is a choice.
-    #>
-    [CmdletBinding()]
-    param()
-    $vpcs = @((Invoke-AwsCli -ArgumentList 'ec2', 'describe-vpcs').Vpcs | Where-Object { $_ })
-    $default = @($vpcs | Where-Object { $_.IsDefault })
+    [CmdletBinding()] param()
+    $vpcs = @(Invoke-AwsCli -ArgumentList 'ec2', 'describe-vpcs', '--query', 'Vpcs[].{Id:VpcId,Default:IsDefault,Range:CidrBlock}')
+    $default = @($vpcs | Where-Object { $_.Default })
     if ($default.Count -gt 0) {
-        return $default[0].VpcId
+        return $default[0].Id
     }
     if ($vpcs.Count -eq 1) {
-        return $vpcs[0].VpcId
+        return $vpcs[0].Id
     }
     if ($vpcs.Count -eq 0) {
         throw "There is no VPC in this region. Make the default one with 'aws ec2 create-default-vpc', or name another region."
     }
-    $names = @($vpcs | ForEach-Object { "$($_.VpcId) ($($_.CidrBlock))" })
+    $names = @($vpcs | ForEach-Object { "$($_.Id) ($($_.Range))" })
     throw "There is no default VPC, but there are $($vpcs.Count) others. Say which one with -VpcId: $($names -join ', ')"
 }
 
+# Returns where a subnet's default route goes: Public (internet gateway), Nat, or None.
 function Get-RouteKind {
-    <#
-    .SYNOPSIS
-    Returns where a subnet's default route goes: Public (internet gateway), Nat, or None.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$SubnetId,
-
-        [Parameter(Mandatory = $true)]
-        [object[]]$RouteTable
-    )
-    $table = $RouteTable | Where-Object { $_.Associations.SubnetId -contains $SubnetId } | Select-Object -First 1
+    [CmdletBinding()] param([string]$SubnetId, [object[]]$RouteTable)
+    $table = $RouteTable | Where-Object { $_.Subnets -contains $SubnetId } | Select-Object -First 1
     if (-not $table) {
         # A subnet without a table of its own follows the VPC's main one.
-        $table = $RouteTable | Where-Object { $_.Associations.Main -contains $true } | Select-Object -First 1
+        $table = $RouteTable | Where-Object { $_.Main -contains $true } | Select-Object -First 1
     }
-    $routes = @($table.Routes | Where-Object { $_.DestinationCidrBlock -eq '0.0.0.0/0' -and $_.State -eq 'active' })
-    if (@($routes | Where-Object { $_.GatewayId -like 'igw-*' }).Count -gt 0) {
+    $routes = @($table | ForEach-Object { $_.Routes } | Where-Object { $_ -and $_.State -eq 'active' })
+    if (@($routes | Where-Object { $_.Gateway -like 'igw-*' }).Count -gt 0) {
         return 'Public'
     }
-    if (@($routes | Where-Object { $_.NatGatewayId }).Count -gt 0) {
+    if (@($routes | Where-Object { $_.Nat }).Count -gt 0) {
         return 'Nat'
     }
     'None'
 }
 
+# Returns Id, Zone and Kind (Public, Nat, None) of a VPC's subnets, sorted by zone and id.
 function Get-VpcSubnet {
-    <#
-    .SYNOPSIS
-    Returns Id, Zone and Kind (Public, Nat, None) of a VPC's subnets, sorted by zone and id.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$VpcId,
-
-        [Parameter(Mandatory = $true)]
-        [string]$AwsRegion
-    )
-    $filter = "Name=vpc-id,Values=$VpcId"
-    $subnets = @((Invoke-AwsCli -ArgumentList 'ec2', 'describe-subnets', '--filters', $filter).Subnets | Where-Object { $_ })
-    $tables = @((Invoke-AwsCli -ArgumentList 'ec2', 'describe-route-tables', '--filters', $filter).RouteTables | Where-Object { $_ })
+    [CmdletBinding()] param([string]$Vpc)
+    $filter = "Name=vpc-id,Values=$Vpc"
+    $query = 'Subnets[].{Id:SubnetId,Zone:AvailabilityZone,Outpost:OutpostArn}'
+    $subnets = @(Invoke-AwsCli -ArgumentList 'ec2', 'describe-subnets', '--filters', $filter, '--query', $query)
+    $query = "RouteTables[].{Subnets:Associations[].SubnetId,Main:Associations[].Main,Routes:Routes[?DestinationCidrBlock=='0.0.0.0/0'].{Gateway:GatewayId,Nat:NatGatewayId,State:State}}"
+    $tables = @(Invoke-AwsCli -ArgumentList 'ec2', 'describe-route-tables', '--filters', $filter, '--query', $query)
     if ($subnets.Count -eq 0 -or $tables.Count -eq 0) {
-        throw "The VPC $VpcId has no subnets in $AwsRegion. Name another one with -VpcId."
+        throw "The VPC $Vpc has no subnets in $AwsRegion. Name another one with -VpcId."
     }
     # Neither local zones nor outposts, whose names are longer: Fargate does not run there.
     $zonePattern = '^' + $AwsRegion + '[a-z]$'
-    foreach ($subnet in ($subnets | Sort-Object -Property 'AvailabilityZone', 'SubnetId')) {
-        if ($subnet.AvailabilityZone -match $zonePattern -and -not $subnet.OutpostArn) {
-            [pscustomobject]@{
-                Id   = $subnet.SubnetId
-                Zone = $subnet.AvailabilityZone
-                Kind = Get-RouteKind -SubnetId $subnet.SubnetId -RouteTable $tables
-            }
+    foreach ($subnet in ($subnets | Sort-Object -Property 'Zone', 'Id')) {
+        if ($subnet.Zone -match $zonePattern -and -not $subnet.Outpost) {
+            $kind = Get-RouteKind -SubnetId $subnet.Id -RouteTable $tables
+            [pscustomobject]@{ Id = $subnet.Id; Zone = $subnet.Zone; Kind = $kind }
         }
     }
 }
 
+# Chooses two zones with a public subnet each for the load balancer, and the tasks' subnets in the
+# same zones: those with a NAT route where both zones have one, else the public ones.
 function Select-Subnet {
-    <#
-    .SYNOPSIS
-    Chooses two zones with a public subnet each for the load balancer, and the tasks' subnets in the
-    same zones: those with a NAT route where both zones have one, else the public ones.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [AllowEmptyCollection()]
-        [object[]]$Subnet
-    )
+    [CmdletBinding()] param([object[]]$Subnet)
     $public = @{}
     $nat = @{}
     foreach ($one in $Subnet) {
@@ -610,50 +341,37 @@ function Select-Subnet {
     if ($zones.Count -lt 2) {
         throw "The load balancer needs public subnets in two zones, and there are $($zones.Count) (with a route to an internet gateway). Add one, name another VPC with -VpcId, or name subnets with -LoadBalancerSubnetId."
     }
+    $chosen = $zones[0..1]
+    $tasks = $public
+    $publicAddress = 'ENABLED'
     $natZones = @($zones | Where-Object { $nat.ContainsKey($_) })
     if ($natZones.Count -ge 2) {
         $chosen = $natZones[0..1]
-        $tasks = @($chosen | ForEach-Object { $nat[$_] })
+        $tasks = $nat
         $publicAddress = 'DISABLED'
-    }
-    else {
-        $chosen = $zones[0..1]
-        $tasks = @($chosen | ForEach-Object { $public[$_] })
-        $publicAddress = 'ENABLED'
     }
     @{
         LoadBalancerSubnetIds = @($chosen | ForEach-Object { $public[$_] }) -join ','
-        TaskSubnetIds         = $tasks -join ','
+        TaskSubnetIds         = @($chosen | ForEach-Object { $tasks[$_] }) -join ','
         AssignPublicIp        = $publicAddress
     }
 }
 
+# Returns the template's four network parameters, from what was given and what is found.
 function Get-NetworkParameter {
-    <#
-    .SYNOPSIS
-    Returns the template's four network parameters, from what was given and what is found.
-    #>
-    [CmdletBinding()]
-    param(
-        [string]$VpcId,
-
-        [string[]]$LoadBalancerSubnetId,
-
-        [string[]]$TaskSubnetId,
-
-        [Parameter(Mandatory = $true)]
-        [string]$AwsRegion
-    )
-    if (-not $VpcId) {
+    [CmdletBinding()] param()
+    $vpc = $VpcId
+    if (-not $vpc) {
         if ($LoadBalancerSubnetId -or $TaskSubnetId) {
             throw '-LoadBalancerSubnetId and -TaskSubnetId need the -VpcId they belong to.'
         }
-        $VpcId = Get-VpcId
+        $vpc = Get-VpcId
     }
-    $subnets = @(Get-VpcSubnet -VpcId $VpcId -AwsRegion $AwsRegion)
-    $foreign = @(@($LoadBalancerSubnetId) + @($TaskSubnetId) | Where-Object { $_ -and $subnets.Id -notcontains $_ })
+    $subnets = @(Get-VpcSubnet -Vpc $vpc)
+    $known = @($subnets | ForEach-Object { $_.Id })
+    $foreign = @(@($LoadBalancerSubnetId) + @($TaskSubnetId) | Where-Object { $_ -and $known -notcontains $_ })
     if ($foreign.Count -gt 0) {
-        throw "Not subnets of $VpcId in a zone of $($AwsRegion): $($foreign -join ', ')"
+        throw "Not subnets of $vpc in a zone of $($AwsRegion): $($foreign -join ', ')"
     }
     if (-not $LoadBalancerSubnetId) {
         $network = Select-Subnet -Subnet $subnets
@@ -669,43 +387,33 @@ function Get-NetworkParameter {
             $network['AssignPublicIp'] = 'ENABLED'
         }
     }
-    $network['VpcId'] = $VpcId
+    $network['VpcId'] = $vpc
     $network
 }
 
+# Returns the first name a certificate covers that is no wildcard.
 function Get-CertificateDomain {
-    <#
-    .SYNOPSIS
-    Returns the first name a certificate covers that is no wildcard.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$CertificateArn
-    )
-    $certificate = (Invoke-AwsCli -ArgumentList 'acm', 'describe-certificate', '--certificate-arn', $CertificateArn).Certificate
+    [CmdletBinding()] param([string]$Arn)
+    if (($Arn -split ':')[3] -ne $AwsRegion) {
+        throw "The certificate belongs to $(($Arn -split ':')[3]). The load balancer in $AwsRegion needs one of its own region."
+    }
+    $query = 'Certificate.{Status:Status,Name:DomainName,Names:SubjectAlternativeNames}'
+    $certificate = Invoke-AwsCli -ArgumentList 'acm', 'describe-certificate', '--certificate-arn', $Arn, '--query', $query
     if ($certificate.Status -ne 'ISSUED') {
         throw "The certificate is $($certificate.Status), not ISSUED. Complete its validation in ACM first."
     }
-    $names = @(@($certificate.DomainName) + @($certificate.SubjectAlternativeNames) | Where-Object { $_ -and $_ -notlike '*[*]*' })
+    $names = @(@($certificate.Name) + @($certificate.Names) | Where-Object { $_ -and $_ -notlike '*[*]*' })
     if ($names.Count -eq 0) {
-        throw "The certificate covers $($certificate.DomainName). Say with -DomainName which name the clients connect to."
+        throw "The certificate covers $($certificate.Name). Say with -DomainName which name the clients connect to."
     }
     $names[0]
 }
 
-# --- Template parameters --------------------------------------------------------------------------
+# --- Parameters: what each is, and where it comes from --------------------------------------------
 
+# Returns a value as CloudFormation wants it: lists with commas, booleans in lower case.
 function ConvertTo-ParameterValue {
-    <#
-    .SYNOPSIS
-    Returns a value as CloudFormation wants it: lists with commas, booleans in lower case.
-    #>
-    [CmdletBinding()]
-    param(
-        [AllowNull()]
-        [object]$Value
-    )
+    [CmdletBinding()] param([AllowNull()][object]$Value)
     if ($Value -is [bool]) {
         return ([string]$Value).ToLowerInvariant()
     }
@@ -715,24 +423,12 @@ function ConvertTo-ParameterValue {
     [string]$Value
 }
 
+# Returns the overrides under the template's own spelling, as strings; throws for unknown names.
 function Resolve-Override {
-    <#
-    .SYNOPSIS
-    Returns the overrides under the template's own spelling, as strings; throws for unknown names.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [AllowEmptyCollection()]
-        [hashtable]$Override,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Template
-    )
+    [CmdletBinding()] param([hashtable]$Override, [hashtable]$Template)
     $unknown = @($Override.Keys | Where-Object { -not $Template.ContainsKey($_) } | Sort-Object)
     if ($unknown.Count -gt 0) {
-        $known = @($Template.Keys | Sort-Object)
-        throw "ecs-template.yaml has no parameter $($unknown -join ', '). Its parameters are: $($known -join ', ')"
+        throw "ecs-template.yaml has no parameter $($unknown -join ', '). Its parameters are: $(@($Template.Keys | Sort-Object) -join ', ')"
     }
     $reserved = @('ContainerImage', 'Environment' | Where-Object { $Override.ContainsKey($_) })
     if ($reserved.Count -gt 0) {
@@ -747,293 +443,252 @@ function Resolve-Override {
     $resolved
 }
 
-function Get-EffectiveValue {
-    <#
-    .SYNOPSIS
-    Returns what a template parameter will be: the given value, else the stack's, else the default.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$Name,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Given,
-
-        [Parameter(Mandatory = $true)]
-        [AllowEmptyCollection()]
-        [hashtable]$Previous,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Template
-    )
-    if ($Given.ContainsKey($Name)) {
-        return $Given[$Name]
+# Returns the values that the deployment before this one had been given, and Source, where they
+# are: in the stack, in one whose creation failed, or in one that was deleted to be made anew.
+function Get-Inheritance {
+    [CmdletBinding()] param([AllowNull()][object]$Stack, [AllowNull()][object]$Deleted)
+    $values = @{}
+    $source = ''
+    if ($Stack -and $Stack.Status -ne 'REVIEW_IN_PROGRESS') {
+        $values = $Stack.Parameter
+        $source = 'the stack'
+        if (Test-NeverStood -Stack $Stack) {
+            $source = "the stack whose creation failed ($($Stack.Status))"
+        }
     }
-    if ($Previous.ContainsKey($Name)) {
-        return $Previous[$Name]
+    elseif ($Deleted -and $Deleted.ByThisScript) {
+        $values = $Deleted.Stack.Parameter
+        $source = 'the failed stack that was deleted to make it anew'
     }
-    $Template[$Name]
+    $kept = @{}
+    foreach ($name in $values.Keys) {
+        # What NoEcho hides is not the value; and an image of that time is not this one.
+        if ($values[$name] -ne '****' -and $name -ne 'ContainerImage') {
+            $kept[$name] = $values[$name]
+        }
+    }
+    [pscustomobject]@{ Value = $kept; Source = $source }
 }
 
-function Merge-StackParameter {
-    <#
-    .SYNOPSIS
-    Returns Name, Value and Keep for each parameter to send; what is in neither place has a default.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Given,
+function Test-NeverStood {
+    [CmdletBinding()] param([object]$Stack)
+    'ROLLBACK_COMPLETE', 'ROLLBACK_FAILED', 'CREATE_FAILED' -contains $Stack.Status
+}
 
-        [Parameter(Mandatory = $true)]
-        [AllowEmptyCollection()]
-        [hashtable]$Previous,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Template
-    )
-    foreach ($name in @($Template.Keys | Sort-Object)) {
-        if ($Given.ContainsKey($name)) {
-            [pscustomobject]@{ Name = $name; Value = $Given[$name]; Keep = $false }
+# Returns Value and Source of every template parameter, as a hashtable; those without a source
+# have the template's default.
+function Resolve-Parameter {
+    [CmdletBinding()] param([hashtable]$Template, [hashtable]$MainOutput, [object]$Inherited)
+    $override = $ParameterOverride.Clone()
+    $own = @{ CertificateArn = $CertificateArn; DomainName = $DomainName; HostedZoneId = $HostedZoneId; CpuArchitecture = $CpuArchitecture }
+    foreach ($name in $own.Keys) {
+        if ($CalledWith.ContainsKey($name)) {
+            $override[$name] = $own[$name]
         }
-        elseif ($Previous.ContainsKey($name)) {
-            [pscustomobject]@{ Name = $name; Value = $Previous[$name]; Keep = $true }
+    }
+    $sources = @{ $Inherited.Source = $Inherited.Value; 'the main stack' = $MainOutput; 'given' = (Resolve-Override -Override $override -Template $Template) }
+    # A stack stays where it is unless it is told to move: what is found may change with the VPC.
+    $sameVpc = -not $VpcId -or $VpcId -eq $Inherited.Value['VpcId']
+    if (-not $Inherited.Value['VpcId'] -or -not $sameVpc -or $LoadBalancerSubnetId -or $TaskSubnetId) {
+        $sources['found'] = Get-NetworkParameter
+    }
+    $sources['given']['Environment'] = $Environment
+    $resolved = @{}
+    foreach ($name in $Template.Keys) {
+        $resolved[$name] = [pscustomobject]@{ Value = $Template[$name]; Source = '' }
+        foreach ($source in $Inherited.Source, 'the main stack', 'found', 'given') {
+            $known = $sources.ContainsKey($source) -and $sources[$source].ContainsKey($name)
+            if ($known -and ($resolved[$name].Source -ne 'the stack' -or $resolved[$name].Value -ne $sources[$source][$name])) {
+                $resolved[$name] = [pscustomobject]@{ Value = $sources[$source][$name]; Source = $source }
+            }
+        }
+    }
+    $certificate = $resolved['CertificateArn'].Value
+    if ($certificate -and -not $resolved['DomainName'].Value) {
+        $resolved['DomainName'] = [pscustomobject]@{ Value = Get-CertificateDomain -Arn $certificate; Source = 'the certificate' }
+    }
+    elseif ($certificate -and $resolved['CertificateArn'].Source -eq 'given') {
+        $null = Get-CertificateDomain -Arn $certificate
+    }
+    $resolved
+}
+
+# Shows every value that is new, or comes from a deployment that failed, and where it comes from.
+function Show-Parameter {
+    [CmdletBinding()] param([hashtable]$Resolved, [hashtable]$Template)
+    foreach ($name in @($Resolved.Keys | Sort-Object)) {
+        $one = $Resolved[$name]
+        if ($one.Source -and $one.Source -ne 'the stack' -and $one.Value -ne $Template[$name]) {
+            Write-Step -Message "  $name = $($one.Value)  (from: $($one.Source))"
         }
     }
 }
 
-function ConvertTo-ParameterJson {
-    <#
-    .SYNOPSIS
-    Returns the parameters as the JSON list that --parameters reads from a file.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [object[]]$Parameter
+# Says whether authentication, TLS and the origin check are on, by the parameters' values.
+function Show-Security {
+    [CmdletBinding()] param([hashtable]$Value)
+    $checks = @(
+        @('authentication', 'AuthJwksUrl', "tokens of $($Value['AuthIssuer'])", 'everybody who reaches it may use every project'),
+        @('TLS', 'CertificateArn', "as $($Value['DomainName'])", 'everything can be read on the way'),
+        @('origin check', 'AllowedOrigins', $Value['AllowedOrigins'], 'pages of every origin may connect')
     )
-    # One by one, because Windows PowerShell writes some arrays as an object with a count.
-    $entries = foreach ($one in $Parameter) {
-        if ($one.Keep) {
-            ConvertTo-Json -Compress -InputObject @{ ParameterKey = $one.Name; UsePreviousValue = $true }
+    foreach ($check in $checks) {
+        $text = "OFF: $($check[3])"
+        if ($Value[$check[1]]) {
+            $text = "on, $($check[2])"
         }
-        else {
-            ConvertTo-Json -Compress -InputObject @{ ParameterKey = $one.Name; ParameterValue = [string]$one.Value }
+        Write-Step -Message ('  {0,-14}  {1}' -f $check[0], $text)
+    }
+}
+
+# Returns a value as it is typed in PowerShell.
+function ConvertTo-Argument {
+    [CmdletBinding()] param([AllowNull()][object]$Value)
+    if ($Value -is [hashtable]) {
+        $entries = @($Value.Keys | Sort-Object | ForEach-Object { "$_ = $(ConvertTo-Argument -Value $Value[$_])" })
+        return "@{ $($entries -join '; ') }"
+    }
+    if ($Value -is [array]) {
+        return @($Value | ForEach-Object { ConvertTo-Argument -Value $_ }) -join ', '
+    }
+    if ($Value -is [bool] -or $Value -is [switch]) {
+        return "`$$Value".ToLowerInvariant()
+    }
+    "'$(([string]$Value).Replace("'", "''"))'"
+}
+
+# Returns the command line that runs this script with the same arguments; or with others for the
+# template's parameters.
+function Get-RepeatCommand {
+    [CmdletBinding()] param([hashtable]$Override)
+    $words = @('./deploy-ecs.ps1')
+    foreach ($name in @($CalledWith.Keys | Sort-Object)) {
+        if ('AccessToken', 'WhatIf', 'Confirm', 'Verbose', 'Rebuild' -contains $name) {
+            continue
+        }
+        # Those that are parameters of the template as well are among the others.
+        $ofTemplate = 'CertificateArn', 'DomainName', 'HostedZoneId', 'CpuArchitecture', 'VpcId', 'LoadBalancerSubnetId', 'TaskSubnetId', 'ParameterOverride' -contains $name
+        if (-not $Override -or -not $ofTemplate) {
+            $words += "-$name $(ConvertTo-Argument -Value $CalledWith[$name])"
         }
     }
-    '[' + ($entries -join ',') + ']'
+    if ($Override -and $Override.Count -gt 0) {
+        $words += "-ParameterOverride $(ConvertTo-Argument -Value $Override)"
+    }
+    $words -join ' '
 }
 
 # --- The stack ------------------------------------------------------------------------------------
 
-function Get-RequestToken {
-    <#
-    .SYNOPSIS
-    Returns a new name for a change set or an operation; the operation's events carry it.
-    #>
-    [CmdletBinding()]
-    param()
-    'deploy-' + [guid]::NewGuid().ToString()
-}
-
-function Wait-StackIdle {
-    <#
-    .SYNOPSIS
-    Waits until no operation is under way and returns the stack, or nothing when there is none.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$StackName,
-
-        [Parameter(Mandatory = $true)]
-        [int]$TimeoutMinutes
-    )
-    $deadline = [datetime]::UtcNow.AddMinutes($TimeoutMinutes)
-    $stack = Get-Stack -StackName $StackName
-    $shown = ''
-    while ($stack.StackStatus -like '*_IN_PROGRESS' -and $stack.StackStatus -ne 'REVIEW_IN_PROGRESS') {
-        if ([datetime]::UtcNow -ge $deadline) {
-            throw "The stack '$StackName' is still $($stack.StackStatus) after $TimeoutMinutes minutes. Run this script again when it is done."
-        }
-        if ($stack.StackStatus -ne $shown) {
-            $shown = $stack.StackStatus
-            Write-Step -Message "  another operation is under way ($shown); waiting for its end"
-        }
-        Start-Sleep -Seconds 10
-        $stack = Get-Stack -StackName $StackName
-    }
-    $stack
-}
-
+# Shows an operation's events, and the service's progress, until it has ended. Returns the stack's
+# Status and the reasons of all Failures.
 function Wait-StackOperation {
-    <#
-    .SYNOPSIS
-    Shows an operation's events, and the service's progress, until it has ended. Returns the
-    stack's Status and the reasons of all Failures.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$StackId,
-
-        [Parameter(Mandatory = $true)]
-        [string]$Token,
-
-        [Parameter(Mandatory = $true)]
-        [int]$TimeoutMinutes,
-
-        [string]$ClusterName,
-
-        [string]$ServiceName
-    )
+    [CmdletBinding()] param([string]$StackId, [string]$Token, [string]$ClusterName)
     $deadline = [datetime]::UtcNow.AddMinutes($TimeoutMinutes)
     $seen = @{}
     $failures = @()
-    $status = ''
     $progress = ''
-    $arguments = 'cloudformation', 'describe-stack-events', '--stack-name', $StackId, '--max-items', '100'
-    while (-not $status) {
+    while ($true) {
         # The token tells this operation's events from earlier ones, the newest of which come first.
-        $events = @((Invoke-AwsCli -ArgumentList $arguments).StackEvents | Where-Object { $_.ClientRequestToken -eq $Token })
+        $events = @(Get-StackEvent -StackId $StackId | Where-Object { $_.Token -eq $Token })
         [array]::Reverse($events)
-        foreach ($stackEvent in @($events | Where-Object { -not $seen.ContainsKey($_.EventId) })) {
-            $seen[$stackEvent.EventId] = $true
-            $line = "$($stackEvent.ResourceStatus) $($stackEvent.LogicalResourceId) $($stackEvent.ResourceStatusReason)".Trim()
-            Write-Step -Message "  $line"
+        foreach ($one in @($events | Where-Object { -not $seen.ContainsKey($_.Id) })) {
+            $seen[$one.Id] = $true
+            $line = "$($one.Status) $($one.Name) $($one.Reason)".Trim()
             # What was cancelled failed only because something else did.
-            if ($stackEvent.ResourceStatus -like '*_FAILED' -and $stackEvent.ResourceStatusReason -notlike '*cancelled*') {
+            if ($one.Status -like '*_FAILED' -and $one.Reason -notlike '*cancelled*') {
                 $failures += $line
             }
-            if ($stackEvent.PhysicalResourceId -eq $StackId -and $stackEvent.ResourceStatus -notlike '*_IN_PROGRESS') {
-                $status = $stackEvent.ResourceStatus
+            if ($one.Status -notlike '*_IN_PROGRESS') {
+                Write-Step -Message "  $line"
+                if ($one.Resource -eq $StackId) {
+                    return [pscustomobject]@{ Status = $one.Status; Failures = $failures }
+                }
             }
         }
-        if (-not $status) {
-            if ([datetime]::UtcNow -ge $deadline) {
-                throw "The stack operation is not done after $TimeoutMinutes minutes and goes on in AWS. Run this script again: it waits for the end and goes on from there."
-            }
-            if ($ServiceName) {
-                $progress = Show-ServiceProgress -ClusterName $ClusterName -ServiceName $ServiceName -Shown $progress
-            }
-            Start-Sleep -Seconds 5
+        if ([datetime]::UtcNow -ge $deadline) {
+            throw "The stack operation is not done after $TimeoutMinutes minutes and goes on in AWS. Run this script again: it waits for the end and goes on from there."
         }
+        if ($ClusterName) {
+            $state = Get-ServiceState -ClusterName $ClusterName -ServiceName $ServiceName
+            if ($state -and $state.Text -ne $progress) {
+                $progress = $state.Text
+                Write-Step -Message "  service: $progress"
+            }
+        }
+        Start-Sleep -Seconds 5
     }
-    [pscustomobject]@{ Status = $status; Failures = $failures }
 }
 
-function Show-ServiceProgress {
-    <#
-    .SYNOPSIS
-    Shows how far the service is unless that was shown last; returns what is shown now.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$ClusterName,
-
-        [Parameter(Mandatory = $true)]
-        [string]$ServiceName,
-
-        [string]$Shown
-    )
-    $service = Get-EcsService -ClusterName $ClusterName -ServiceName $ServiceName
-    if (-not $service) {
-        return $Shown
-    }
-    $text = (Get-ServiceState -Service $service).Text
-    if ($text -ne $Shown) {
-        Write-Step -Message "  service: $text"
-    }
-    $text
-}
-
+# Brings a stack that an earlier failure left unusable into order. Returns whether there is one to
+# update afterwards.
 function Repair-Stack {
-    <#
-    .SYNOPSIS
-    Brings a stack that an earlier failure left unusable into order. Returns the stack, or nothing
-    when there is none any more.
-    #>
-    [CmdletBinding(SupportsShouldProcess = $true)]
-    param(
-        [Parameter(Mandatory = $true)]
-        [object]$Stack,
-
-        [Parameter(Mandatory = $true)]
-        [int]$TimeoutMinutes
-    )
-    $id = $Stack.StackId
-    $status = $Stack.StackStatus
-    $token = Get-RequestToken
-    if ('ROLLBACK_COMPLETE', 'ROLLBACK_FAILED', 'CREATE_FAILED' -contains $status) {
-        $action = 'delete what its failed creation left'
+    [CmdletBinding()] param([object]$Stack)
+    $verb = 'rollback-stack'
+    $wanted = 'UPDATE_ROLLBACK_COMPLETE'
+    if (Test-NeverStood -Stack $Stack) {
+        $verb = 'delete-stack'
         $wanted = 'DELETE_COMPLETE'
-        $arguments = 'cloudformation', 'delete-stack', '--stack-name', $id, '--client-request-token', $token
     }
-    elseif ($status -eq 'UPDATE_ROLLBACK_FAILED') {
-        $action = 'continue the rollback of its failed update'
-        $wanted = 'UPDATE_ROLLBACK_COMPLETE'
-        $arguments = 'cloudformation', 'continue-update-rollback', '--stack-name', $id, '--client-request-token', $token
+    elseif ($Stack.Status -eq 'UPDATE_ROLLBACK_FAILED') {
+        $verb = 'continue-update-rollback'
     }
-    elseif ($status -eq 'UPDATE_FAILED') {
-        $action = 'roll its failed update back'
-        $wanted = 'UPDATE_ROLLBACK_COMPLETE'
-        $arguments = 'cloudformation', 'rollback-stack', '--stack-name', $id, '--client-request-token', $token
+    elseif ($Stack.Status -ne 'UPDATE_FAILED') {
+        return $true
     }
-    elseif ($status -eq 'DELETE_FAILED') {
-        throw "Deleting the stack '$($Stack.StackName)' failed ($($Stack.StackStatusReason)). Finish that first: aws cloudformation delete-stack --stack-name $($Stack.StackName)"
-    }
-    else {
-        return $Stack
-    }
-    if (-not $PSCmdlet.ShouldProcess("stack $($Stack.StackName) ($status)", $action)) {
-        return $Stack
-    }
-    Write-Step -Message "The stack is $($status): $action"
-    $null = Invoke-AwsCli -ArgumentList $arguments
-    $end = Wait-StackOperation -StackId $id -Token $token -TimeoutMinutes $TimeoutMinutes
+    Write-Step -Message "  the stack is $($Stack.Status): $verb"
+    # The token is how a later run knows that it was this script, and not a person, that deleted it.
+    $token = 'deploy-' + [guid]::NewGuid()
+    $null = Invoke-AwsCli -ArgumentList 'cloudformation', $verb, '--stack-name', $Stack.Id, '--client-request-token', $token
+    $end = Wait-StackOperation -StackId $Stack.Id -Token $token
     if ($end.Status -ne $wanted) {
-        throw "The stack '$($Stack.StackName)' is $($end.Status): $($end.Failures -join '; '). Remove the cause named there and run this script again."
+        throw "The stack '$StackName' is $($end.Status): $($end.Failures -join '; '). Remove the cause named there and run this script again."
     }
-    Get-Stack -StackName $Stack.StackName
+    $wanted -ne 'DELETE_COMPLETE'
 }
 
-function Add-ChangeSet {
-    <#
-    .SYNOPSIS
-    Asks CloudFormation what would change. Returns the change set, or nothing when nothing would.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$StackName,
+# Waits until SQS lets go of the names of the queues that a deleted stack had: 60 seconds.
+function Wait-QueueName {
+    [CmdletBinding()] param([string]$StackId)
+    $gone = @(Get-StackEvent -StackId $StackId | Where-Object { $_.Type -eq 'AWS::SQS::Queue' -and $_.Status -eq 'DELETE_COMPLETE' })
+    foreach ($one in $gone) {
+        $left = [math]::Ceiling(([datetime]$one.At).ToUniversalTime().AddSeconds(61).Subtract([datetime]::UtcNow).TotalSeconds)
+        if ($left -gt 0) {
+            Write-Step -Message "  waiting $left seconds: the name of a queue that was deleted cannot be used again before"
+            Start-Sleep -Seconds $left
+        }
+    }
+}
 
-        [Parameter(Mandatory = $true)]
-        [string]$Name,
-
-        [Parameter(Mandatory = $true)]
-        [ValidateSet('CREATE', 'UPDATE')]
-        [string]$Type,
-
-        [Parameter(Mandatory = $true)]
-        [string]$TemplatePath,
-
-        [Parameter(Mandatory = $true)]
-        [object[]]$Parameter
-    )
+# Asks CloudFormation what would change. Returns Id, StackId and Changes, or nothing when nothing
+# would; throws with the reasons when it does not accept the change.
+function New-ChangeSet {
+    [CmdletBinding()] param([string]$Name, [bool]$Exists, [hashtable]$Resolved, [string]$TemplateFile)
     $unchanged = 'No updates are to be performed|contain changes'
+    $type = 'CREATE'
+    if ($Exists) {
+        $type = 'UPDATE'
+    }
+    # One by one, because Windows PowerShell writes some arrays as an object with a count.
+    $entries = foreach ($key in @($Resolved.Keys | Where-Object { $Resolved[$_].Source } | Sort-Object)) {
+        if ($Exists -and $Resolved[$key].Source -eq 'the stack') {
+            ConvertTo-Json -Compress -InputObject @{ ParameterKey = $key; UsePreviousValue = $true }
+        }
+        else {
+            ConvertTo-Json -Compress -InputObject @{ ParameterKey = $key; ParameterValue = [string]$Resolved[$key].Value }
+        }
+    }
     # By file: Windows PowerShell strips the quotes from JSON on a command line, and writes a byte
     # order mark, which the AWS CLI cannot read, with its own cmdlets.
     $file = [System.IO.Path]::GetTempFileName()
     try {
-        [System.IO.File]::WriteAllText($file, (ConvertTo-ParameterJson -Parameter $Parameter))
+        [System.IO.File]::WriteAllText($file, '[' + ($entries -join ',') + ']')
         $arguments = @(
             'cloudformation', 'create-change-set', '--stack-name', $StackName, '--change-set-name', $Name,
-            '--change-set-type', $Type, '--template-body', "file://$TemplatePath",
-            '--parameters', "file://$file", '--capabilities', 'CAPABILITY_NAMED_IAM'
+            '--change-set-type', $type, '--template-body', "file://$TemplateFile",
+            '--parameters', "file://$file", '--capabilities', 'CAPABILITY_IAM', '--query', 'Id'
         )
-        $id = (Invoke-AwsCli -ArgumentList $arguments -AbsentPattern $unchanged).Id
+        $id = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern $unchanged
     }
     finally {
         [System.IO.File]::Delete($file)
@@ -1041,99 +696,90 @@ function Add-ChangeSet {
     if (-not $id) {
         return
     }
+    $query = '{Id:ChangeSetId,StackId:StackId,Status:Status,Reason:StatusReason,Changes:Changes[].ResourceChange.{Action:Action,Name:LogicalResourceId,Type:ResourceType,Replacement:Replacement}}'
     $deadline = [datetime]::UtcNow.AddMinutes(10)
-    do {
+    $changeSet = $null
+    while (-not $changeSet -or 'CREATE_PENDING', 'CREATE_IN_PROGRESS' -contains $changeSet.Status) {
         if ([datetime]::UtcNow -ge $deadline) {
             throw "CloudFormation has not worked out the changes to '$StackName' within 10 minutes. Run this script again."
         }
-        Start-Sleep -Seconds 2
-        $changeSet = Invoke-AwsCli -ArgumentList 'cloudformation', 'describe-change-set', '--change-set-name', $id
-    } while ('CREATE_PENDING', 'CREATE_IN_PROGRESS' -contains $changeSet.Status)
+        if ($changeSet) {
+            Start-Sleep -Seconds 2
+        }
+        $changeSet = Invoke-AwsCli -ArgumentList 'cloudformation', 'describe-change-set', '--change-set-name', $id, '--query', $query
+    }
     if ($changeSet.Status -eq 'CREATE_COMPLETE') {
         return $changeSet
     }
-    $null = Invoke-AwsCli -ArgumentList 'cloudformation', 'delete-change-set', '--change-set-name', $id
-    if ($changeSet.StatusReason -notmatch $unchanged) {
-        throw "CloudFormation does not accept the change to '$StackName': $($changeSet.StatusReason)"
+    $reasons = ''
+    if ($changeSet.Reason -notmatch $unchanged) {
+        $reasons = "$($changeSet.Reason) $(Get-ValidationReason -ChangeSetId $id)".Trim()
+    }
+    # That of a new stack stays: it alone holds the values that were given.
+    if ($Exists) {
+        $null = Invoke-AwsCli -ArgumentList 'cloudformation', 'delete-change-set', '--change-set-name', $id
+    }
+    if ($reasons) {
+        throw "CloudFormation does not accept the change to '$StackName': $reasons"
     }
 }
 
-function Publish-Stack {
-    <#
-    .SYNOPSIS
-    Creates or updates the stack. Returns Changed, Unchanged, or Skipped (-WhatIf, -Confirm);
-    throws with the reasons when the operation fails.
-    #>
-    [CmdletBinding(SupportsShouldProcess = $true)]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$StackName,
-
-        [Parameter(Mandatory = $true)]
-        [bool]$Exists,
-
-        [Parameter(Mandatory = $true)]
-        [string]$TemplatePath,
-
-        [Parameter(Mandatory = $true)]
-        [object[]]$Parameter,
-
-        [Parameter(Mandatory = $true)]
-        [int]$TimeoutMinutes,
-
-        [string]$ClusterName,
-
-        [string]$ServiceName
-    )
-    $type = 'CREATE'
-    if ($Exists) {
-        $type = 'UPDATE'
+# Returns why a change set failed early, in one line; an empty one where AWS does not say.
+function Get-ValidationReason {
+    [CmdletBinding()] param([string]$ChangeSetId)
+    try {
+        $query = 'OperationEvents[?ValidationStatusReason].[LogicalResourceId,ValidationStatusReason]'
+        $events = @(Invoke-AwsCli -ArgumentList 'cloudformation', 'describe-events', '--change-set-name', $ChangeSetId, '--query', $query)
+        @($events | Where-Object { $_ } | ForEach-Object { "$($_[0]): $($_[1])" }) -join '; '
     }
-    if (-not $PSCmdlet.ShouldProcess("stack $StackName", "deploy ecs-template.yaml ($type)")) {
-        foreach ($one in $Parameter) {
-            Write-Step -Message "  $($one.Name) = $($one.Value)"
-        }
-        return 'Skipped'
+    catch {
+        Write-Verbose -Message "An older AWS CLI does not know the operation: $($_.Exception.Message)"
+        ''
     }
-    $token = Get-RequestToken
-    $changeSet = Add-ChangeSet -StackName $StackName -Name $token -Type $type -TemplatePath $TemplatePath -Parameter $Parameter
-    if (-not $changeSet) {
+}
+
+function Show-Change {
+    [CmdletBinding()] param([AllowNull()][object]$ChangeSet)
+    if (-not $ChangeSet) {
         Write-Step -Message '  nothing to change'
-        return 'Unchanged'
+        return
     }
-    foreach ($change in $changeSet.Changes) {
-        $resource = $change.ResourceChange
-        Write-Step -Message "  will $($resource.Action) $($resource.LogicalResourceId) ($($resource.ResourceType))"
+    foreach ($change in $ChangeSet.Changes) {
+        $verb = $change.Action
+        if ($change.Replacement -eq 'True') {
+            $verb = 'REPLACE'
+        }
+        elseif ($change.Replacement -eq 'Conditional') {
+            $verb = 'Modify, perhaps REPLACE,'
+        }
+        Write-Step -Message "  will $verb $($change.Name) ($($change.Type))"
     }
-    $arguments = 'cloudformation', 'execute-change-set', '--change-set-name', $changeSet.ChangeSetId, '--client-request-token', $token
-    $null = Invoke-AwsCli -ArgumentList $arguments
-    $wait = @{ StackId = $changeSet.StackId; Token = $token; TimeoutMinutes = $TimeoutMinutes; ClusterName = $ClusterName; ServiceName = $ServiceName }
-    $end = Wait-StackOperation @wait
+}
+
+# Creates or updates the stack; throws with the reasons when the operation fails.
+function Publish-Stack {
+    [CmdletBinding()] param([bool]$Exists, [hashtable]$Resolved, [string]$TemplateFile, [string]$ClusterName)
+    $token = 'deploy-' + [guid]::NewGuid()
+    $changeSet = New-ChangeSet -Name $token -Exists $Exists -Resolved $Resolved -TemplateFile $TemplateFile
+    Show-Change -ChangeSet $changeSet
+    if (-not $changeSet) {
+        return
+    }
+    $null = Invoke-AwsCli -ArgumentList 'cloudformation', 'execute-change-set', '--change-set-name', $changeSet.Id, '--client-request-token', $token
+    $end = Wait-StackOperation -StackId $changeSet.StackId -Token $token -ClusterName $ClusterName
     if ('CREATE_COMPLETE', 'UPDATE_COMPLETE' -notcontains $end.Status) {
         $reasons = @($end.Failures | Select-Object -First 5) -join '; '
         throw "The stack '$StackName' ended as $($end.Status): $reasons. Remove the cause and run this script again."
     }
-    'Changed'
 }
 
 # --- The image ------------------------------------------------------------------------------------
 
+# Returns 12 hexadecimal digits that stand for the names and content of some files.
 function Get-ContentHash {
-    <#
-    .SYNOPSIS
-    Returns 12 hexadecimal digits that stand for the names and content of some files.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$Root,
-
-        [Parameter(Mandatory = $true)]
-        [string[]]$Name
-    )
+    [CmdletBinding()] param([string]$Root, [string[]]$Name)
     $lines = foreach ($one in $Name) {
-        $hash = Get-FileHash -LiteralPath (Join-Path -Path $Root -ChildPath $one) -Algorithm SHA256
-        "$one $($hash.Hash)"
+        "$one $((Get-FileHash -LiteralPath (Join-Path -Path $Root -ChildPath $one) -Algorithm SHA256).Hash)"
     }
     $sha = [System.Security.Cryptography.SHA256]::Create()
     try {
@@ -1145,21 +791,10 @@ function Get-ContentHash {
     [BitConverter]::ToString($digest).Replace('-', '').Substring(0, 12).ToLowerInvariant()
 }
 
+# Returns the tag of the image that the files here make: REVISION-ARCH when they are those of the
+# git revision, REVISION-dirty-HASH-ARCH when not, content-HASH-ARCH outside of git.
 function Get-ImageTag {
-    <#
-    .SYNOPSIS
-    Returns the tag of the image that the files here make: REVISION-ARCH when they are those of the
-    git revision, REVISION-dirty-HASH-ARCH when not, content-HASH-ARCH outside of git.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$Root,
-
-        [Parameter(Mandatory = $true)]
-        [string]$Platform
-    )
-    $architecture = ($Platform -split '/')[1]
+    [CmdletBinding()] param([string]$Root, [string]$Architecture)
     $names = 'Dockerfile', '.dockerignore', 'requirements.txt', 'server.py'
     $inputs = @($names | Where-Object { Test-Path -LiteralPath (Join-Path -Path $Root -ChildPath $_) })
     $version = 'content-' + (Get-ContentHash -Root $Root -Name $inputs)
@@ -1173,48 +808,27 @@ function Get-ImageTag {
             }
             else {
                 $version = $version.Replace('content', "$revision-dirty")
+                Write-Step -Message '  the work tree differs from its revision, and the tag says so'
             }
         }
     }
-    "$version-$architecture"
+    "$version-$Architecture"
 }
 
-function Get-ImageDigest {
-    <#
-    .SYNOPSIS
-    Returns the digest a tag stands for in the repository, or nothing when it is not there.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$RepositoryUri,
-
-        [Parameter(Mandatory = $true)]
-        [string]$Tag
-    )
-    $name = $RepositoryUri.Substring($RepositoryUri.IndexOf('/') + 1)
-    $arguments = 'ecr', 'describe-images', '--repository-name', $name, '--image-ids', "imageTag=$Tag"
-    $answer = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ImageNotFoundException'
-    if ($answer) {
-        $answer.imageDetails[0].imageDigest
-    }
+# Returns Digest and Tags of the image pushed last under a tag, or under it and -rebuilt-TIME;
+# nothing when there is none.
+function Get-Image {
+    [CmdletBinding()] param([string]$RepositoryUri, [string]$Tag)
+    $repository = $RepositoryUri.Substring($RepositoryUri.IndexOf('/') + 1)
+    $query = 'imageDetails[].{Digest:imageDigest,Tags:imageTags,At:imagePushedAt}'
+    $images = Invoke-AwsCli -ArgumentList 'ecr', 'describe-images', '--repository-name', $repository, '--query', $query
+    $matching = @($images | Where-Object { @($_.Tags | Where-Object { $_ -eq $Tag -or $_ -like "$Tag-rebuilt-*" }).Count -gt 0 })
+    $matching | Sort-Object -Property 'At' | Select-Object -Last 1
 }
 
+# Runs docker and shows what it says; throws with Advice and its last lines when it fails.
 function Invoke-Docker {
-    <#
-    .SYNOPSIS
-    Runs docker and shows what it says; throws with Advice and its last lines when it fails.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string[]]$ArgumentList,
-
-        [string]$InputText,
-
-        [Parameter(Mandatory = $true)]
-        [string]$Advice
-    )
+    [CmdletBinding()] param([string[]]$ArgumentList, [string]$InputText, [string]$Advice)
     $result = Invoke-Native -Command 'docker' -ArgumentList $ArgumentList -InputText $InputText -Show
     if ($result.ExitCode -ne 0) {
         $tail = @($result.Output + $result.ErrorOutput | Where-Object { $_ } | Select-Object -Last 5) -join ' '
@@ -1222,73 +836,80 @@ function Invoke-Docker {
     }
 }
 
+# Builds the image for a platform and pushes it to the repository under the tag.
 function Publish-Image {
-    <#
-    .SYNOPSIS
-    Builds the image for a platform and pushes it to the repository under the tag.
-    #>
-    [CmdletBinding(SupportsShouldProcess = $true)]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$Root,
-
-        [Parameter(Mandatory = $true)]
-        [string]$RepositoryUri,
-
-        [Parameter(Mandatory = $true)]
-        [string]$Tag,
-
-        [Parameter(Mandatory = $true)]
-        [string]$Platform
-    )
+    [CmdletBinding()] param([string]$RepositoryUri, [string]$Tag, [string]$Platform)
     $image = '{0}:{1}' -f $RepositoryUri, $Tag
-    if (-not $PSCmdlet.ShouldProcess($image, "build for $Platform and push")) {
-        return
+    $build = @('build', '--platform', $Platform, '--label', "org.opencontainers.image.revision=$Tag", '--tag', $image)
+    $build += '--file', (Join-Path -Path $PSScriptRoot -ChildPath 'Dockerfile')
+    if ($Rebuild) {
+        $build += '--pull', '--no-cache'
     }
-    $build = @(
-        'build', '--platform', $Platform, '--label', "org.opencontainers.image.revision=$Tag",
-        '--tag', $image, '--file', (Join-Path -Path $Root -ChildPath 'Dockerfile'), $Root
-    )
+    $build += $PSScriptRoot
     $advice = "If it cannot run programs for $Platform, add emulation ('docker run --privileged --rm tonistiigi/binfmt --install all') or choose the other -CpuArchitecture."
     Invoke-Docker -ArgumentList $build -Advice $advice
 
-    $login = Invoke-Native -Command 'aws' -ArgumentList 'ecr', 'get-login-password'
-    if ($login.ExitCode -ne 0) {
-        throw "aws ecr get-login-password failed (exit code $($login.ExitCode)): $($login.ErrorOutput -join ' ')"
-    }
-    $registry = ($RepositoryUri -split '/')[0]
-    $password = ($login.Output -join '').Trim()
+    $password = Invoke-AwsCli -ArgumentList 'ecr', 'get-login-password' -Raw
     $advice = 'Docker could not keep the login; look at credsStore in its config.json.'
-    Invoke-Docker -ArgumentList 'login', '--username', 'AWS', '--password-stdin', $registry -InputText $password -Advice $advice
+    Invoke-Docker -ArgumentList 'login', '--username', 'AWS', '--password-stdin', ($RepositoryUri -split '/')[0] -InputText $password -Advice $advice
     Invoke-Docker -ArgumentList 'push', $image -Advice 'Run this script again to go on from here.'
+}
+
+# Returns Digest and Tags of the image that the files here make: from the repository if it is
+# there, built and pushed if not, or if it is to be built anew.
+function Get-ContainerImage {
+    [CmdletBinding()] param([string]$RepositoryUri, [string]$CpuKind)
+    $architecture = @{ X86_64 = 'amd64'; ARM64 = 'arm64' }[$CpuKind]
+    $tag = Get-ImageTag -Root $PSScriptRoot -Architecture $architecture
+    $image = Get-Image -RepositoryUri $RepositoryUri -Tag $tag
+    if ($image -and -not $Rebuild) {
+        Write-Step -Message "  $(@($image.Tags)[0]) was pushed before and is used again"
+        return $image
+    }
+    $pushed = $tag
+    if ($image) {
+        # The repository's tags never change, so what is built anew has one of its own.
+        $pushed = '{0}-rebuilt-{1:yyyyMMddHHmmss}' -f $tag, [datetime]::UtcNow
+    }
+    Publish-Image -RepositoryUri $RepositoryUri -Tag $pushed -Platform "linux/$architecture"
+    $image = Get-Image -RepositoryUri $RepositoryUri -Tag $tag
+    if (-not $image) {
+        throw "The image $pushed is not in $RepositoryUri. Run this script again to push it."
+    }
+    $image
+}
+
+# Tags an image that runs, so that builds which failed cannot push it out of the repository.
+function Add-DeployedTag {
+    [CmdletBinding()] param([string]$RepositoryUri, [object]$Image)
+    if (@($Image.Tags | Where-Object { $_ -like 'deployed-*' }).Count -gt 0) {
+        return
+    }
+    $repository = $RepositoryUri.Substring($RepositoryUri.IndexOf('/') + 1)
+    $manifest = Invoke-AwsCli -ArgumentList 'ecr', 'batch-get-image', '--repository-name', $repository, '--image-ids', "imageDigest=$($Image.Digest)", '--query', 'images[0].imageManifest'
+    $file = [System.IO.Path]::GetTempFileName()
+    try {
+        [System.IO.File]::WriteAllText($file, $manifest)
+        $arguments = 'ecr', 'put-image', '--repository-name', $repository, '--image-manifest', "file://$file", '--image-tag', "deployed-$(@($Image.Tags)[0])"
+        $null = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ImageAlreadyExistsException'
+    }
+    finally {
+        [System.IO.File]::Delete($file)
+    }
 }
 
 # --- The service ----------------------------------------------------------------------------------
 
+# Waits until the service runs all its tasks and its rollout is complete, showing its progress.
 function Wait-Service {
-    <#
-    .SYNOPSIS
-    Waits until the service runs all its tasks and its rollout is complete, showing its progress.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$ClusterName,
-
-        [Parameter(Mandatory = $true)]
-        [string]$ServiceName,
-
-        [Parameter(Mandatory = $true)]
-        [int]$TimeoutMinutes
-    )
+    [CmdletBinding()] param([string]$ClusterName)
     $deadline = [datetime]::UtcNow.AddMinutes($TimeoutMinutes)
     $shown = ''
     while ($true) {
-        $service = Get-EcsService -ClusterName $ClusterName -ServiceName $ServiceName
-        if (-not $service) {
+        $state = Get-ServiceState -ClusterName $ClusterName -ServiceName $ServiceName
+        if (-not $state) {
             throw "The service $ServiceName is not in the cluster $ClusterName. Run this script again to have it made anew."
         }
-        $state = Get-ServiceState -Service $service
         if ($state.Text -ne $shown) {
             $shown = $state.Text
             Write-Step -Message "  service: $shown"
@@ -1296,82 +917,48 @@ function Wait-Service {
         if ($state.Stable) {
             return
         }
+        $said = @($state.Events | Select-Object -First 1) -join ''
         if ($state.Failed) {
-            throw "The rollout failed: $($service.events[0].message)"
+            throw "The rollout failed: $said"
         }
         if ([datetime]::UtcNow -ge $deadline) {
-            throw "The service is not stable after $TimeoutMinutes minutes ($shown): $($service.events[0].message)"
+            throw "The service is not stable after $TimeoutMinutes minutes ($shown): $said"
         }
         Start-Sleep -Seconds 5
     }
 }
 
+# Returns the two tasks that stopped last for any other reason than scaling and replacement.
 function Get-StoppedTask {
-    <#
-    .SYNOPSIS
-    Returns the two tasks that stopped last for any other reason than scaling and replacement.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$ClusterName
-    )
-    $arguments = 'ecs', 'list-tasks', '--cluster', $ClusterName, '--desired-status', 'STOPPED'
-    $answer = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ClusterNotFoundException'
-    $arns = @($answer.taskArns | Where-Object { $_ } | Select-Object -First 100)
-    if ($arns.Count -eq 0) {
-        return
+    [CmdletBinding()] param([string]$ClusterName)
+    $arguments = 'ecs', 'list-tasks', '--cluster', $ClusterName, '--desired-status', 'STOPPED', '--query', 'taskArns'
+    $arns = @(Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ClusterNotFoundException' | Select-Object -First 100)
+    if ($arns.Count -gt 0) {
+        $query = 'tasks[].{Id:taskArn,At:stoppedAt,Reason:stoppedReason,Containers:containers[].{Name:name,Code:exitCode,Reason:reason}}'
+        $arguments = @('ecs', 'describe-tasks', '--cluster', $ClusterName, '--query', $query, '--tasks') + $arns
+        $failed = @(Invoke-AwsCli -ArgumentList $arguments | Where-Object { $_.Reason -notlike 'Scaling activity initiated by*' })
+        $failed | Sort-Object -Property 'At' -Descending | Select-Object -First 2
     }
-    $tasks = (Invoke-AwsCli -ArgumentList (@('ecs', 'describe-tasks', '--cluster', $ClusterName, '--tasks') + $arns)).tasks
-    $failed = @($tasks | Where-Object { $_ -and $_.stoppedReason -notlike 'Scaling activity initiated by*' })
-    $failed | Sort-Object -Property stoppedAt -Descending | Select-Object -First 2
 }
 
-function Get-TaskLog {
-    <#
-    .SYNOPSIS
-    Returns the last lines a task's container logged.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [object]$Task
-    )
-    $arguments = 'ecs', 'describe-task-definition', '--task-definition', $Task.taskDefinitionArn
-    $container = (Invoke-AwsCli -ArgumentList $arguments).taskDefinition.containerDefinitions[0]
-    $options = $container.logConfiguration.options
-    $stream = '{0}/{1}/{2}' -f $options.'awslogs-stream-prefix', $container.name, ($Task.taskArn -split '/')[-1]
-    $arguments = 'logs', 'get-log-events', '--log-group-name', $options.'awslogs-group', '--log-stream-name', $stream, '--limit', '20'
-    $answer = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ResourceNotFoundException'
-    $answer.events | Where-Object { $_ } | ForEach-Object { $_.message }
-}
-
+# Shows what ECS says, why tasks stopped, their exit codes and last log lines. Never throws: the
+# error that led here matters more.
 function Show-RolloutFailure {
-    <#
-    .SYNOPSIS
-    Shows what ECS says, why tasks stopped, their exit codes and last log lines. Never throws: the
-    error that led here matters more.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$ClusterName,
-
-        [Parameter(Mandatory = $true)]
-        [string]$ServiceName
-    )
+    [CmdletBinding()] param([string]$ClusterName)
     try {
-        $service = Get-EcsService -ClusterName $ClusterName -ServiceName $ServiceName
-        foreach ($said in @($service.events | Where-Object { $_ } | Select-Object -First 3)) {
-            Write-Step -Message "ECS: $($said.message)"
+        $state = Get-ServiceState -ClusterName $ClusterName -ServiceName $ServiceName
+        foreach ($said in @($state | ForEach-Object { $_.Events } | Select-Object -First 3)) {
+            Write-Step -Message "  ECS: $said"
         }
         foreach ($task in @(Get-StoppedTask -ClusterName $ClusterName)) {
-            Write-Step -Message "Task $(($task.taskArn -split '/')[-1]) stopped: $($task.stoppedReason)"
-            foreach ($container in $task.containers) {
-                Write-Step -Message "  container $($container.name): exit code $($container.exitCode) $($container.reason)"
+            $id = ($task.Id -split '/')[-1]
+            Write-Step -Message "  task $id stopped: $($task.Reason)"
+            foreach ($container in $task.Containers) {
+                Write-Step -Message "    container $($container.Name): exit code $($container.Code) $($container.Reason)"
             }
-            foreach ($line in @(Get-TaskLog -Task $task)) {
-                Write-Step -Message "  log: $line"
+            $arguments = 'logs', 'get-log-events', '--log-group-name', "/ecs/$ServiceName", '--log-stream-name', "gateway/websocket/$id", '--limit', '20', '--query', 'events[].message'
+            foreach ($line in @(Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ResourceNotFoundException')) {
+                Write-Step -Message "    log: $line"
             }
         }
     }
@@ -1380,375 +967,208 @@ function Show-RolloutFailure {
     }
 }
 
-function Test-DnsRecord {
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$HostName
-    )
+# Deploys the stack with the image and waits until the service is stable; a failed rollout is
+# explained before it throws.
+function Publish-Service {
+    [CmdletBinding()] param([hashtable]$Resolved, [string]$TemplateFile, [string]$ClusterName)
     try {
-        $null = [System.Net.Dns]::GetHostAddresses($HostName)
-        $true
+        Publish-Stack -Exists $true -Resolved $Resolved -TemplateFile $TemplateFile -ClusterName $ClusterName
+        Wait-Service -ClusterName $ClusterName
     }
     catch {
-        $false
-    }
-}
-
-function Test-Deployment {
-    <#
-    .SYNOPSIS
-    Runs test-connection.ps1 against the stack and throws when a check fails.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Test
-    )
-    & (Join-Path -Path $PSScriptRoot -ChildPath 'test-connection.ps1') @Test
-    if ($LASTEXITCODE -ne 0) {
-        throw 'The service is deployed, but not every check passed: see the table above for the next step.'
+        Show-RolloutFailure -ClusterName $ClusterName
+        throw
     }
 }
 
 # --- The deployment -------------------------------------------------------------------------------
 
-function Get-StackState {
-    <#
-    .SYNOPSIS
-    Returns whether the stack Exists, its Parameter values and its Output values, as a hashtable.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$StackName
-    )
-    $stack = Get-Stack -StackName $StackName
-    if ($stack.StackStatus -eq 'REVIEW_IN_PROGRESS') {
-        $stack = $null  # a change set was made and never executed: there is nothing yet
-    }
-    @{
-        Exists    = [bool]$stack
-        Parameter = Get-StackValue -Stack $stack -Kind Parameter
-        Output    = Get-StackValue -Stack $stack -Kind Output
-    }
-}
-
-function Get-GivenParameter {
-    <#
-    .SYNOPSIS
-    Returns the template parameters that this run sets; the others keep their values.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Request,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$MainOutput,
-
-        [Parameter(Mandatory = $true)]
-        [AllowEmptyCollection()]
-        [hashtable]$Previous,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Template
-    )
-    $given = @{ Environment = $Request['Environment'] }
-    foreach ($name in $MainOutput.Keys) {
-        $given[$name] = $MainOutput[$name]
-    }
-    # A stack stays where it is unless it is told to move: what is found may change with the VPC.
-    $sameVpc = -not $Request['VpcId'] -or $Request['VpcId'] -eq $Previous['VpcId']
-    if (-not $Previous['VpcId'] -or -not $sameVpc -or $Request['LoadBalancerSubnetId'] -or $Request['TaskSubnetId']) {
-        $place = @{
-            VpcId                = $Request['VpcId']
-            LoadBalancerSubnetId = $Request['LoadBalancerSubnetId']
-            TaskSubnetId         = $Request['TaskSubnetId']
-            AwsRegion            = $Request['AwsRegion']
-        }
-        $network = Get-NetworkParameter @place
-        foreach ($name in $network.Keys) {
-            $given[$name] = $network[$name]
-        }
-    }
-    $override = Resolve-Override -Override $Request['Override'] -Template $Template
-    foreach ($name in $override.Keys) {
-        $given[$name] = $override[$name]
-    }
-    $values = @{ Given = $given; Previous = $Previous; Template = $Template }
-    $certificate = Get-EffectiveValue -Name 'CertificateArn' @values
-    if ($certificate -and ($certificate -split ':')[3] -ne $Request['AwsRegion']) {
-        throw "The certificate belongs to $(($certificate -split ':')[3]). The load balancer in $($Request['AwsRegion']) needs one of its own region."
-    }
-    if ($certificate -and -not (Get-EffectiveValue -Name 'DomainName' @values)) {
-        $given['DomainName'] = Get-CertificateDomain -CertificateArn $certificate
-        Write-Step -Message "  clients connect to the certificate's name, $($given['DomainName'])"
-    }
-    $given
-}
-
-function Get-ContainerImage {
-    <#
-    .SYNOPSIS
-    Returns the image by digest, from the repository if it is there, built and pushed if not.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [string]$RepositoryUri,
-
-        [Parameter(Mandatory = $true)]
-        [ValidateSet('X86_64', 'ARM64')]
-        [string]$CpuArchitecture
-    )
-    $platforms = @{ X86_64 = 'linux/amd64'; ARM64 = 'linux/arm64' }
-    $platform = $platforms[$CpuArchitecture]
-    $tag = Get-ImageTag -Root $PSScriptRoot -Platform $platform
-    $digest = $null
-    if ($RepositoryUri -ne 'NEW_REPOSITORY') {
-        $digest = Get-ImageDigest -RepositoryUri $RepositoryUri -Tag $tag
-    }
-    if ($tag -like '*-dirty-*') {
-        Write-Step -Message '  the work tree differs from its revision, and the tag says so'
-    }
-    if ($digest) {
-        Write-Step -Message "  $tag was pushed before and is used again"
-        return '{0}@{1}' -f $RepositoryUri, $digest
-    }
-    Publish-Image -Root $PSScriptRoot -RepositoryUri $RepositoryUri -Tag $tag -Platform $platform
-    if ($WhatIfPreference) {
-        return '{0}:{1}' -f $RepositoryUri, $tag
-    }
-    $digest = Get-ImageDigest -RepositoryUri $RepositoryUri -Tag $tag
-    if (-not $digest) {
-        throw "The image $tag is not in $RepositoryUri. Run this script again to push it."
-    }
-    '{0}@{1}' -f $RepositoryUri, $digest
-}
-
-function Show-Summary {
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Output,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Request
-    )
-    $place = "-StackName $($Request['StackName']) -AwsRegion $($Request['AwsRegion'])"
-    $group = "/ecs/agenticai-websocket-$($Request['Environment'])"
-    Write-Step -Message ''
-    Write-Step -Message "Endpoint       $($Output['WebSocketEndpoint'])"
-    Write-Step -Message "Updates queue  $($Output['UpdatesQueueUrl'])"
-    Write-Step -Message "Dashboard      $($Output['DashboardUrl'])"
-    Write-Step -Message ''
-    Write-Step -Message 'Next:'
-    Write-Step -Message "  check it      ./test-connection.ps1 $place"
-    Write-Step -Message "  talk to it    python test-websocket.py $($Output['WebSocketEndpoint'])"
-    Write-Step -Message "  read its log  aws logs tail $group --follow --region $($Request['AwsRegion'])  (AWS CLI 2)"
-    Write-Step -Message '  update it     run this script again; template parameters keep their values'
-}
-
-function Publish-Foundation {
-    <#
-    .SYNOPSIS
-    Deploys everything but the service, which needs an image, which needs the repository. Returns
-    the stack's new state, or nothing when the operator refused.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Deploy,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$State,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Given,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Template
-    )
-    $withoutImage = $Given.Clone()
-    $withoutImage['ContainerImage'] = ''
-    $parameters = @(Merge-StackParameter -Given $withoutImage -Previous $State['Parameter'] -Template $Template)
-    $outcome = Publish-Stack -Exists $State['Exists'] -Parameter $parameters @Deploy
-    if ($outcome -ne 'Skipped') {
-        return Get-StackState -StackName $Deploy['StackName']
-    }
-    if ($WhatIfPreference) {
-        # What the rest of -WhatIf needs to go on with.
-        return @{ Exists = $true; Parameter = $State['Parameter']; Output = @{ WebSocketRepositoryUri = 'NEW_REPOSITORY' } }
-    }
-}
-
-function Publish-Service {
-    <#
-    .SYNOPSIS
-    Deploys the stack with the image and waits until the service is stable. Returns what
-    Publish-Stack does; a failed rollout is explained before it throws.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Deploy,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$State,
-
-        [Parameter(Mandatory = $true)]
-        [object[]]$Parameter,
-
-        [Parameter(Mandatory = $true)]
-        [string]$ServiceName
-    )
-    $cluster = [string]$State['Output']['ECSClusterName']
-    try {
-        $outcome = Publish-Stack -Exists $State['Exists'] -Parameter $Parameter -ClusterName $cluster -ServiceName $ServiceName @Deploy
-        if ($outcome -ne 'Skipped') {
-            Wait-Service -ClusterName $cluster -ServiceName $ServiceName -TimeoutMinutes $Deploy['TimeoutMinutes']
-        }
-        $outcome
-    }
-    catch {
-        Show-RolloutFailure -ClusterName $cluster -ServiceName $ServiceName
-        throw
-    }
-}
-
-function Complete-Deployment {
-    <#
-    .SYNOPSIS
-    Tests what was deployed and shows its addresses and the next commands.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Request,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Test
-    )
-    $state = Get-StackState -StackName $Request['StackName']
-    $outputs = $state['Output']
-    $endpoint = [uri]$outputs['WebSocketEndpoint']
-    $ownRecord = $endpoint.Host -ne $outputs['LoadBalancerDNS'] -and -not $state['Parameter']['HostedZoneId']
-    if ($ownRecord -and -not (Test-DnsRecord -HostName $endpoint.Host)) {
-        Write-Step -Message "  $($endpoint.Host) does not resolve yet: make it a CNAME of $($outputs['LoadBalancerDNS'])."
-        $Test['Check'] = @('Service', 'Targets', 'Logs')
-    }
-    Test-Deployment -Test $Test
-    Show-Summary -Output $outputs -Request $Request
-}
-
-function Invoke-Deployment {
-    <#
-    .SYNOPSIS
-    Does everything the script's help says, in that order.
-    #>
-    [CmdletBinding()]
-    param(
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Request,
-
-        [Parameter(Mandatory = $true)]
-        [hashtable]$Test
-    )
-    $stackName = $Request['StackName']
-    $deploy = @{
-        StackName      = $stackName
-        TemplatePath   = Join-Path -Path $PSScriptRoot -ChildPath 'ecs-template.yaml'
-        TimeoutMinutes = $Request['TimeoutMinutes']
-    }
-    if ($stackName -eq $Request['MainStackName']) {
-        throw "-StackName and -MainStackName are both '$stackName'. The gateway needs a stack of its own."
-    }
-
-    Write-Step -Message 'Checking tools and credentials'
-    Assert-Tool -Advice @{
-        aws    = 'Install the AWS CLI, version 2, and open a new terminal.'
-        docker = 'Install Docker Desktop (on Linux: Docker Engine) and open a new terminal.'
-    }
-    Assert-DockerEngine
-    $account = Assert-Credential
-    Write-Step -Message "  account $account, region $($Request['AwsRegion'])"
-
-    Write-Step -Message "Reading the stacks $($Request['MainStackName']) and $stackName"
-    $main = Get-MainStackOutput -MainStackName $Request['MainStackName']
-    $template = Get-TemplateParameter -TemplatePath $deploy['TemplatePath']
-    $stack = Wait-StackIdle -StackName $stackName -TimeoutMinutes $deploy['TimeoutMinutes']
-    if ($stack) {
-        Assert-GatewayStack -Stack $stack -Environment $Request['Environment']
-        $null = Repair-Stack -Stack $stack -TimeoutMinutes $deploy['TimeoutMinutes']
-    }
-    $state = Get-StackState -StackName $stackName
-    $given = Get-GivenParameter -Request $Request -MainOutput $main -Previous $state['Parameter'] -Template $template
-
-    if (-not $state['Output']['WebSocketRepositoryUri']) {
-        Write-Step -Message 'Deploying everything but the service'
-        $state = Publish-Foundation -Deploy $deploy -State $state -Given $given -Template $template
-        if (-not $state) {
-            return
-        }
-    }
-
-    Write-Step -Message 'Preparing the image'
-    $values = @{ Given = $given; Previous = $state['Parameter']; Template = $template }
-    $architecture = Get-EffectiveValue -Name 'CpuArchitecture' @values
-    $given['ContainerImage'] = Get-ContainerImage -RepositoryUri $state['Output']['WebSocketRepositoryUri'] -CpuArchitecture $architecture
-
-    Write-Step -Message "Deploying $($given['ContainerImage'])"
-    $parameters = @(Merge-StackParameter @values)
-    $service = "agenticai-websocket-$($Request['Environment'])"
-    $outcome = Publish-Service -Deploy $deploy -State $state -Parameter $parameters -ServiceName $service
-    if ($outcome -eq 'Skipped') {
-        Write-Step -Message 'Nothing was deployed.'
-        return
-    }
-
-    Write-Step -Message 'Testing'
-    Complete-Deployment -Request $Request -Test $Test
-}
-
-# Dot-sourced, as the tests do it, the script only defines its functions.
-if ($MyInvocation.InvocationName -ne '.') {
-    $override = $ParameterOverride.Clone()
-    foreach ($name in 'CertificateArn', 'DomainName', 'HostedZoneId', 'CpuArchitecture') {
-        if ($PSBoundParameters.ContainsKey($name)) {
-            $override[$name] = $PSBoundParameters[$name]
-        }
-    }
-    $request = @{
-        Environment          = $Environment
-        AwsRegion            = $AwsRegion
-        StackName            = $StackName
-        MainStackName        = $MainStackName
-        VpcId                = $VpcId
-        LoadBalancerSubnetId = $LoadBalancerSubnetId
-        TaskSubnetId         = $TaskSubnetId
-        Override             = $override
-        TimeoutMinutes       = $TimeoutMinutes
-    }
+# Runs test-connection.ps1 against the stack and throws when a check fails.
+function Test-Deployment {
+    [CmdletBinding()] param([object]$Stack)
     # Targets and DNS need a while after the first deployment.
     $test = @{ StackName = $StackName; AwsRegion = $AwsRegion; AccessToken = $AccessToken; WaitSeconds = 300 }
-    $variables = Get-AwsEnvironment -AwsRegion $AwsRegion -AwsProfile $AwsProfile
     if ($AwsProfile) {
         $test['AwsProfile'] = $AwsProfile
     }
+    $outputs = $Stack.Output
+    $endpoint = [uri]$outputs['WebSocketEndpoint']
+    if ($endpoint.Host -ne $outputs['LoadBalancerDNS'] -and -not $Stack.Parameter['HostedZoneId']) {
+        try {
+            $null = [System.Net.Dns]::GetHostAddresses($endpoint.Host)
+        }
+        catch {
+            Write-Step -Message "  $($endpoint.Host) does not resolve yet: make it a CNAME of $($outputs['LoadBalancerDNS'])."
+            $test['Check'] = @('Service', 'Targets', 'Logs')
+        }
+    }
+    & (Join-Path -Path $PSScriptRoot -ChildPath 'test-connection.ps1') @test
+    if ($LASTEXITCODE -ne 0) {
+        throw 'The service is deployed, but not every check passed: the lines above name the next step.'
+    }
+}
+
+# Says what a deployment would do: by a change set that is deleted again, or, as that would make
+# the stack, from the template for a new one.
+function Show-Plan {
+    [CmdletBinding()] param([AllowNull()][object]$Stack, [hashtable]$Resolved, [string]$TemplateFile)
+    if (-not $Stack -or $Stack.Status -notmatch '^(CREATE|UPDATE|UPDATE_ROLLBACK|IMPORT)_COMPLETE$') {
+        if ($Stack -and $Stack.Status -ne 'REVIEW_IN_PROGRESS') {
+            Write-Step -Message "  would first bring the stack, which is $($Stack.Status), into order"
+        }
+        $pattern = '(?m)^  (?<name>\w+):\n    Type: (?<type>AWS::\S+)$(\n    Condition: (?<if>\w+)$)?'
+        foreach ($match in [regex]::Matches([System.IO.File]::ReadAllText($TemplateFile), $pattern)) {
+            $line = "  would create $($match.Groups['name'].Value) ($($match.Groups['type'].Value))"
+            if ($match.Groups['if'].Success) {
+                $line += " if $($match.Groups['if'].Value)"
+            }
+            Write-Step -Message $line
+        }
+        return
+    }
+    $repositoryUri = $Stack.Output['WebSocketRepositoryUri']
+    $architecture = @{ X86_64 = 'amd64'; ARM64 = 'arm64' }[$Resolved['CpuArchitecture'].Value]
+    $tag = Get-ImageTag -Root $PSScriptRoot -Architecture $architecture
+    $image = Get-Image -RepositoryUri $repositoryUri -Tag $tag
+    $reference = "$($repositoryUri):$tag"
+    if ($image -and -not $Rebuild) {
+        $reference = "$repositoryUri@$($image.Digest)"
+    }
+    else {
+        Write-Step -Message "  would build and push $reference"
+    }
+    $Resolved['ContainerImage'] = [pscustomobject]@{ Value = $reference; Source = 'built here' }
+    $name = 'whatif-' + [guid]::NewGuid()
+    try {
+        Show-Change -ChangeSet (New-ChangeSet -Name $name -Exists $true -Resolved $Resolved -TemplateFile $TemplateFile)
+    }
+    finally {
+        # Also after Ctrl-C, in the middle of either call.
+        $null = Invoke-AwsCli -ArgumentList 'cloudformation', 'delete-change-set', '--stack-name', $StackName, '--change-set-name', $name -AbsentPattern 'ChangeSetNotFound'
+    }
+}
+
+function Show-Summary {
+    [CmdletBinding()] param([object]$Stack)
+    $outputs = $Stack.Output
+    Write-Step -Message ''
+    Write-Step -Message "Endpoint       $($outputs['WebSocketEndpoint'])"
+    Show-Security -Value $Stack.Parameter
+    Write-Step -Message "Updates queue  $($outputs['UpdatesQueueUrl'])"
+    Write-Step -Message "Dashboard      $($outputs['DashboardUrl'])"
+    Write-Step -Message 'Next:'
+    Write-Step -Message "  check it      ./test-connection.ps1 -StackName $StackName -AwsRegion $AwsRegion"
+    Write-Step -Message "  talk to it    python test-websocket.py $($outputs['WebSocketEndpoint'])"
+    Write-Step -Message "  read its log  aws logs tail /ecs/$ServiceName --follow --region $AwsRegion  (AWS CLI 2)"
+    Write-Step -Message '  update it     run this script again; template parameters keep their values'
+}
+
+# Does everything the script's help says, in that order.
+function Invoke-Deployment {
+    [CmdletBinding(SupportsShouldProcess = $true)] param([string]$TemplateFile)
+    if ($StackName -eq $MainStackName) {
+        throw "-StackName and -MainStackName are both '$StackName'. The gateway needs a stack of its own."
+    }
+    Write-Step -Message '1 of 7  Checking tools and credentials'
+    Assert-Tool -Advice @{ aws = 'Install the AWS CLI, version 2, and open a new terminal.' }
+    if (-not $WhatIfPreference) {
+        Assert-Tool -Advice @{ docker = 'Install Docker Desktop (on Linux: Docker Engine) and open a new terminal.' }
+        Assert-DockerEngine
+    }
+    Assert-Credential
+
+    Write-Step -Message "2 of 7  Reading the stacks $MainStackName and $StackName"
+    $mainOutput = Get-MainStackOutput
+    $template = Get-TemplateParameter -TemplateFile $TemplateFile
+    $stack = Wait-StackIdle
+    $deleted = $null
+    if ($stack -and $stack.Status -ne 'REVIEW_IN_PROGRESS') {
+        Assert-GatewayStack -Stack $stack
+    }
+    else {
+        if ($stack) {
+            Assert-NothingWaiting -Template $template -MainOutput $mainOutput
+        }
+        $deleted = Get-DeletedStack
+    }
+
+    Write-Step -Message '3 of 7  Finding network and parameters'
+    $inherited = Get-Inheritance -Stack $stack -Deleted $deleted
+    $resolved = Resolve-Parameter -Template $template -MainOutput $mainOutput -Inherited $inherited
+    Show-Parameter -Resolved $resolved -Template $template
+    $values = @{}
+    foreach ($name in $resolved.Keys) {
+        $values[$name] = $resolved[$name].Value
+    }
+    Show-Security -Value $values
+    if (-not $PSCmdlet.ShouldProcess("stack $StackName", 'deploy ecs-template.yaml and the image')) {
+        if ($WhatIfPreference) {
+            Show-Plan -Stack $stack -Resolved $resolved -TemplateFile $TemplateFile
+        }
+        Write-Step -Message 'Nothing was changed.'
+        return
+    }
+
+    Write-Step -Message '4 of 7  Deploying everything but the service, unless it stands'
+    $exists = $false
+    if ($stack -and $stack.Status -ne 'REVIEW_IN_PROGRESS') {
+        $exists = Repair-Stack -Stack $stack
+        if (-not $exists) {
+            Wait-QueueName -StackId $stack.Id
+        }
+    }
+    elseif ($deleted) {
+        Wait-QueueName -StackId $deleted.Stack.Id
+    }
+    if (-not $exists -or -not $stack.Output['WebSocketRepositoryUri']) {
+        $resolved['ContainerImage'] = [pscustomobject]@{ Value = ''; Source = 'no image yet' }
+        Publish-Stack -Exists $exists -Resolved $resolved -TemplateFile $TemplateFile
+        $stack = Get-Stack -Name $StackName
+        foreach ($name in $stack.Parameter.Keys) {
+            $resolved[$name] = [pscustomobject]@{ Value = $stack.Parameter[$name]; Source = 'the stack' }
+        }
+    }
+
+    Write-Step -Message '5 of 7  Preparing the image'
+    $repositoryUri = $stack.Output['WebSocketRepositoryUri']
+    $image = Get-ContainerImage -RepositoryUri $repositoryUri -CpuKind $resolved['CpuArchitecture'].Value
+
+    $reference = '{0}@{1}' -f $repositoryUri, $image.Digest
+    Write-Step -Message "6 of 7  Deploying $reference"
+    $resolved['ContainerImage'] = [pscustomobject]@{ Value = $reference; Source = 'built here' }
+    Publish-Service -Resolved $resolved -TemplateFile $TemplateFile -ClusterName $stack.Output['ECSClusterName']
+    Add-DeployedTag -RepositoryUri $repositoryUri -Image $image
+
+    Write-Step -Message '7 of 7  Testing'
+    $stack = Get-Stack -Name $StackName
+    Test-Deployment -Stack $stack
+    Show-Summary -Stack $stack
+}
+
+# Dot-sourced, as the tests do it, the script only defines its functions.
+$CalledWith = $PSBoundParameters
+$ServiceName = "agenticai-websocket-$Environment"
+if ($MyInvocation.InvocationName -ne '.') {
+    $variables = Get-AwsEnvironment
     # Plain images: attestations would come as entries of their own that ECR cannot scan or expire.
     $variables['BUILDX_NO_DEFAULT_ATTESTATIONS'] = '1'
-    $environmentBefore = Push-Environment -Value $variables
+    $environmentBefore = Set-ProcessEnvironment -Value $variables
+    $templateFile = [System.IO.Path]::GetTempFileName()
     try {
-        Invoke-Deployment -Request $request -Test $test
+        [System.IO.File]::WriteAllText($templateFile, (Get-TemplateBody))
+        Invoke-Deployment -TemplateFile $templateFile
     }
     catch {
         $Host.UI.WriteErrorLine("deploy-ecs: $($_.Exception.Message)")
+        if ($CalledWith.Count -gt 0) {
+            Write-Step -Message "To repeat it with the same arguments: $(Get-RepeatCommand)"
+        }
         Write-Verbose -Message $_.ScriptStackTrace
         exit 1
     }
     finally {
-        Pop-Environment -Previous $environmentBefore
+        [System.IO.File]::Delete($templateFile)
+        $null = Set-ProcessEnvironment -Value $environmentBefore
     }
     exit 0
 }

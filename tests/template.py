@@ -66,15 +66,15 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("!", _Loader.short_form)
 
 
+@functools.lru_cache(8)
 def parse(text: str) -> dict[str, Any]:
-    """A template's text, short forms written out."""
+    """A template's text, short forms written out. Not to be changed: it is shared."""
     template: dict[str, Any] = yaml.load(text, _Loader)
     return template
 
 
-@functools.cache
 def load() -> dict[str, Any]:
-    """The whole template, short forms written out. Not to be changed: it is shared."""
+    """The whole template of this checkout."""
     return parse(PATH.read_text("utf-8"))
 
 
@@ -90,8 +90,8 @@ class Stack:
     same name where the template gives it (``QueueName``), else to ``<LogicalId.Attribute>``.
     """
 
-    def __init__(self, **parameters: str) -> None:
-        template = load()
+    def __init__(self, document: Mapping[str, Any] | None = None, /, **parameters: str) -> None:
+        template = load() if document is None else document
         defaults = {
             name: str(parameter["Default"])
             for name, parameter in template["Parameters"].items()

@@ -278,6 +278,9 @@ FOREIGN_COMMANDS = {
     "wscat",
     "curl",
     "echo",
+    "sed",
+    "Set-ExecutionPolicy",
+    "Unblock-File",
 }
 """Commands of others, whose arguments are not looked into."""
 
@@ -574,8 +577,16 @@ class TestTables:
             for r in template.load()["Resources"].values()
             if r["Type"] == "AWS::CloudWatch::Alarm"
         ]
-        assert f"{len(server.Metrics.described())} metrics" in items
+        policies = [
+            r
+            for r in template.load()["Resources"].values()
+            if r["Type"] == "AWS::ApplicationAutoScaling::ScalingPolicy"
+        ]
+        metrics = len(server.Metrics.described())
+        assert f"{metrics} metrics" in items
         assert f"{len(alarms)} alarms" in items
+        # One to scale out and one to scale in each, which CloudWatch bills like any other.
+        assert f"{2 * len(policies)} alarms that the scaling policies make" in items
 
     def test_reserved_types_are_listed(self) -> None:
         """The guide for agents lists the words that only the gateway says."""

@@ -107,7 +107,10 @@ class TestDeploy:
         given = re.findall(r"^ *(\w+) += ", step["run"], re.MULTILINE)
         given += re.findall(r"\$arguments\['(\w+)'\]", step["run"])
         header = script.partition("$ErrorActionPreference")[0]
-        assert set(given) == {"Environment", "AwsRegion", "WhatIf", "StackName", "MainStackName"}
+        assert set(given) == {
+            *("Environment", "AwsRegion", "StackName", "MainStackName"),
+            *("CertificateArn", "ParameterOverride", "Rebuild", "WhatIf"),
+        }
         for name in set(given) - {"WhatIf"}:
             assert re.search(rf"\]\${name}\b", header)
         assert "SupportsShouldProcess" in header

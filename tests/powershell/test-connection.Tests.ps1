@@ -5,14 +5,10 @@ BeforeAll {
 
     function ConvertTo-StackJson {
         param([hashtable]$Outputs, [hashtable]$Parameters, [string]$Status = 'UPDATE_COMPLETE')
-        $stack = @{
-            StackName   = 'agenticai-websocket-stack'
-            StackId     = 'arn:stack'
-            StackStatus = $Status
-            Outputs     = @($Outputs.Keys | ForEach-Object { @{ OutputKey = $_; OutputValue = $Outputs[$_] } })
-            Parameters  = @($Parameters.Keys | ForEach-Object { @{ ParameterKey = $_; ParameterValue = $Parameters[$_] } })
-        }
-        ConvertTo-Json -Depth 6 -InputObject @{ Stacks = @($stack) }
+        $stack = @{ Id = 'arn:stack'; Name = 'agenticai-websocket-stack'; Status = $Status; Reason = $null }
+        $stack['Outputs'] = @($Outputs.Keys | ForEach-Object { , @($_, $Outputs[$_]) })
+        $stack['Parameters'] = @($Parameters.Keys | ForEach-Object { , @($_, $Parameters[$_]) })
+        ConvertTo-Json -Depth 6 -InputObject $stack
     }
 
     $outputs = @{
@@ -22,7 +18,8 @@ BeforeAll {
         TargetGroupArn       = 'arn:target-group'
     }
     $parameters = @{ Environment = 'prod'; AllowedOrigins = 'https://a.example, https://b.example'; AuthJwksUrl = '' }
-    $healthyService = '{"services":[{"status":"ACTIVE","runningCount":2,"desiredCount":2,"pendingCount":0,"deployments":[{"status":"PRIMARY","rolloutState":"COMPLETED"}]}]}'
+    $healthyService = '[{"Desired":2,"Running":2,"Pending":0,"Deployments":["PRIMARY"],"Rollout":["COMPLETED"],"Events":["steady"]}]'
+    $TimeoutSeconds = 20
 }
 
 AfterAll {
@@ -65,16 +62,16 @@ Describe 'Invoke-AwsCli' {
 
     It 'returns nothing for an error that stands for absence' {
         Add-FakeAnswer -Like 'aws *' -Text 'Stack with id x does not exist' -ExitCode 255
-        Get-Stack -StackName 'x' | Should -BeNullOrEmpty
+        Get-Stack -Name 'x' | Should -BeNullOrEmpty
     }
 }
 
-Describe 'Push-Environment' {
-    It 'is undone by Pop-Environment, also where there was nothing' {
+Describe 'Set-ProcessEnvironment' {
+    It 'is undone by what it returned, also where there was nothing' {
         $env:TEST_PUSHED = 'before'
-        $before = Push-Environment -Value @{ TEST_PUSHED = 'now'; TEST_PUSHED_NEW = 'now' }
+        $before = Set-ProcessEnvironment -Value @{ TEST_PUSHED = 'now'; TEST_PUSHED_NEW = 'now' }
         $env:TEST_PUSHED | Should -Be 'now'
-        Pop-Environment -Previous $before
+        $null = Set-ProcessEnvironment -Value $before
         $env:TEST_PUSHED | Should -Be 'before'
         Test-Path -Path 'Env:TEST_PUSHED_NEW' | Should -BeFalse
         Remove-Item -Path 'Env:TEST_PUSHED'
@@ -93,41 +90,42 @@ Describe 'Get-CheckTarget' {
 
     It 'reads the stack' {
         Add-FakeAnswer -Like 'aws cloudformation describe-stacks*' -Text (ConvertTo-StackJson -Outputs $outputs -Parameters $parameters)
-        $target = Get-CheckTarget -StackName 'agenticai-websocket-stack'
-        $target['Endpoint'] | Should -Be 'ws://gateway.example.com'
+        $target = Get-CheckTarget
+        $target['Address'] | Should -Be 'ws://gateway.example.com'
         $target['LogGroupName'] | Should -Be '/ecs/agenticai-websocket-prod'
-        $target['AllowedOrigin'] | Should -Be 'https://a.example'
+        $target['RequestOrigin'] | Should -Be 'https://a.example'
         $target['AuthenticationOn'] | Should -BeFalse
     }
 
     It 'names every output that is missing' {
         Add-FakeAnswer -Like 'aws *' -Text (ConvertTo-StackJson -Outputs @{ ECSClusterName = 'c' } -Parameters $parameters)
-        { Get-CheckTarget -StackName 'x' } | Should -Throw '*WebSocketEndpoint, TargetGroupArn*'
+        { Get-CheckTarget } | Should -Throw '*WebSocketEndpoint, TargetGroupArn*'
     }
 
     It 'says what to do when there is no stack' {
         Add-FakeAnswer -Like 'aws *' -Text 'does not exist' -ExitCode 255
-        { Get-CheckTarget -StackName 'x' } | Should -Throw '*does not exist*deploy-ecs.ps1*'
+        { Get-CheckTarget } | Should -Throw '*does not exist*deploy-ecs.ps1*'
     }
 }
 
 Describe 'Test-Health' {
     It 'passes for 200 and ok' {
         Mock -CommandName Invoke-WebRequest -MockWith { [pscustomobject]@{ StatusCode = 200; Content = '{"status":"ok"}' } }
-        (Test-Health -Uri 'http://x/health' -TimeoutSeconds 1).Passed | Should -BeTrue
+        (Test-Health -Address 'ws://x').Passed | Should -BeTrue
     }
 
     It 'fails while the server is starting' {
         Mock -CommandName Invoke-WebRequest -MockWith { throw 'Response status code does not indicate success: 503' }
-        $result = Test-Health -Uri 'http://x/health' -TimeoutSeconds 1
+        $result = Test-Health -Address 'ws://x'
         $result.Passed | Should -BeFalse
         $result.Detail | Should -BeLike '*503*'
         $result.NextStep | Should -Not -BeNullOrEmpty
     }
 
     It 'asks the host and scheme of the endpoint' {
-        Get-HealthUri -Endpoint 'ws://a.example:8080/ws?x=1' | Should -Be 'http://a.example:8080/health'
-        Get-HealthUri -Endpoint 'wss://a.example' | Should -Be 'https://a.example/health'
+        Mock -CommandName Invoke-WebRequest -MockWith { throw "asked $Uri" }
+        (Test-Health -Address 'ws://a.example:8080/ws?x=1').Detail | Should -BeLike '*asked http://a.example:8080/health*'
+        (Test-Health -Address 'wss://a.example').Detail | Should -BeLike '*asked https://a.example/health*'
     }
 }
 
@@ -140,9 +138,9 @@ Describe 'Test-EcsService' {
     }
 
     It 'fails for <Name>' -TestCases @(
-        @{ Name = 'a task too few'; From = '"runningCount":2'; To = '"runningCount":1' }
+        @{ Name = 'a task too few'; From = '"Running":2'; To = '"Running":1' }
         @{ Name = 'a rollout under way'; From = 'COMPLETED'; To = 'IN_PROGRESS' }
-        @{ Name = 'no service'; From = 'ACTIVE'; To = 'INACTIVE' }
+        @{ Name = 'two deployments'; From = '["PRIMARY"]'; To = '["PRIMARY","ACTIVE"]' }
     ) {
         Add-FakeAnswer -Like 'aws ecs describe-services*' -Text ($healthyService.Replace($From, $To))
         (Test-EcsService -ClusterName 'c' -ServiceName 's').Passed | Should -BeFalse
@@ -157,19 +155,19 @@ Describe 'Test-Target' {
     BeforeEach { Clear-FakeProgram }
 
     It 'passes when every target is healthy, leaving draining ones out' {
-        Add-FakeAnswer -Like 'aws elbv2*' -Text '{"TargetHealthDescriptions":[{"Target":{"Id":"a"},"TargetHealth":{"State":"healthy"}},{"Target":{"Id":"b"},"TargetHealth":{"State":"draining"}}]}'
+        Add-FakeAnswer -Like 'aws elbv2*' -Text '[{"Id":"a","State":"healthy","Why":null},{"Id":"b","State":"draining","Why":null}]'
         (Test-Target -TargetGroupArn 'arn').Passed | Should -BeTrue
     }
 
     It 'fails for an unhealthy target and names it' {
-        Add-FakeAnswer -Like 'aws elbv2*' -Text '{"TargetHealthDescriptions":[{"Target":{"Id":"10.0.0.7"},"TargetHealth":{"State":"unhealthy","Description":"503"}}]}'
+        Add-FakeAnswer -Like 'aws elbv2*' -Text '[{"Id":"10.0.0.7","State":"unhealthy","Why":"503"}]'
         $result = Test-Target -TargetGroupArn 'arn'
         $result.Passed | Should -BeFalse
         $result.Detail | Should -BeLike '*10.0.0.7 is unhealthy (503)*'
     }
 
     It 'fails when there is no target' {
-        Add-FakeAnswer -Like 'aws elbv2*' -Text '{"TargetHealthDescriptions":[]}'
+        Add-FakeAnswer -Like 'aws elbv2*' -Text '[]'
         (Test-Target -TargetGroupArn 'arn').Passed | Should -BeFalse
     }
 }
@@ -178,39 +176,39 @@ Describe 'Test-Log' {
     BeforeEach { Clear-FakeProgram }
 
     It 'counts lines and errors' {
-        $lines = '{"events":[{"message":"{\"level\":\"INFO\"}"},{"message":"{\"level\":\"ERROR\"}"}]}'
+        $lines = '["{\"level\":\"INFO\"}","{\"level\":\"ERROR\"}"]'
         Add-FakeAnswer -Like 'aws logs filter-log-events*' -Text $lines
-        $result = Test-Log -LogGroupName '/ecs/x' -LogMinutes 10
+        $result = Test-Log -LogGroupName '/ecs/x'
         $result.Passed | Should -BeTrue
         $result.Detail | Should -Be '2 lines in the last 10 minutes, 1 of them errors'
     }
 
     It 'fails when the service is silent' {
-        Add-FakeAnswer -Like 'aws logs filter-log-events*' -Text '{"events":[]}'
-        (Test-Log -LogGroupName '/ecs/x' -LogMinutes 10).Passed | Should -BeFalse
+        Add-FakeAnswer -Like 'aws logs filter-log-events*' -Text '[]'
+        (Test-Log -LogGroupName '/ecs/x').Passed | Should -BeFalse
     }
 }
 
 Describe 'Test-WebSocket' {
     It 'makes the round trip, over messages of several frames and other types' -Skip:(-not $env:TEST_GATEWAY) {
-        $result = Test-WebSocket -Endpoint $env:TEST_GATEWAY -Origin 'https://a.example' -AuthenticationOn $false -TimeoutSeconds 20
+        $result = Test-WebSocket -Address $env:TEST_GATEWAY -RequestOrigin 'https://a.example' -AuthenticationOn $false
         $result.Detail | Should -BeLike '*answered a ping in * ms'
         $result.Passed | Should -BeTrue
     }
 
     It 'reports the close code of a server that closes' -Skip:(-not $env:TEST_GATEWAY) {
-        $result = Test-WebSocket -Endpoint "$env:TEST_GATEWAY/closed" -AuthenticationOn $false -TimeoutSeconds 20
+        $result = Test-WebSocket -Address "$env:TEST_GATEWAY/closed" -AuthenticationOn $false
         $result.Passed | Should -BeFalse
         $result.Detail | Should -BeLike '*4401*'
     }
 
     It 'takes the refusal for a pass when a token is wanted and none was given' -Skip:(-not $env:TEST_GATEWAY) {
-        $result = Test-WebSocket -Endpoint "$env:TEST_GATEWAY/closed" -AuthenticationOn $true -TimeoutSeconds 20
+        $result = Test-WebSocket -Address "$env:TEST_GATEWAY/closed" -AuthenticationOn $true
         $result.Passed | Should -BeTrue
     }
 
     It 'fails where nobody listens' {
-        $result = Test-WebSocket -Endpoint 'ws://127.0.0.1:1' -AuthenticationOn $false -TimeoutSeconds 20
+        $result = Test-WebSocket -Address 'ws://127.0.0.1:1' -AuthenticationOn $false
         $result.Passed | Should -BeFalse
         $result.NextStep | Should -Not -BeNullOrEmpty
     }
@@ -222,21 +220,23 @@ Describe 'Invoke-ConnectionTest' {
         Add-FakeAnswer -Like 'aws sts get-caller-identity*' -Text '{"Account":"123456789012"}'
         Add-FakeAnswer -Like 'aws cloudformation describe-stacks*' -Text (ConvertTo-StackJson -Outputs $outputs -Parameters $parameters)
         Mock -CommandName Start-Sleep
-        $run = @{ StackName = 'agenticai-websocket-stack'; LogMinutes = 5; TimeoutSeconds = 5 }
     }
 
     It 'returns one object a check, in order' {
         Add-FakeAnswer -Like 'aws ecs describe-services*' -Text $healthyService
         Add-FakeAnswer -Like 'aws elbv2*' -Text 'AccessDenied' -ExitCode 255
-        $results = @(Invoke-ConnectionTest -Check 'Service', 'Targets' -WaitSeconds 0 @run)
+        $Check = 'Service', 'Targets'
+        $results = @(Invoke-ConnectionTest)
         $results.Check | Should -Be 'Service', 'Targets'
         $results.Passed | Should -Be $true, $false
         $results[1].Detail | Should -BeLike '*AccessDenied*'
     }
 
     It 'repeats a check that fails until it passes' {
-        Add-FakeAnswer -Like 'aws ecs describe-services*' -Text ($healthyService.Replace('"runningCount":2', '"runningCount":0')), $healthyService
-        $results = @(Invoke-ConnectionTest -Check 'Service' -WaitSeconds 60 @run)
+        Add-FakeAnswer -Like 'aws ecs describe-services*' -Text ($healthyService.Replace('"Running":2', '"Running":0')), $healthyService
+        $Check = @('Service')
+        $WaitSeconds = 60
+        $results = @(Invoke-ConnectionTest)
         $results[0].Passed | Should -BeTrue
         Should -Invoke -CommandName Start-Sleep -Times 1 -Exactly
     }
