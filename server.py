@@ -5421,6 +5421,17 @@ async def in_turns(connections: Sequence[Connection]) -> AsyncIterator[Connectio
             await asyncio.sleep(0)
 
 
+def was_reset(connection: Connection) -> bool:
+    """Whether the peer has cut the connection, unheard because it is not read from.
+
+    Source: Linux's tcp(7), TCP_INFO; its first byte is the state, and 7 is TCP_CLOSE.
+    """
+    if not hasattr(socket, "TCP_INFO"):
+        return False
+    raw = connection.transport.get_extra_info("socket")
+    return bool(raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x07")
+
+
 def peer_of(connection: Connection) -> str:
     """Who the socket says it is from; nothing once the peer has gone."""
     peer = connection.transport.get_extra_info("peername")
@@ -5822,7 +5833,10 @@ class Sweep:
         if connection.progress is not Progress.OPEN:
             return
         if not connection.is_read:
-            self._say_busy(connection, now)
+            if was_reset(connection):
+                connection.transport.abort()
+            else:
+                self._say_busy(connection, now)
             return
         since = connection.inbox.unfinished_since
         if since and now - since > MESSAGE_TIMEOUT_S:

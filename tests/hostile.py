@@ -23,6 +23,7 @@ import json
 import os
 import random
 import resource
+import socket
 import struct
 import sys
 import tempfile
@@ -364,7 +365,8 @@ class Wire:
     def reset(self) -> None:
         """End with RST, as processes do that are killed with data unread."""
         raw = self._writer.get_extra_info("socket")
-        raw.setsockopt(1, 13, struct.pack("ii", 1, 0))  # SOL_SOCKET, SO_LINGER
+        with contextlib.suppress(OSError):  # it is closed already
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._writer.transport.abort()
 
 
@@ -381,11 +383,13 @@ class Target:
         self.port = port
         self.issuer = issuer
         self.half_open = half_open
-        self._token = token_of("mallory", 3_600, projects=["hers", PROJECT, LIBRARY])
+        self._attackers = itertools.count()
         self.begin()
 
     def begin(self) -> None:
-        """Begin to count."""
+        """Begin to count, with somebody who has done nothing yet and owes nothing."""
+        name = f"mallory-{next(self._attackers)}"
+        self._token = token_of(name, 3_600, projects=["hers", PROJECT, LIBRARY])
         self.acts = 0
         self.misses: Counter[str] = Counter()
 
@@ -404,13 +408,16 @@ class Target:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         except OSError as exc:
             raise Missed(f"no connection ({type(exc).__name__})") from exc
+        wire = Wire(reader, writer)
         try:
-            yield Wire(reader, writer)
+            yield wire
         finally:
-            writer.transport.abort()
+            wire.reset()  # or the kernel goes on sending for minutes what is only slowly read
 
     @contextlib.asynccontextmanager
-    async def opened(self, headers: str = "", token: str | None = None) -> AsyncIterator[Wire]:
+    async def opened(
+        self, headers: str = "", token: str | None = None, query: str = ""
+    ) -> AsyncIterator[Wire]:
         """An open connection of somebody who has a token and means no good.
 
         Raises:
@@ -418,18 +425,18 @@ class Target:
         """
         async with self.dialled() as wire:
             proof = f"Authorization: Bearer {token or self._token}\r\n"
-            await wire.write((HANDSHAKE + somewhere() + proof + headers + "\r\n").encode())
+            handshake = HANDSHAKE.replace("/ws", f"/ws?{query}", 1) if query else HANDSHAKE
+            await wire.write((handshake + somewhere() + proof + headers + "\r\n").encode())
             expect(await wire.status(), 101)
             yield wire
 
-    async def flood(self, wire: Wire, code: int, *parts: bytes) -> None:
-        """Flood an open connection: either without ever reading, or until it is closed."""
+    async def flood(self, wire: Wire, *parts: bytes) -> None:
+        """Flood an open connection, and read what comes or not: it is read slowly, not closed."""
+        self.hit()
         if random.random() < 0.5:
-            self.hit()
             await wire.flood(*parts)
         async with wire.flooded(*parts):
-            expect(await wire.close_code(), code)
-        self.hit()
+            await wire.read_to_end()
 
 
 Attack = Callable[[Target], Awaitable[None]]
@@ -515,31 +522,35 @@ async def huge_frame(target: Target) -> None:
 @attack("fragments without end", 10)
 async def fragments(target: Target) -> None:
     async with target.opened() as wire:
-        size, code = random.choice([(0, 1008), (1, 1008), (1_000, 1009)])
+        size = random.choice([0, 1, 1_000])
         await wire.write(frame(b"", fin=False))
         part = frame(b"x" * size, CONTINUATION, fin=False) * (60_000 // (size + 10))
-        await target.flood(wire, code, part)
+        if size < 1_000:
+            await target.flood(wire, part)
+        async with wire.flooded(part):
+            expect(await wire.close_code(), 1009)
+        target.hit()
 
 
 @attack("ping floods", 10)
 async def ping_flood(target: Target) -> None:
     async with target.opened() as wire:
         size = random.choice([0, 125])
-        await target.flood(wire, 1008, frame(b"p" * size, PING) * (60_000 // (size + 6)))
+        await target.flood(wire, frame(b"p" * size, PING) * (60_000 // (size + 6)))
 
 
 @attack("pong floods", 10)
 async def pong_flood(target: Target) -> None:
     async with target.opened() as wire:
         size = random.choice([0, 125])
-        await target.flood(wire, 1008, frame(b"p" * size, PONG) * (60_000 // (size + 6)))
+        await target.flood(wire, frame(b"p" * size, PONG) * (60_000 // (size + 6)))
 
 
 @attack("message floods", 10)
 async def message_flood(target: Target) -> None:
     message = random.choice([b"1", b'{"action":"ping"}', b"{" * 10, b'{"action":"forward"}'])
     async with target.opened() as wire:
-        await target.flood(wire, 1008, frame(message) * (60_000 // (len(message) + 6)))
+        await target.flood(wire, frame(message) * (60_000 // (len(message) + 6)))
 
 
 BAD_CLOSES = (
@@ -583,7 +594,7 @@ async def bomb(target: Target) -> None:
             expect(await wire.close_code(), 1009)
             target.hit()
         else:
-            await target.flood(wire, 1008, SMALL_BOMB * 200)
+            await target.flood(wire, SMALL_BOMB * 200)
 
 
 HELD_UP = frame(b'{"action":"forward","type":"qa","data":1}') * 32  # FORWARDS_IN_FLIGHT
@@ -610,7 +621,7 @@ async def unfinished(target: Target) -> None:
         await wire.write(UNFINISHED)
         target.hit()
         async with wire.flooded(frame(b"", PONG), pause_s=2.0):
-            expect(await wire.close_code(), 1008, 1013)
+            expect(await wire.close_code(), 1008, 1013, "cut")
 
 
 @attack("subscription churn", 10)
@@ -655,6 +666,88 @@ async def log_readers(target: Target) -> None:
             async for _, payload in wire.frames():
                 if b'"subscription_confirmed"' in payload:
                     target.hit()
+
+
+NO_MESSAGE = deflated(b'{"action":"x","a":[' + b"[]," * 80_000 + b"[]]}")
+
+
+@attack("JSON that is no message", 6)
+async def no_message(target: Target) -> None:
+    """Have the gateway explain at length what is wrong with 256 KB out of 300 bytes."""
+    async with target.opened(DEFLATE) as wire:
+        await wire.write(NO_MESSAGE)
+        expect(await wire.answer("error"), "error")
+        target.hit()
+        async with wire.flooded(NO_MESSAGE * 10):
+            await wire.read_to_end()
+
+
+@attack("the same without a token", 6)
+async def no_message_and_no_token(target: Target) -> None:
+    async with target.dialled() as wire:
+        await wire.write((HANDSHAKE + somewhere() + DEFLATE + "\r\n").encode())
+        expect(await wire.status(), 101)
+        target.hit()
+        async with wire.flooded(NO_MESSAGE * 10):
+            expect(await wire.close_code(), 4401, "left open", "cut")
+
+
+@attack("subscriptions in the URL", 10)
+async def greedy_url(target: Target) -> None:
+    query = "&".join(f"project_id=p{number}" for number in range(600))
+    async with target.opened(query=query) as wire:
+        expect(await wire.answer("error"), "error")
+        target.hit()
+
+
+@attack("replays from memory", 8)
+async def replays(target: Target) -> None:
+    async with target.opened() as wire:
+        ask = frame(b'{"action":"subscribe","project_id":"%s","since":0}' % PROJECT.encode())
+        await wire.write(ask)
+        expect(await wire.answer("subscription_confirmed"), "subscription_confirmed")
+        target.hit()
+        async with wire.flooded(ask, pause_s=1 / 185):
+            await wire.read_to_end()
+
+
+@attack("catch-ups that replace each other", 8)
+async def impatient(target: Target) -> None:
+    """Ask for the whole log again before the answer can be there."""
+    async with target.opened() as wire:
+        ask = frame(b'{"action":"subscribe","project_id":"%s","since":0}' % LIBRARY.encode())
+        target.hit()
+        async with wire.flooded(ask, pause_s=0.015):
+            await wire.read_to_end()
+
+
+@attack("long names", 100)
+async def long_names(target: Target) -> None:
+    token = token_of(f"namer-{random.randrange(20)}", 3_600, projects="*")
+    async with target.opened(token=token) as wire:
+        target.hit()
+        for number in range(100):
+            name = f"{random.randrange(10**9)}-{number:0240}"
+            await wire.write(frame(b'{"action":"subscribe","project_id":"%s"}' % name.encode()))
+        await wire.read_to_end()
+
+
+@attack("a thousand that do their worst", 1_000)
+async def worst(target: Target) -> None:
+    """Never read, never finish, name long projects: all that fills memory, from many at once."""
+    await asyncio.sleep(random.uniform(0, 2))
+    token = token_of(f"worst-{random.randrange(50)}", 3_600, projects="*")
+    async with target.opened(DEFLATE, token=token) as wire:
+        target.hit()
+        kind = random.choice(["deaf", "unfinished", "names"])
+        if kind == "unfinished":
+            await wire.write(UNFINISHED)
+            await wire.flood(frame(b"", PONG), pause_s=2.0)
+        for number in itertools.count():
+            name = PROJECT if kind == "deaf" else f"{random.randrange(10**9)}-{number:0240}"
+            ask = b'{"action":"subscribe","project_id":"%s","since":0}' % name.encode()
+            await wire.write(frame(ask))
+            await asyncio.sleep(0.05)
 
 
 @attack("nested JSON", 10)
