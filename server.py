@@ -1517,6 +1517,9 @@ class Account:
         saved_s = min(now - self.paid_at, self._window_s)
         return saved_s * self._share >= amount - 1e-9  # clocks are floats
 
+    def owed(self, now: float) -> float:
+        return max(0.0, self.paid_at - now) * self._share
+
     def unused(self, now: float) -> bool:
         """Whether nothing would be lost by forgetting this account."""
         return not self.users and self.paid_at <= now - self._window_s
@@ -1548,6 +1551,10 @@ class Accounts:
             account = Account(key, worth * self._share, self._window_s)
             self._accounts[key] = account
         return account
+
+    def owed(self, now: float) -> float:
+        """What is owed on all accounts together."""
+        return sum(account.owed(now) for account in self._accounts.values())
 
     def forget(self, now: float) -> None:
         """Look at the oldest; those that are in use come last, and have their turn again."""
@@ -2661,6 +2668,7 @@ class QueueSender:
         self._still_waiting = still_waiting
         self._settle = settle
         self.fifo = queue_url.endswith(".fifo")
+        # For the log alone: where a queue fails, it fails for every task, and events still flow.
         self._dependency = Dependency(f"{name} queue")
         # Two calls at once may overtake each other, which a queue that promises order must not see.
         # (Entries of one call that SQS itself throttles are still sent after those it accepted.)
@@ -4558,6 +4566,9 @@ class Metrics:
     slow_consumers_closed: int = counter("clients closed because they read too slowly")
     memory_closed: int = counter("connections ended because the memory budget was used up")
     bytes_held: Gauge = gauge(Unit.BYTES, "bytes held for clients and agents, by kind")
+    work_owed: Gauge = gauge(
+        Unit.SECONDS, "CPU time that clients owe and are not read from until it is paid, by kind"
+    )
     catch_ups: int = counter("reads of the log for clients that came back")
     gaps_filled: int = counter("times that events had to be read from the log after all")
     target_health_errors: int = counter(
@@ -5489,6 +5500,14 @@ class Door:
             [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
         )
 
+    def work_owed(self) -> dict[str, float]:
+        """Seconds of CPU time that clients owe, by what their accounts are kept for."""
+        now = self._gateway.now()
+        return {
+            "subjects": round(self.work_by_subject.owed(now), 3),
+            "addresses": round(self.work_by_address.owed(now), 3),
+        }
+
     def new_protocol(self, state: State = State.CONNECTING) -> ServerProtocol:
         connecting = state is State.CONNECTING
         return (HandshakeProtocol if connecting else ServerProtocol)(
@@ -5888,6 +5907,7 @@ class Gateway:
         self.ledger = Ledger(self.registry, self.metrics, budget_mb * 1_048_576)
         self.metrics.bytes_held = self.ledger.figures
         self.door = Door(self, settings, self._make_tokens())
+        self.metrics.work_owed = self.door.work_owed
         self.messages = Messages(self, settings)
         self.sweep = Sweep(self, settings)
         self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics, self.ledger)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import aws_standin
 from server import Metrics, Registry
+from test_server import peer_of, running_gateway
 
 
 class TestGauges:
@@ -25,3 +27,13 @@ class TestGauges:
         del metrics.subscriptions
         assert "Subscriptions" not in metrics.line()
         assert "ActiveConnections" in metrics.stats()
+
+    async def test_work_owed(self, platform: aws_standin.Platform) -> None:
+        """The CPU time that clients owe is told, by what their accounts are kept for."""
+        async with running_gateway(platform) as gateway, peer_of(gateway):
+            assert gateway.metrics.stats()["WorkOwed"] == 0
+            [connection] = gateway.registry.connections.values()
+            connection.account.charge(10.0, gateway.now())  # twice what may be owed
+            stats = gateway.metrics.stats()
+            assert 4.0 < stats["WorkOwed"] <= 5.0
+            assert stats["WorkOwedByKind"] == {"subjects": 0, "addresses": stats["WorkOwed"]}
