@@ -202,6 +202,12 @@ export interface Connection<Events extends object = Record<string, any>> {
    * Rejects with a GatewayError, or with the signal's reason.
    */
   forward(type: string, data?: unknown, options?: ForwardOptions): Promise<Confirmation>;
+  /**
+   * Asks the agents to end their work on a forward of this id, also one that they have not begun. Resolves once the
+   * gateway has written that down; whoever watches the project gets an event `stop_requested` with `in_reply_to`.
+   * An order with a project has to be stopped with the same `project`. It is sent again like a forward.
+   */
+  stop(messageId: string, options?: Omit<ForwardOptions, 'messageId'>): Promise<{ messageId: string }>;
   /** Gives up the connection or the waiting, and makes an attempt at once. Throws once closed. */
   reconnect(): void;
   /** For good: every promise, subscription and iterator ends. May be called again. */

@@ -127,7 +127,8 @@ class Machine {
 
   /** @type {Map<string, Channel>} */ channels = new Map();
   /** Messages that SQS does not have yet, by their id, in the page's order. */
-  /** @type {Map<string, any>} */ forwards = new Map();
+  /** Forwards and stops that are not confirmed, by their ids: a stop's is a symbol. @type {Map<any, any>} */
+  forwards = new Map();
   /** The first that is up, if that is known. @type {number | undefined} */ deadline = undefined;
 
   // Attempts.
@@ -225,6 +226,7 @@ class Machine {
       case 'unsubscription_confirmed': return channel && this.unsubscribed(channel, message);
       case 'project_snapshot': return channel && this.snapshot(channel, message.data);
       case 'forward_confirmed': return this.accepted(message);
+      case 'stop_confirmed': return this.settle(this.stopOf(message) ?? {}, undefined, { messageId: message.message_id });
       case 'error': return this.refused(message);
       case 'pong': return this.pong(message);
       case 'reconnect': return this.notBefore = this.now + Math.min(Number(message.after_ms) || 0, AFTER_MS_MAX);
@@ -583,6 +585,10 @@ class Machine {
     if (forward) this.settle(forward, undefined, { messageId, sqsMessageId });
   }
 
+  stopOf({ message_id: messageId }) {
+    return [...this.forwards.values()].find(({ stops }) => stops !== undefined && stops === messageId);
+  }
+
   /** What of ours a message answers: by its `ref` or, from a gateway that does not know that, by what it names. */
   answers(message) {
     if (this.announced && message.ref !== undefined) {
@@ -590,7 +596,9 @@ class Machine {
       this.asked.delete(message.ref);
       return from instanceof Channel && from.request?.ref !== message.ref ? undefined : from;
     }
-    if (message.message_id !== undefined) return this.forwards.get(message.message_id);
+    if (message.message_id !== undefined) {
+      return message.action === 'stop' ? this.stopOf(message) : this.forwards.get(message.message_id);
+    }
     const { action, project_id: project } = message;
     const ours = ({ request }) => request?.action === action && !(this.announced && request.ref);
     const named = this.channels.get(project);
@@ -1118,6 +1126,18 @@ export function connect(url, {
     return sub;
   }
 
+  /** Send a message until it is confirmed. */
+  const submit = (id, message, { timeout = 30000, signal, stops }) => new Promise((resolve, reject) => {
+    const text = JSON.stringify(message);
+    signal?.throwIfAborted();
+    if (!(timeout >= 0)) throw new TypeError('Bad timeout.');
+    const forward = {
+      id, stops, text, bytes: new TextEncoder().encode(text).length, timeout, sent: false, resolve, reject, release: () => {},
+    };
+    act(() => machine.forward(forward));
+    if (signal) forward.release = watch(signal, () => machine.settle(forward, signal.reason));
+  });
+
   for (const name of WAKE) globalThis.addEventListener?.(name, wake);
   act(() => machine.start());
   return /** @type {any} */ ({
@@ -1141,16 +1161,13 @@ export function connect(url, {
     }),
 
     forward: (type, data, {
-      project, messageId = crypto.getRandomValues(new Uint32Array(4)).join('-'), timeout = 30000, signal,
-    } = /** @type {any} */ ({})) => new Promise((resolve, reject) => {
-      const text = JSON.stringify({ action: 'forward', type, message_id: messageId, project_id: project, client_id: clientId(), data });
-      signal?.throwIfAborted();
-      if (!(timeout >= 0)) throw new TypeError('Bad timeout.');
-      const forward = {
-        id: messageId, text, bytes: new TextEncoder().encode(text).length, timeout, sent: false, resolve, reject, release: () => {},
-      };
-      act(() => machine.forward(forward));
-      if (signal) forward.release = watch(signal, () => machine.settle(forward, signal.reason));
-    }),
+      project, messageId = crypto.getRandomValues(new Uint32Array(4)).join('-'), ...options
+    } = /** @type {any} */ ({})) => submit(messageId, {
+      action: 'forward', type, message_id: messageId, project_id: project, client_id: clientId(), data,
+    }, options),
+
+    stop: (messageId, { project, ...options } = /** @type {any} */ ({})) => submit(Symbol('stop'), {
+      action: 'stop', message_id: messageId, project_id: project,
+    }, { ...options, stops: messageId }),
   });
 }

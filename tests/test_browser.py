@@ -742,6 +742,7 @@ class ScriptedGateway:
         epoch: of its log.
         refuses: the status that handshakes are answered with; None lets them in.
         confirms: whether forwards are confirmed.
+        stops: those that came; each is confirmed, and told to the project.
         asked: how many requests were refused, or were for its health.
         greeted: connections that were let in.
         forwards: those that came.
@@ -756,6 +757,7 @@ class ScriptedGateway:
         self.refuses: int | None = None
         self.confirms = True
         self.asked = 0
+        self.stops: list[dict[str, Any]] = []
         self.greeted: list[ServerConnection] = []
         self._server = serve(
             self._serve,
@@ -791,6 +793,12 @@ class ScriptedGateway:
                 recovered = message.get("epoch") == self.epoch if "since" in message else None
                 self.confirm(connection, message["project_id"], recovered)
                 self.connections.append(connection)
+            elif message["action"] == "stop":
+                self.stops.append(message)
+                connection.send(
+                    json.dumps({"type": "stop_confirmed", "message_id": message["message_id"]})
+                )
+                self.send(type="stop_requested", in_reply_to=message["message_id"], data=None)
             elif message["action"] == "forward":
                 self.forwards.append(message)
                 if self.confirms:
@@ -1167,6 +1175,31 @@ class TestList:
         whole = "".join(f"{number:04} " for number in range(10_000))
         assert text_of(page, "#detail .stream pre") == whole
         assert page.locator("#events li[data-kind=event]").count() == 1
+
+    def test_stop(
+        self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
+    ) -> None:
+        """Running orders can be stopped, one's own and others'; those that have ended cannot."""
+        page = open_page(console_link(console, scripted.url, PROJECT))
+        await_live(page)
+        page.press("#data", "Control+Enter")
+        page.wait_for_selector("#orders li[data-status=confirmed]")
+        order = scripted.forwards[0]["message_id"]
+        page.press("#orders button.stop", "Enter")
+        page.wait_for_selector("#orders li[data-status=stopping]")
+        await_text(page, "#events .brief", "A stop was requested of Build the login page")
+        (stop,) = scripted.stops
+        assert (stop["message_id"], stop["project_id"]) == (order, PROJECT)
+        assert page.locator("#orders button.stop:visible").count() == 0
+        assert page.evaluate("document.activeElement.className") == "link"
+        scripted.send(data={"status": "working", "step": 1, "of": 4}, in_reply_to=order)
+        scripted.send(data={"status": "stopped", "message": "Stopped"}, in_reply_to=order)
+        await_text(page, "#orders li[data-status=stopped] .status", "Stopped")
+
+        scripted.send(data={"agent": "qa", "message": "Testing"}, in_reply_to="theirs")
+        page.click("#orders li:has-text('theirs') button.stop")
+        page.wait_for_selector("#orders li[data-status=stopping]:has-text('theirs')")
+        assert scripted.stops[1]["message_id"] == "theirs"
 
     def test_orders_of_others(
         self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str

@@ -193,3 +193,54 @@ describe('signal', () => {
     assert.deepEqual([clock.pending, listeners], [timers, 0]);
   });
 });
+
+describe('stop', () => {
+  test('resolves when the gateway has written it down, apart from the forward of the same id', async () => {
+    const { client, opened } = setup();
+    const socket = await opened();
+    const forward = client.forward('dev', {}, { project: 'p', messageId: 'm1' });
+    const stop = client.stop('m1', { project: 'p' });
+    const [{ ref, ...sent }] = socket.actions('stop');
+    assert.deepEqual(sent, { action: 'stop', message_id: 'm1', project_id: 'p' });
+    socket.receive({ type: 'stop_confirmed', message_id: 'another' });
+    socket.receive({ type: 'stop_confirmed', message_id: 'm1', project_id: 'p' });
+    assert.deepEqual(await stop, { messageId: 'm1' });
+    socket.receive(confirm('m1'));
+    await forward;
+  });
+
+  test("rejects with the server's reason", async () => {
+    const { client, opened, errors } = setup();
+    const socket = await opened();
+    const forward = client.forward('dev', {}, { messageId: 'm1' });
+    const stop = client.stop('m1');
+    socket.receive({ type: 'error', code: 'forbidden', message: 'No.', action: 'stop', message_id: 'm1' });
+    await assert.rejects(stop, { code: 'forbidden' });
+    socket.receive(confirm('m1'));
+    await forward;
+    assert.deepEqual(errors(), []);
+  });
+
+  test('is sent again after a reconnect', async () => {
+    const { client, clock, opened } = setup();
+    const stop = client.stop('m1');
+    (await opened()).break();
+    await clock.advance(1000);
+    const next = await opened();
+    assert.equal(next.actions('stop').length, 1);
+    next.receive({ type: 'stop_confirmed', message_id: 'm1' });
+    await stop;
+  });
+
+  test('gives up in time, and when it is told to', async () => {
+    const { client, opened } = setup();
+    await opened();
+    const controller = new AbortController();
+    const stop = client.stop('m1', { signal: controller.signal });
+    controller.abort();
+    await assert.rejects(stop, { name: 'AbortError' });
+    const another = client.stop('m1');
+    client.close();
+    await assert.rejects(another, { code: 'closed' });
+  });
+});
