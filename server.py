@@ -133,6 +133,7 @@ QUEUE_OF_TYPE = {
 RESERVED_TYPES = frozenset({
     "connected", "subscription_confirmed", "unsubscription_confirmed", "forward_confirmed",
     "pong", "error", "reconnect", "project_snapshot", "token_expiring", "authenticated",
+    "stop_confirmed", "stop_requested",
 })  # fmt: skip
 """What only the server itself may say: an agent's update may not use these as its ``type``."""
 
@@ -171,6 +172,7 @@ SUBPROTOCOL = "agenticai.v1"
 BEARER_PREFIX = "bearer."  # of a subprotocol that carries a token, for browsers have no headers
 CLOSE_UNAUTHENTICATED = 4401  # from the range for applications (RFC 6455, section 7.4.2)
 ID_MAX_CHARS = 256
+TRACE_MAX_CHARS = 128  # of a traceparent: 55 today, "higher versions" may be longer (W3C)
 SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
 WEBSOCKET_PATHS = ("/", "/ws")
 COMPLAINT_MAX_CHARS = 200
@@ -216,7 +218,7 @@ RECENT_BYTES = 65_536
 CATCHUP_CHUNK_BYTES = 131_072
 CATCHUP_READS = 32  # at once, of pages of up to 1 MB
 CATCHUP_WRITES = 32  # of chunks, in one turn of the loop
-CATCHUP_PAGES = 12  # of one log at most ten are asked for; kept for those who come for the same
+CATCHUP_PAGES = 12  # kept for others who come for the same
 AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
 RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
 
@@ -224,7 +226,7 @@ RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
 SQS_BATCH_ENTRIES = 10
 SQS_BATCH_BYTES = 1_048_576
 SNS_MESSAGE_BYTES = 262_144
-EVENT_MAX_BYTES = SNS_MESSAGE_BYTES - 8_192  # one event and its envelope fit one SNS message
+EVENT_MAX_BYTES = SNS_MESSAGE_BYTES - 10_240  # one event and its envelope fit one SNS message
 TRANSACTION_EVENTS = 99  # and the head make 100 items
 TRANSACTION_BYTES = 3_500_000
 LONG_POLL_S = 20
@@ -247,6 +249,8 @@ EVENT_ID_WINDOW_S = (
 EVENT_IDS_REMEMBERED = 400_000  # 1,000 events a second for the window and the clocks' skew
 HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
 CLOCK_SKEW_S = 60.0
+STOP_SKEW_S = 5.0  # a stop is also for orders that a clock so far ahead has dated
+STOP_KEPT_S = 1_209_600  # an order lies in its queue no longer (SQS)
 FAN_OUT_RETENTION_S = 60
 STALE_AFTER_HEARTBEATS = 5
 
@@ -667,9 +671,6 @@ class Settings:
     event_retention_hours: int = setting(
         whole(1, 8_760), "how long missed events can be had", 24, "sqs_queue_url_updates"
     )
-    max_catchup_events: int = setting(
-        whole(1, 100_000), "a client that missed more must refetch its state", 1_000
-    )
     max_message_bytes: int = setting(
         whole(1_024, 1_048_576),
         "largest message from a client; over it the close code is 1009",
@@ -888,6 +889,14 @@ class Forward(Asking, tag_field="action", tag="forward"):
     project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     data: Raw = Raw(b"null")
     client_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    traceparent: Annotated[str, Meta(max_length=TRACE_MAX_CHARS)] | None = None
+
+
+class Stop(Asking, tag_field="action", tag="stop"):
+    """Asks agents to end their work on a forward, come or yet to come."""
+
+    message_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
 
 
 class Ping(Asking, tag_field="action", tag="ping"):
@@ -900,7 +909,7 @@ class Authenticate(Asking, tag_field="action", tag="authenticate"):
     token: Annotated[str, Meta(min_length=1, max_length=TOKEN_MAX_CHARS)]
 
 
-ClientMessage = Subscribe | Unsubscribe | Forward | Ping | Authenticate
+ClientMessage = Subscribe | Unsubscribe | Forward | Stop | Ping | Authenticate
 
 
 class Connected(Struct, tag="connected", kw_only=True):
@@ -928,8 +937,18 @@ class ProjectSnapshot(Answer, tag="project_snapshot"):
 
 
 class ForwardConfirmed(Answer, tag="forward_confirmed"):
+    """``seq`` is where the project's log was, or before: all answers come after it."""
+
     message_id: str
     sqs_message_id: str
+    project_id: str | UnsetType = UNSET
+    seq: int | UnsetType = UNSET
+    epoch: str | UnsetType = UNSET
+
+
+class StopConfirmed(Answer, tag="stop_confirmed"):
+    message_id: str
+    project_id: str | UnsetType = UNSET
 
 
 class Pong(Answer, tag="pong"):
@@ -969,6 +988,8 @@ class EventMessage(Struct, omit_defaults=True):
     data: Raw
     seq: int | None = None
     timestamp: str = ""
+    in_reply_to: str | None = None
+    traceparent: str | None = None
 
 
 class AgentMessage(Struct, tag_field="action", tag="forward"):
@@ -982,6 +1003,7 @@ class AgentMessage(Struct, tag_field="action", tag="forward"):
     client_id: str
     user: str | None
     timestamp: str
+    traceparent: str | UnsetType = UNSET
 
 
 class Update(Struct):
@@ -993,6 +1015,15 @@ class Update(Struct):
     event_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     ephemeral: bool = False
     connection_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    in_reply_to: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    traceparent: Annotated[str, Meta(max_length=TRACE_MAX_CHARS)] | None = None
+
+    def event(self, seq: int | None, stamp: str) -> EventMessage:
+        """What clients get of it."""
+        return EventMessage(
+            self.type, self.project_id or EVERYONE, self.data, seq, stamp,
+            self.in_reply_to, self.traceparent,
+        )  # fmt: skip
 
 
 class RelayedEvent(Struct, array_like=True):
@@ -1044,7 +1075,7 @@ class Decoders:
             "Envelope",
             {
                 name: (name, Raw, Raw())
-                for message in (Subscribe, Unsubscribe, Forward, Authenticate, Update)
+                for message in (Subscribe, Unsubscribe, Forward, Stop, Authenticate, Update)
                 for name in ("action", *message.__struct_fields__)
             }.values(),
         )
@@ -1374,7 +1405,7 @@ def explain(payload: bytes, complaint: msgspec.ValidationError) -> BadMessage:
     """Why valid JSON is no client message; ``complaint`` is msgspec's word for it."""
     if not re.match(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\{", payload):
         return BadMessage(ErrorCode.INVALID_MESSAGE, "The message must be a JSON object.")
-    actions = "subscribe, unsubscribe, forward, ping or authenticate"
+    actions = "subscribe, unsubscribe, forward, stop, ping or authenticate"
     if "required field `action`" in str(complaint):
         return BadMessage(ErrorCode.INVALID_MESSAGE, f'The message has no "action": {actions}.')
     if "`$.action`" in str(complaint):
@@ -2089,7 +2120,7 @@ WORK_WINDOW_S = 10.0
 """An account has at most so many seconds of its share saved up, and owes at most as many."""
 
 PAGE_PRICE_S = 0.002
-"""The work that a page read from the log stands for, beside what is replayed of it."""
+"""The work that a page read from the log stands for, beside what is replayed of it, or a stop."""
 
 REPLAY_PRICE_S_PER_BYTE = 5e-8
 """The work that a replayed byte stands for: with ``WORK_SHARE``, a megabyte a second."""
@@ -2872,7 +2903,9 @@ class Forwarder:
 #   PK=EVENTLOG      SK=EPOCH             epoch: one random id a table
 #   PK=PROJECT#<id>  SK=EVENTLOG          the head; seq: of the last event; never expires;
 #                                         newest: "<seq> <timestamp>", of the event it was set with
-#   PK=PROJECT#<id>  SK=EVENT#<seq>       type, data, event_id, timestamp, expires_at
+#   PK=PROJECT#<id>  SK=EVENT#<seq>       type, data, event_id, timestamp, expires_at, and where
+#                                         the update had them, in_reply_to and traceparent
+#   PK=STOP#<hash>   SK=STOP              stopped_at, expires_at, of one order (see `stop_key`)
 #   PK=PROJECT#<id>  SK=METADATA          the platform's own state of the project
 #
 # An append is one transaction over as many projects as it can hold. Of each project it moves the
@@ -2903,6 +2936,9 @@ EVENT_IDS: Mapping[str, Any] = {
 
 HEAD_KEY = "EVENTLOG"
 
+ALREADY_STOPPED = "already stopped"
+"""The refusal of a stop that another one, a moment before, has made unnecessary."""
+
 STALE_HEAD_CODES = frozenset({"ConditionalCheckFailed", "TransactionConflict"})
 
 
@@ -2928,7 +2964,19 @@ def event_message(project_id: str, item: Mapping[str, Any]) -> EventMessage:
         data=Raw(item["data"]["S"].encode()),
         seq=seq_of(item),
         timestamp=item["timestamp"]["S"],
+        **{name: item[name]["S"] for name in ("in_reply_to", "traceparent") if name in item},
     )
+
+
+def stop_key(stop: Stop, user: str | None) -> dict[str, Any]:
+    """Where agents look for a stop: hashed, as ids hold any character and keys 2,048 bytes.
+
+    Whoever may use a project may stop its orders. One without a project is its user's alone.
+    """
+    of_whom = (
+        (stop.project_id, stop.message_id) if stop.project_id else (None, stop.message_id, user)
+    )
+    return {"PK": {"S": f"STOP#{hashlib.sha256(encode(of_whom)).hexdigest()}"}, "SK": {"S": "STOP"}}
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2941,6 +2989,7 @@ class PendingEvent:
         sent_at: when the agent sent it, unix seconds.
         event: what clients get, once it is in the log.
         refusal: DynamoDB's code, if it does not take this event.
+        stop: the key of the stop that is written with it, unless that is there already.
     """
 
     update: Update
@@ -2949,6 +2998,11 @@ class PendingEvent:
     sent_at: float
     event: Event | None = None
     refusal: str | None = None
+    stop: dict[str, Any] | None = None
+
+    @property
+    def item_count(self) -> int:
+        return 2 if self.stop else 1
 
     @property
     def project_id(self) -> str:
@@ -3046,7 +3100,7 @@ class ProjectAppend:
 
     @property
     def item_count(self) -> int:
-        return 1 + min(len(self.pending), TRANSACTION_EVENTS)
+        return 1 + min(sum(each.item_count for each in self.pending), TRANSACTION_EVENTS)
 
     @property
     def size_bytes(self) -> int:
@@ -3055,18 +3109,15 @@ class ProjectAppend:
     def next_events(self) -> list[tuple[PendingEvent, EventMessage]]:
         """As much of what waits as one transaction takes, with the next numbers."""
         seq, stamp = cast("Head", self.head).seq, timestamp()
-        size = 0
+        size = items = 0
         chosen: dict[str, tuple[PendingEvent, EventMessage]] = {}
         for each in self.waiting:
-            size += len(bytes(each.update.data)) + 1_024
-            if len(chosen) == self.at_most or (chosen and size > TRANSACTION_BYTES):
+            size, items = size + len(bytes(each.update.data)) + 1_024, items + each.item_count
+            if chosen and (items > self.at_most or size > TRANSACTION_BYTES):
                 break
             if each.event_id not in chosen:
                 seq += 1
-                message = EventMessage(
-                    each.update.type, self.project_id, each.update.data, seq, stamp
-                )
-                chosen[each.event_id] = each, message
+                chosen[each.event_id] = each, each.update.event(seq, stamp)
         return list(chosen.values())
 
     def failed(self, *, throttled: bool) -> None:
@@ -3391,10 +3442,7 @@ class EventLog:
             event = met.get(seq)
             if event is None:
                 stored = await self._items_at(append.project_id, [seq])
-                update = pending.update
-                message = EventMessage(
-                    update.type, append.project_id, update.data, seq, timestamp()
-                )
+                message = pending.update.event(seq, timestamp())
                 event = Event.of(event_message(append.project_id, stored[0]) if stored else message)
             event.sent_at = pending.sent_at
             pending.event = event
@@ -3429,11 +3477,45 @@ class EventLog:
                     "event_id": {"S": pending.event_id},
                     "timestamp": {"S": message.timestamp},
                     "expires_at": expires_at,
+                    **{
+                        name: {"S": value}
+                        for name in ("in_reply_to", "traceparent")
+                        if (value := getattr(message, name)) is not None
+                    },
                 },
             }
             for pending, message in events
         ]
-        return [{"Update": head}, *({"Put": put} for put in puts)]
+        stops = [self._stop_item(pending.stop) for pending, _ in events if pending.stop]
+        return [{"Update": head}, *({"Put": put} for put in puts + stops)]
+
+    def _stop_item(self, key: dict[str, Any]) -> dict[str, Any]:
+        """The request to write a stop; of those within ``STOP_SKEW_S`` the first is for all."""
+        now = time.time()
+        expires_at = {"N": str(int(now) + STOP_KEPT_S)}
+        return {
+            "TableName": self._table,
+            "Item": {**key, "stopped_at": {"N": f"{now:.3f}"}, "expires_at": expires_at},
+            "ConditionExpression": "attribute_not_exists(PK) OR stopped_at < :recently",
+            "ExpressionAttributeValues": {":recently": {"N": f"{now - STOP_SKEW_S:.3f}"}},
+        }
+
+    async def stop(self, key: dict[str, Any]) -> None:
+        """Write the stop of an order that has no project, and so no log to tell of it."""
+
+        async def put() -> None:
+            try:
+                await self._dynamodb.put_item(**self._stop_item(key))
+            except ClientError as exc:
+                if error_code(exc) != "ConditionalCheckFailedException":
+                    raise
+
+        await self.dependency.retry("PutItem", put)
+
+    def known_seq(self, project_id: str) -> int | None:
+        """A ``seq`` that the project's log has reached, if this task knows one."""
+        head = self._heads.get(project_id)
+        return None if head is None else head.seq
 
     async def _transact(self, items: list[Any]) -> bool:
         """Repeat a transaction until DynamoDB says what became of it; ``False`` if it does not.
@@ -3475,9 +3557,18 @@ class EventLog:
         for append, events in writes:
             head_code, *event_codes = [*codes[place : place + 1 + len(events)], ""]
             place += 1 + len(events)
-            found = {head_code, *event_codes} - {""}
+            stops = [pending for pending, _ in events if pending.stop]
+            stop_codes, place = codes[place : place + len(stops)], place + len(stops)
+            found = {head_code, *event_codes, *stop_codes} - {""}
             (groups.append([append]) if found else innocent.append(append))
-            if found & STALE_HEAD_CODES:
+            if repeats := [
+                stop
+                for stop, code in zip(stops, stop_codes, strict=False)
+                if code == "ConditionalCheckFailed"
+            ]:
+                for stop in repeats:
+                    stop.refusal = ALREADY_STOPPED
+            elif found & STALE_HEAD_CODES:
                 self._metrics.append_conflicts += 1
                 cast("Head", append.head).stale = True
                 append.failed(throttled=False)
@@ -3585,7 +3676,6 @@ class Feed:
         registry: Registry,
         fan_out: FanOut,
         metrics: Metrics,
-        max_catchup_events: int,
         read_state: Callable[[str], Awaitable[Any]],
     ) -> None:
         self._tasks = tasks
@@ -3593,7 +3683,6 @@ class Feed:
         self._registry = registry
         self._fan_out = fan_out
         self._metrics = metrics
-        self._max_catchup_events = max_catchup_events
         self._read_state = read_state
         self._reads = asyncio.Semaphore(CATCHUP_READS)
         self._turns = asyncio.Semaphore(CATCHUP_WRITES)
@@ -3678,7 +3767,7 @@ class Feed:
         if request.since is None:
             return cursor, UNSET
         other_log = request.epoch is not None and request.epoch != self._log.epoch
-        if other_log or not 0 <= cursor - request.since <= self._max_catchup_events:
+        if other_log or request.since > cursor:
             return cursor, False
         return request.since, True
 
@@ -4255,6 +4344,15 @@ class Relay:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class RequestedStop(PendingEvent):
+    """A client's stop; ``done`` is told once it is in the log and sent to all tasks."""
+
+    done: Callable[[str | None], None] = lambda _: None
+
+    logged = True
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class ReceivedUpdate(PendingEvent):
     """An update with the message of the updates queue that it came in.
 
@@ -4301,8 +4399,8 @@ class Intake:
         self._feed = feed
         self._relay = relay
         self._may_receive = may_receive
-        self._waiting: dict[str, list[ReceivedUpdate]] = {}  # by project
-        self._under_way: dict[str, list[ReceivedUpdate]] = {}
+        self._waiting: dict[str, list[ReceivedUpdate | RequestedStop]] = {}  # by project
+        self._under_way: dict[str, list[ReceivedUpdate | RequestedStop]] = {}
         self._held: dict[str, ReceivedUpdate] = {}  # by receipt
         self.bytes_in_hand = 0
         self._room = asyncio.Event()
@@ -4366,6 +4464,20 @@ class Intake:
         self.bytes_in_hand += len(message["Body"])
         self._waiting.setdefault(received.project_id, []).append(received)
 
+    def stop_order(
+        self,
+        project_id: str,
+        message_id: str,
+        key: dict[str, Any],
+        done: Callable[[str | None], None],
+    ) -> None:
+        """Have an order's stop logged with its event; ``done`` is told why not, or ``None``."""
+        now = time.time()
+        update = Update("stop_requested", project_id, in_reply_to=message_id)
+        stop = RequestedStop(update, uuid.uuid4().hex, now, now, stop=key, done=done)
+        self._waiting.setdefault(project_id, []).append(stop)
+        self._append_waiting()
+
     def _append_waiting(self) -> None:
         """Have what waits appended, of every project that has nothing under way."""
         appends = []
@@ -4391,27 +4503,32 @@ class Intake:
                 self._deliver(update)
         self._append_waiting()
 
-    def _deliver(self, received: ReceivedUpdate) -> None:
+    def _deliver(self, received: ReceivedUpdate | RequestedStop) -> None:
         """Deliver an update here, then publish it, then delete it from the queue."""
         update, event, project_id = received.update, received.event, received.project_id
-        receipt = received.message["ReceiptHandle"]
+        if isinstance(received, RequestedStop):
+            done = partial(received.done, received.refusal)
+        else:
+            done = partial(self._to_delete.add, received.message["ReceiptHandle"])
         if received.refusal is not None:
+            if isinstance(received, RequestedStop):
+                done()
+                return
             why = f"the log does not take it: {received.refusal}"
-            self._let_go(receipt)
+            self._let_go(received.message["ReceiptHandle"])
             self._tasks.create_task(self._give_back(received.message, received.receives, why))
             return
         if event is None:
-            message = EventMessage(update.type, project_id, update.data, None, timestamp())
-            event = Event.of(message, received.sent_at)
+            event = Event.of(update.event(None, timestamp()), received.sent_at)
         found = self._feed.accept(event, update.connection_id)
         if self._relay is None or found:
-            self._to_delete.add(receipt)
+            done()
             return
         event_id = received.event_id if event.seq is not None else None
         relayed = RelayedEvent(
             project_id, event.seq, update.connection_id, event.sent_at, Raw(event.payload), event_id
         )
-        self._relay.publish(relayed, partial(self._to_delete.add, receipt))
+        self._relay.publish(relayed, done)
 
     def _let_go(self, receipt: str) -> None:
         if received := self._held.pop(receipt, None):
@@ -5702,13 +5819,15 @@ class Messages:
             raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
         project_id = getattr(message, "project_id", None)
         # An agent answers where it was asked: a forward for everyone comes back to everyone.
-        strictly = isinstance(message, Forward)
+        strictly = isinstance(message, Forward | Stop)
         may_use = connection.principal.may_use
         if not isinstance(message, Ping) and not may_use(project_id, strictly=strictly):
             raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
         match message:
             case Forward():
                 self._forward(connection, message)
+            case Stop():
+                self._stop(connection, message)
             case Subscribe():
                 self._subscribe(connection, message)
             case Unsubscribe():
@@ -5771,13 +5890,16 @@ class Messages:
         queue = queue_of(message)
         message.message_id = message_id = message.message_id or str(uuid.uuid4())
         size_bytes = len(bytes(message.data))
+        position = self._position(message.project_id)
 
         def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
             connection.forwarding(-1, size_bytes)
             if error is not None:
                 self.refuse(connection, error, message)
             elif sqs_message_id is not None:
-                answer = ForwardConfirmed(message_id, sqs_message_id, ref=ref_of(message))
+                answer = ForwardConfirmed(
+                    message_id, sqs_message_id, **position, ref=ref_of(message)
+                )
                 connection.send(encode(answer))
 
         body = AgentMessage(
@@ -5789,9 +5911,49 @@ class Messages:
             client_id=message.client_id or connection.id,
             user=connection.principal.subject if connection.principal else None,
             timestamp=timestamp(),
+            traceparent=message.traceparent or UNSET,
         )
         self._gateway.forwarder.submit(queue, body, done)
         connection.forwarding(+1, size_bytes)
+
+    def _position(self, project_id: str | None) -> dict[str, Any]:
+        """Where to read a project's log from, for what comes after this moment; no call is made."""
+        if project_id is None:
+            return {}
+        channel = self._gateway.registry.channels.get(project_id)
+        cursor = channel.cursor if channel else None
+        seq = self._gateway.log.known_seq(project_id) if cursor is None else cursor
+        place = {} if seq is None else {"seq": seq, "epoch": self._gateway.log.epoch}
+        return {"project_id": project_id, **place}
+
+    def _stop(self, connection: Connection, message: Stop) -> None:
+        principal = cast("Principal", connection.principal)
+        key = stop_key(message, principal.subject)
+        intake, tasks = self._gateway.intake, self._gateway.tasks
+        if intake is None:
+            raise BadMessage(ErrorCode.UNAVAILABLE, "This gateway takes no answers from agents.")
+
+        def done(refusal: str | None = None) -> None:
+            connection.forwarding(-1, 0)
+            if refusal not in (None, ALREADY_STOPPED):
+                sentence = f"The stop cannot be written ({refusal})."
+                error = BadMessage(ErrorCode.REJECTED, sentence, retryable=False)
+                self.refuse(connection, error, message)
+                return
+            project_id = message.project_id or UNSET
+            confirmed = StopConfirmed(message.message_id, project_id, ref=ref_of(message))
+            connection.send(encode(confirmed))
+
+        connection.account.charge(PAGE_PRICE_S, self._gateway.now())
+        connection.forwarding(+1, 0)
+        if message.project_id:
+            intake.stop_order(message.project_id, message.message_id, key, done)
+        else:
+            tasks.create_task(self._stop_without_project(key, done))
+
+    async def _stop_without_project(self, key: dict[str, Any], done: Callable[[], None]) -> None:
+        await self._gateway.log.stop(key)
+        done()
 
     def refuse(
         self, connection: Connection, exc: BadMessage, message: ClientMessage | None = None
@@ -5917,7 +6079,7 @@ class Gateway:
         self.log = EventLog(aws.dynamodb, settings.log_table, retention_s, self.metrics)
         self.feed = Feed(
             tasks, self.log, self.registry, self.fan_out, self.metrics,
-            settings.max_catchup_events, self._read_state,
+            self._read_state,
         )  # fmt: skip
         self.relay = self._make_relay(task_id)
         self.intake = self._make_intake()

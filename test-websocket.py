@@ -108,12 +108,14 @@ ANSWERS: Final[Mapping[str, tuple[str, str]]] = {
     "subscription_confirmed": ("subscribe", "project_id"),
     "unsubscription_confirmed": ("unsubscribe", "project_id"),
     "forward_confirmed": ("forward", "message_id"),
+    "stop_confirmed": ("stop", "message_id"),
     "pong": ("ping", ""),
 }
 # What only the server says; any other type is an agent's event.
 SERVER_TYPES: Final = frozenset({
     "authenticated", "connected", "error", "forward_confirmed", "pong", "project_snapshot",
-    "reconnect", "subscription_confirmed", "token_expiring", "unsubscription_confirmed",
+    "reconnect", "stop_confirmed", "subscription_confirmed", "token_expiring",
+    "unsubscription_confirmed",
 })  # fmt: skip
 
 # The numbers of ANSI colours.

@@ -48,6 +48,16 @@ VARYING = {
 # --- Messages -------------------------------------------------------------------------------
 
 
+class StopRequested(Struct, tag="stop_requested"):
+    """The event that tells of a stop, which the server makes like an agent's."""
+
+    project_id: str
+    data: None
+    seq: int
+    timestamp: str
+    in_reply_to: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
     """One kind of message.
@@ -123,6 +133,7 @@ CLIENT_MESSAGES = (
             "client_id": "your own id, made at random once and kept over reconnects, so that a "
             "FIFO queue knows your repetition from another client's message of the same "
             "`message_id`. Without it, the connection's id stands for it",
+            "traceparent": "W3C Trace Context; the agent gets it with the order",
             **ASKING,
         },
         {
@@ -135,6 +146,22 @@ CLIENT_MESSAGES = (
             }
         },
         ("forward_confirmed",),
+    ),
+    Message(
+        "stop",
+        server.Stop,
+        "Asks the agents to end their work on a forward, begun or not. It takes the right that the "
+        "forward took; a forward without a project is stopped by its own user only. It is for "
+        "whatever the gateway has taken under this id before it: the same id may be used again. "
+        "With a project, all its subscribers get an event of the type `stop_requested`, whose "
+        "`in_reply_to` is the `message_id`; a repetition within five seconds adds none.",
+        {
+            "message_id": "that of the forward; it may not have arrived yet",
+            "project_id": "the forward's project, if it has one",
+            **ASKING,
+        },
+        {"stop": {"action": "stop", "message_id": MESSAGE, "project_id": "proj_123"}},
+        ("stop_confirmed",),
     ),
     Message(
         "ping",
@@ -255,6 +282,8 @@ SERVER_MESSAGES = (
             "seq": "its place in the project's log, from 1 without a hole; missing in an "
             "ephemeral event, which is not kept",
             "timestamp": "when it was logged, or delivered if it is ephemeral",
+            "in_reply_to": "the `message_id` of the forward that it answers",
+            "traceparent": "W3C Trace Context, as the agent sent it",
         },
         {
             "event": {
@@ -283,12 +312,64 @@ SERVER_MESSAGES = (
         "forward_confirmed",
         server.ForwardConfirmed,
         "SQS has the message.",
-        {"message_id": "yours, or the one made for it", "sqs_message_id": "SQS's own", **ANSWER},
+        {
+            "message_id": "yours, or the one made for it",
+            "sqs_message_id": "SQS's own",
+            "project_id": "the forward's, if it has one",
+            "seq": "where the project's log was before the forward went out: all answers come "
+            "after it. Missing where this task has nothing to do with the project yet",
+            "epoch": "the log's id; with `seq`",
+            **ANSWER,
+        },
         {
             "forward confirmed": {
                 "type": "forward_confirmed",
                 "message_id": MESSAGE,
                 "sqs_message_id": SQS_MESSAGE,
+                "project_id": "proj_123",
+            },
+            "forward confirmed with its place": {
+                "type": "forward_confirmed",
+                "message_id": MESSAGE,
+                "sqs_message_id": SQS_MESSAGE,
+                "project_id": "proj_123",
+                "seq": 0,
+                "epoch": EPOCH,
+            },
+        },
+    ),
+    Message(
+        "stop_requested",
+        StopRequested,
+        "An event of the server's own: somebody wants the agents to stop their work on a forward.",
+        {
+            "project_id": "the project",
+            "data": "always `null`",
+            "seq": "its place in the project's log",
+            "timestamp": "when it was logged",
+            "in_reply_to": "the `message_id` of the forward",
+        },
+        {
+            "stop requested": {
+                "type": "stop_requested",
+                "project_id": "proj_123",
+                "data": None,
+                "seq": 1,
+                "timestamp": NOW,
+                "in_reply_to": MESSAGE,
+            }
+        },
+    ),
+    Message(
+        "stop_confirmed",
+        server.StopConfirmed,
+        "The stop is written: agents find it, and it is in the project's log.",
+        {"message_id": "the forward's", "project_id": "its project, if it has one", **ANSWER},
+        {
+            "stop confirmed": {
+                "type": "stop_confirmed",
+                "message_id": MESSAGE,
+                "project_id": "proj_123",
             }
         },
     ),
@@ -372,6 +453,7 @@ AGENT_MESSAGES = (
             "client's message",
             "user": "the `sub` of the client's token; null where no tokens are in use",
             "timestamp": "when the gateway received it",
+            "traceparent": "W3C Trace Context, where the client sent it",
         },
         {
             "order": {
@@ -399,6 +481,8 @@ AGENT_MESSAGES = (
             f"{server.EVENT_ID_WINDOW_S / 60:g} minutes is not logged again",
             "ephemeral": "delivered to who is there, not logged, not repeated: for token streams",
             "connection_id": "only to this connection; always ephemeral",
+            "in_reply_to": "the `message_id` of the order that it answers",
+            "traceparent": "W3C Trace Context, as it came with the order",
         },
         {
             "update": {
@@ -484,8 +568,8 @@ ERRORS = {
         "the `action` is none of these",
         "mend the client",
         error(
-            'This "action" is not known; use subscribe, unsubscribe, forward, ping or '
-            "authenticate.",
+            'This "action" is not known; use subscribe, unsubscribe, forward, stop, '
+            "ping or authenticate.",
             ErrorCode.UNKNOWN_ACTION,
             action="publish",
             project_id="proj_123",
@@ -664,7 +748,6 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
         server.MAX_NESTING,
         "`invalid_message`; of an agent's update, dead-letter queue",
     ),
-    ("events a client may have missed", "max_catchup_events", "`recovered` is false"),
     ("how long events are kept, hours", "event_retention_hours", "`recovered` is false"),
     ("bytes sent to a client and not read yet", "max_backlog_bytes", "close 1013"),
     ("ids and project names, characters", server.ID_MAX_CHARS, "`invalid_field`"),
