@@ -38,6 +38,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed
 
+import server
 from bench.feeds import QueueFeed
 from bench.processes import Process
 from bench.servers import stand_in
@@ -877,6 +878,7 @@ class Report:
     peak_mb: float
     after_mb: float
     errors: Sequence[str]
+    charged_mb: float | None = None  # by the kernel, where it ran in a cgroup
 
     def __str__(self) -> str:
         head = f"{'attack':32}{'acts':>8}{'missed':>8}{'answers':>9}{'p50 ms':>9}{'p99 ms':>9}"
@@ -1076,8 +1078,48 @@ async def port_of(gateway: Process, log: Path) -> int:
             await asyncio.sleep(0.05)
 
 
-async def run(seconds: float, names: Sequence[str] = (), half_open: int = 5_000) -> Report:
-    """A run of these attacks, or of all.
+@contextlib.contextmanager
+def contained(gateway: Process, limit_mb: int | None) -> Iterator[Path | None]:
+    """The gateway in a memory cgroup of its own; ``None`` where this machine lets nobody make one.
+
+    Source: the kernel's cgroup-v1/memory.rst and cgroup-v2.rst.
+    """
+    old = Path("/sys/fs/cgroup/memory")
+    name, limit = f"hostile-{os.getpid()}", "memory.limit_in_bytes"
+    home = old / name
+    if not old.is_dir():
+        home, limit = Path("/sys/fs/cgroup") / name, "memory.max"
+    try:
+        if limit_mb is None:
+            raise OSError("not wanted")
+        home.mkdir()
+        (home / limit).write_text(str(limit_mb * MEGABYTE))
+        (home / "cgroup.procs").write_text(str(gateway.process.pid))
+    except OSError:
+        yield None
+        return
+    try:
+        yield home
+    finally:
+        gateway.stop()
+        home.rmdir()
+
+
+def charged_mb(home: Path) -> float:
+    """The most that the kernel has charged the cgroup with."""
+    for name in ("memory.max_usage_in_bytes", "memory.peak", "memory.current"):
+        with contextlib.suppress(OSError):
+            return int((home / name).read_text()) / MEGABYTE
+    raise FileNotFoundError(home)
+
+
+async def run(
+    seconds: float,
+    names: Sequence[str] = (),
+    half_open: int = 5_000,
+    limit_mb: int | None = None,
+) -> Report:
+    """A run of these attacks, or of all; with ``limit_mb`` on a container of that size.
 
     Raises:
         RuntimeError: the gateway did not survive.
@@ -1089,13 +1131,18 @@ async def run(seconds: float, names: Sequence[str] = (), half_open: int = 5_000)
             with stand_in() as aws:
                 environment = {**aws.environment, **issuer.environment, "AUTH_FIRST_MESSAGE": "on"}
                 environment |= {"AUTH_ALGORITHMS": "RS256,ES256", "DRAIN_SECONDS": "0"}
-                with started(environment) as (gateway, log):
+                if limit_mb is not None:
+                    budget_mb = int(limit_mb * server.MEMORY_BUDGET_SHARE)
+                    environment["MEMORY_BUDGET_MB"] = str(budget_mb)
+                with started(environment) as (gateway, log), contained(gateway, limit_mb) as home:
                     port = await port_of(gateway, log)
                     target = Target(port, issuer, half_open)
                     feed = QueueFeed(environment["SQS_QUEUE_URL_UPDATES"])
                     report = await Run(gateway, log, target, feed).go(names or [*ATTACKS], seconds)
                     if gateway.process.poll() is not None:
                         raise RuntimeError(f"the gateway has ended: {gateway.complaint()}")
+                    if home is not None:
+                        report = dataclasses.replace(report, charged_mb=charged_mb(home))
                     return report
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
