@@ -3811,7 +3811,8 @@ class Feed:
     async def _send_missed(
         self, connection: Connection, channel: Channel, request: Subscribe
     ) -> None:
-        """Send one client what it missed, as fast as it reads, and have it go live."""
+        """Send one client what it missed, as fast as it reads and can pay, and have it go live."""
+        await connection.account.afford(PAGE_PRICE_S)  # for head, gap and snapshot
         await self.open(channel)
         if request.since is not None and request.since > (channel.cursor or 0):
             await self._fill(channel)  # the client comes from a task that is ahead of this one
