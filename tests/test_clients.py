@@ -498,8 +498,8 @@ class TestConversation:
                 cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
             )  # fmt: skip
             printed = b""
-            # The second is what announces the prompt: from then on keys are read one by one.
-            while b"connected" not in printed or b"\x1b[?2004h" not in printed:
+            # The last is what announces the prompt: from then on keys are read one by one.
+            while b"\x1b[?2004h" not in printed.partition(b"connected")[2]:
                 printed += os.read(ours, 65536)
             os.write(ours, key)
             reader = threading.Thread(target=os.read, args=(ours, 65536), daemon=True)
