@@ -156,12 +156,14 @@ def real_shape(run: Run) -> str:
                 ("p50_ms", ""),
                 ("p99_ms", ""),
                 ("aws_calls_per_event", ""),
+                ("events_per_publish", ""),
                 ("forward_p99_ms", ""),
             )
         ]
         rows.append([_tasks(server, parameters), f"{parameters['rate']:,}", *cells])
     head = ("", "events/s", "cores used", "CPU us an event", "p50, ms", "p99, ms")
-    return table((*head, "AWS calls an event", "p99 of a forward, ms"), rows)
+    more = ("AWS calls an event", "events a `Publish`", "p99 of a forward, ms")
+    return table((*head, *more), rows)
 
 
 def _tasks(server: str, parameters: dict[str, Any]) -> str:

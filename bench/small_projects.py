@@ -50,6 +50,8 @@ class Sum:
         if events and self.aws and self.used:
             calls = self.aws.used().since(self.used).of_events()
             values["aws_calls_per_event"] = sum(calls.values()) / events
+            if published := sum(n for k, n in calls.items() if k.startswith("sns Publish")):
+                values["events_per_publish"] = events / published
         return values
 
 
