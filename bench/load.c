@@ -14,7 +14,8 @@
  *   -k  record latencies on every k-th connection (default 50)
  *   -r  SO_RCVBUF of the connections
  *   -n  a %d in PATH is replaced by the connection's number modulo this (default: its number)
- *   -t  a file with a token in each line; every connection sends the next one as its bearer token
+ *   -t  a file with a token in each line; every connection sends the next one as its bearer token,
+ *       and the one after the last the first again
  *   -c  what the confirmation of a forward contains (default: forward_confirmed)
  *
  * Commands are lines on stdin; each is answered by one line of JSON on stdout:
@@ -234,7 +235,11 @@ static void send_request(struct connection *c) {
     }
     char target[512];
     numbered(target, sizeof target, path, c);
-    if (tokens && fgets(token, sizeof token - 64, tokens)) {
+    if (tokens && !fgets(token, sizeof token - 64, tokens)) {
+        rewind(tokens);
+        if (!fgets(token, sizeof token - 64, tokens)) die("tokens");
+    }
+    if (tokens) {
         char line[sizeof token];
         token[strcspn(token, "\n")] = 0;
         snprintf(line, sizeof line, "Authorization: Bearer %s\r\n", token);

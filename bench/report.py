@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -271,10 +272,10 @@ def cluster(run: Run) -> str:
     if len(figures) < 2:
         return "not measured"
     event_s, message_s = line({fill: cost for fill, cost, _ in figures})
-    calls = statistics.median(calls for _, _, calls in figures)
     rows = []
     for tasks in PUBLISHING:
         events, fill = ceiling(event_s, message_s, tasks)
+        calls = min(figures, key=lambda figure: abs(math.log(figure[0] / fill)))[2]
         calls_per_s = events / fill * calls * tasks
         dollars = calls_per_s * prices.SQS_REQUESTS / 1e6
         per_million = dollars / events * 1e6

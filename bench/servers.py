@@ -50,6 +50,7 @@ class Running:
     headers: tuple[str, ...] = ()
     aws: Aws | None = None
     token: Callable[[str], str] | None = None
+    tokens: Path | None = None
 
     def viewers(self, projects: int) -> Load:
         """A load generator whose connections view so many projects in turn: p0, p1, ...
@@ -82,7 +83,7 @@ class Running:
             first_message=self.first_message,
             setup_frames=self.setup_frames,
             marker=marker or self.marker,
-            **options,
+            **{"tokens": self.tokens, **options},
         )
 
 
@@ -181,6 +182,7 @@ def generous_limits(program: Path) -> dict[str, str]:
 
 
 ORIGIN = "https://console.invalid"
+USERS = 250
 
 
 @contextlib.contextmanager
@@ -250,16 +252,22 @@ def gateway_without_limits(deflate: bool) -> Iterator[Running]:
 def gateways_with_tokens(
     tasks: int, settings: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[list[Running]]:
-    """Tasks with all that can be on: a token is verified for each client, and its origin."""
+    """Tasks with all that can be on: each client brings an origin, and the token of a user.
+
+    There are `USERS`: one would have one account of work, and wait for what all have caused.
+    """
     with (
+        tempfile.NamedTemporaryFile("w", suffix=".tokens") as file,
         issuer() as (trusted, token),
         gateways(
             tasks, {**trusted, "ALLOWED_ORIGINS": ORIGIN, **(settings or {})}, **options
         ) as fleet,
     ):
+        file.write("".join(f"{token(f'user-{n}')}\n" for n in range(USERS)))
+        file.flush()
         for running in fleet:
-            running.headers = (f"Authorization: Bearer {token('user-1')}", f"Origin: {ORIGIN}")
-            running.token = token
+            running.headers = (f"Origin: {ORIGIN}",)
+            running.token, running.tokens = token, Path(file.name)
         yield fleet
 
 
