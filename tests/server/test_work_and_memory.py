@@ -252,6 +252,7 @@ class TestTurns:
         async with running_gateway(platform) as gateway:
             async with client_of(gateway):
                 [first] = {c.account for c in gateway.registry.connections.values()}
+                first.charge(1.0, gateway.now())
             await eventually(lambda: not gateway.registry.connections)
             gateway.door.forget_the_quiet(gateway.now())
             async with client_of(gateway):
