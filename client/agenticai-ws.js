@@ -383,7 +383,7 @@ class Machine {
     this.news.push({ reader, turn: reader.turn, name, values, position });
   }
 
-  turnTo(reader, state, { error, position } = /** @type {{ error?: GatewayError, position?: Position }} */ ({})) {
+  turnTo(reader, state, { error, position } = /** @type {{ error?: GatewayError | undefined, position?: Position | undefined }} */ ({})) {
     if (reader.state !== state || position) this.inform(reader, 'state', reader.state === state ? [] : [state, error], position);
     reader.state = state;
   }
@@ -942,8 +942,7 @@ export function connect(url, {
   clock = { setTimeout, clearTimeout, now: () => performance.now() },
 } = {}) {
   if (!WebSocket) {
-    throw new TypeError('There is no WebSocket here. Pass one as the option `WebSocket`, such as that of the package ws: '
-      + "import { WebSocket } from 'ws'; connect(url, { WebSocket })");
+    throw new TypeError('There is no WebSocket here. Pass one as the option `WebSocket`, such as that of the package ws.');
   }
   const { setTimeout, clearTimeout, now } = clock;
   const machine = /** @type {any} */ (new Machine({

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import http.client
 import json
@@ -51,7 +52,7 @@ class TestModule:
         assert done.returncode == 0, done.stdout + done.stderr
         count = re.search(r"^(?:#|\N{INFORMATION SOURCE}) pass (\d+)", done.stdout, re.MULTILINE)
         assert count, done.stdout
-        assert int(count[1]) >= 180, done.stdout
+        assert int(count[1]) >= 195, done.stdout
 
     def test_types_are_checked(self) -> None:
         """The module keeps what its declarations promise, and those say what users write."""
@@ -68,11 +69,35 @@ class TestModule:
         packed = json.loads(done.stdout)
         package = packed[0] if isinstance(packed, list) else next(iter(packed.values()))
         assert sorted(file["path"] for file in package["files"]) == [
+            "LICENSE",
             "README.md",
             "agenticai-ws.d.ts",
             "agenticai-ws.js",
+            "dist/agenticai-ws.d.ts",
+            "dist/agenticai-ws.js",
+            "dist/package.json",
+            "dist/react.d.ts",
+            "dist/react.js",
             "package.json",
+            "react.d.ts",
+            "react.js",
         ]
+
+    def test_license(self) -> None:
+        """The package carries the repository's licence, and says which one it is."""
+        licence = (CLIENT.parent / "LICENSE").read_text()
+        assert licence.startswith("MIT License\n")
+        assert (CLIENT / "LICENSE").read_text() == licence
+        assert json.loads((CLIENT / "package.json").read_text())["license"] == "MIT"
+        for name in ("agenticai-ws.js", "agenticai-ws.d.ts", "react.js", "react.d.ts"):
+            assert "SPDX-License-Identifier: MIT" in (CLIENT / name).read_text(), name
+
+    def test_size_is_what_the_readme_says(self) -> None:
+        """Of the file for pages, minified and gzipped, to a tenth of a kilobyte."""
+        size = len(gzip.compress((CLIENT / "dist" / "agenticai-ws.js").read_bytes(), 9))
+        said = re.search(r"minified and gzipped\s+([\d.]+) KB", (CLIENT / "README.md").read_text())
+        assert said, "README.md does not say how large it is"
+        assert abs(float(said[1]) - size / 1000) < 0.1, f"it has {size / 1000:.1f} KB"
 
     def test_lock_file_names_no_registry(self) -> None:
         """Each machine installs from its own; integrity hashes say what."""

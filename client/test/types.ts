@@ -1,5 +1,7 @@
 /** Compiled, never run: how the declarations are used. A line that should not compile says so. */
 import { connect, GatewayError } from 'agenticai-ws';
+import { useConnectionState, useProject } from 'agenticai-ws/react';
+import type { ProjectView } from 'agenticai-ws/react';
 import type { Connection, Off, ProjectEvent, Subscription } from 'agenticai-ws';
 
 const gateway: Connection = connect(() => 'wss://example.com/ws', {
@@ -27,6 +29,33 @@ project.on('event', ({ data, seq }) => console.log(data?.step.toFixed(), seq));
 project.on('gap', ({ from, to }) => console.log(to - from));
 // @ts-expect-error: since is a number
 gateway.subscribe('proj_123', { since: '41' });
+
+// What was kept goes in as it is, also where it is still undefined; a page may have no token.
+gateway.subscribe('proj_123', { since: project.seq, epoch: project.epoch });
+connect('wss://example.com/ws', { getToken: () => null, maxRetries: 3 }).reconnect();
+connect('wss://example.com/ws', { getToken: undefined });
+
+interface Events {
+  project_updated: { step: number };
+  state: { never: 'heard by its name' };
+}
+const typed = connect<Events>('wss://example.com/ws').subscribe('proj_123');
+typed.on('project_updated', ({ type, data, seq }) => {
+  const word: 'project_updated' = type;
+  console.log(word, data?.step.toFixed(), seq);
+});
+// @ts-expect-error: step is a number
+typed.on('project_updated', ({ data }) => data?.step.trim());
+// @ts-expect-error: no agent sends this
+typed.on('project_update', () => {});
+typed.on('state', (state, error) => console.log(state === 'live', error?.code)); // the subscription's own
+project.on('whatever_an_agent_says', ({ data }) => console.log(data));
+gateway.on('busy', (busy) => console.log(busy === gateway.busy));
+
+const view: ProjectView<{ step: number }> = useProject<{ step: number }>(gateway, 'proj_123', {
+  snapshot: true, keep: 10, onEvent: ({ data }) => console.log(data?.step), onGap: ({ from, to }) => console.log(to - from),
+});
+console.log(useConnectionState(null) === 'open', view.events[0]?.data?.step, view.state);
 
 export async function use(signal: AbortSignal): Promise<string> {
   await gateway.ready();
