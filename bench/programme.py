@@ -65,7 +65,7 @@ class Effort:
     seconds: float = 4.0
 
 
-FULL = Effort(rounds=5, cpu_s=0.4, subscribers=2000, many=5000, thorough=True)
+FULL = Effort(rounds=5, cpu_s=0.3, subscribers=2000, many=5000, thorough=True)
 QUICK = Effort(rounds=2, cpu_s=0.25, subscribers=1000, many=2000, thorough=False, seconds=3.0)
 
 SOME_ROUNDS = 2  # for what takes long, or is compared with nothing else
@@ -91,7 +91,7 @@ def programme(effort: Effort, number: int = 1) -> list[Labelled]:
         turns += [*_projects_turns(effort, GATEWAY), *_storm_turns(effort)]
     if number <= SOME_ROUNDS and effort.thorough:
         turns += [_jetstream(effort), *_stream_turns(effort, TOKENS_GATEWAY)]
-        turns += [_history(TOKENS_GATEWAY), *_large_turns(effort)]
+        turns += [_history(TOKENS_GATEWAY), *_variant_turns(effort), *_large_turns(effort)]
     if number == 1 and effort.thorough:
         turns += _bill_turns(TOKENS_GATEWAY)
     return turns
@@ -181,13 +181,18 @@ DEFLATED_1_KB = {"size": 1000, "deflate": True}
 
 def _fan_out_turns(effort: Effort) -> Iterator[Labelled]:
     bursts = (1, 5, 20, 100) if effort.thorough else (1, 20)
-    yield from _fan_out(effort, "fan-out", [*GATEWAYS, *PEER_SERVERS], bursts)
+    yield from _fan_out(effort, "fan-out", [*OWN, *PEER_SERVERS], bursts)
     yield from _fan_out(effort, "deflated", [*OWN, *CLOSEST], (1, 20), **DEFLATED_1_KB)
     yield from _fan_out(effort, "plain 1 KB", [*OWN, WEBSOCKETS], (1, 20), size=1000)
     yield from _fan_out(effort, "subscribers", OWN, (1, 20), subscribers=1)
     for count in (100, effort.many // 5, effort.many):
         servers = [*OWN, WEBSOCKETS]
         yield from _fan_out(effort, "subscribers", servers, (1, 20), subscribers=count)
+
+
+def _variant_turns(effort: Effort) -> Iterator[Labelled]:
+    variants = [server for server in GATEWAYS if server not in OWN]
+    yield from _fan_out(effort, "fan-out", variants, (1, 5, 20, 100))
 
 
 def _large_turns(effort: Effort) -> Iterator[Labelled]:
