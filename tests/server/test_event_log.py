@@ -524,6 +524,7 @@ class LogMachine(RuleBasedStateMachine):
         self.logs: list[EventLog] = []
         self.busy: list[dict[str, asyncio.Task[None]]] = []
         self.told: list[tuple[int, str, int, str]] = []
+        self.failures: list[BaseException] = []
         for _ in range(2):
             self.start()
 
@@ -581,8 +582,13 @@ class LogMachine(RuleBasedStateMachine):
                     self.told.append((1 - task, append.project_id, seq, pending.event_id))
 
         running = self.loop.create_task(run())
+        running.add_done_callback(self.look_at)
         for append in group:
             self.busy[task][append.project_id] = running
+
+    def look_at(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (failure := task.exception()):
+            self.failures.append(failure)
 
     @precondition(lambda self: any(client.waiting for client in self.clients))
     @rule(
@@ -663,6 +669,7 @@ class LogMachine(RuleBasedStateMachine):
 
     @invariant()
     def logs_are_gapless_and_without_doubles(self) -> None:
+        assert not self.failures
         for project_id in "abc":
             items = [
                 item
