@@ -246,7 +246,7 @@ UPDATE_RECEIVES = 5
 EVENT_ID_WINDOW_S = (
     300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
 )
-EVENT_IDS_REMEMBERED = 400_000  # 1,000 events a second for the window and the clocks' skew
+EVENT_IDS_REMEMBERED = 400_000  # 800 events a second for the window and the clocks' skew
 HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
 CLOCK_SKEW_S = 60.0
 STOP_SKEW_S = 5.0  # a stop is also for orders that a clock so far ahead has dated
@@ -3008,6 +3008,11 @@ class PendingEvent:
     def project_id(self) -> str:
         return self.update.project_id or EVERYONE
 
+    @property
+    def size_bytes(self) -> int:
+        """A bound of what its item takes in a transaction."""
+        return len(bytes(self.update.data)) + 1_024
+
 
 class RecentIds:
     """The event ids of the last minutes, of all projects.
@@ -3048,7 +3053,7 @@ class RecentIds:
             self._older.append((now, self._newest))
             self._newest, self._began_at = {}, now
         while self._older and (
-            self._older[0][0] < now - EVENT_ID_WINDOW_S - CLOCK_SKEW_S
+            self._older[0][0] < now - EVENT_ID_WINDOW_S - 2 * CLOCK_SKEW_S
             or len(self) > EVENT_IDS_REMEMBERED
         ):
             self.since = self._older.popleft()[0]
@@ -3063,13 +3068,14 @@ class Head:
 
     Attributes:
         seq: of the last event that is known.
-        known_since: unix seconds; the ids of all events from then on up to ``seq`` were added to
-            those that are remembered.
+        known_since: unix seconds; the ids of all events from then on up to ``seq`` are remembered,
+            if those are that were remembered at ``read_at``.
         stale: whether there is known to be an event after ``seq``.
     """
 
     seq: int
     known_since: float
+    read_at: float = dataclasses.field(default_factory=time.time)
     stale: bool = False
 
 
@@ -3099,12 +3105,8 @@ class ProjectAppend:
         return [each for each in self.pending if each.event is None and each.refusal is None]
 
     @property
-    def item_count(self) -> int:
-        return 1 + min(sum(each.item_count for each in self.pending), TRANSACTION_EVENTS)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(len(bytes(each.update.data)) + 1_024 for each in self.pending)
+    def look_back_to(self) -> float:
+        return min((each.look_back_to for each in self.waiting), default=math.inf)
 
     def next_events(self) -> list[tuple[PendingEvent, EventMessage]]:
         """As much of what waits as one transaction takes, with the next numbers."""
@@ -3112,12 +3114,11 @@ class ProjectAppend:
         size = items = 0
         chosen: dict[str, tuple[PendingEvent, EventMessage]] = {}
         for each in self.waiting:
-            size, items = size + len(bytes(each.update.data)) + 1_024, items + each.item_count
+            size, items = size + each.size_bytes, items + each.item_count
             if chosen and (items > self.at_most or size > TRANSACTION_BYTES):
                 break
             if each.event_id not in chosen:
-                seq += 1
-                chosen[each.event_id] = each, each.update.event(seq, stamp)
+                chosen[each.event_id] = each, each.update.event(seq + len(chosen) + 1, stamp)
         return list(chosen.values())
 
     def failed(self, *, throttled: bool) -> None:
@@ -3133,13 +3134,19 @@ def transactions(appends: Iterable[ProjectAppend]) -> Iterator[list[ProjectAppen
     group: list[ProjectAppend] = []
     items = size = 0
     for append in appends:
-        items, size = items + append.item_count, size + append.size_bytes
+        its_items = 1 + min(sum(each.item_count for each in append.pending), TRANSACTION_EVENTS)
+        its_size = sum(each.size_bytes for each in append.pending)
+        items, size = items + its_items, size + its_size
         if group and (items > TRANSACTION_EVENTS + 1 or size > TRANSACTION_BYTES):
             yield group
-            group, items, size = [], append.item_count, append.size_bytes
+            group, items, size = [], its_items, its_size
         group.append(append)
     if group:
         yield group
+
+
+Write = tuple[ProjectAppend, list[tuple[PendingEvent, EventMessage]]]
+"""What one project has in a transaction."""
 
 
 class EventLog:
@@ -3331,23 +3338,20 @@ class EventLog:
         if not writes:
             return []
         try:
-            done = await self._transact([item for write in writes for item in self._items(*write)])
+            done = await self._transact([item for write in writes for item in self._items(write)])
         except ClientError as exc:
             return self._after_refusal(writes, exc)
         if not done:
-            return self._part([append for append, _ in writes])
+            return self._halve(writes, "no answer")
         for append, events in writes:
+            head = cast("Head", append.head)
             for pending, message in events:
                 pending.event = Event.of(message, pending.sent_at)
-                self._appended(append, pending.event_id, cast("int", message.seq))
+                head.seq = max(head.seq, cast("int", message.seq))
+                self._recent_ids.add(append.project_id, pending.event_id, head.seq)
             append.at_most, append.attempts, append.pause_s = TRANSACTION_EVENTS, 0, 0.0
         left = [append for append, _ in writes if append.waiting]
         return [left] if left else []
-
-    def _appended(self, append: ProjectAppend, event_id: str, seq: int) -> None:
-        head = cast("Head", append.head)
-        head.seq = max(head.seq, seq)
-        self._recent_ids.add(append.project_id, event_id, seq)
 
     async def _look_up(self, group: Sequence[ProjectAppend]) -> None:
         """Know the heads of a group, and recognise what is in their logs already."""
@@ -3361,8 +3365,8 @@ class EventLog:
             self._heads[append.project_id] = append.head
         while len(self._heads) > HEADS_REMEMBERED:
             del self._heads[next(iter(self._heads))]
-        if unread := [append for append in group if self._has_to_read(append)]:
-            await asyncio.gather(*map(self._read_up, unread))
+        if behind := [append for append in group if self._has_to_read(append)]:
+            await asyncio.gather(*map(self._read_up, behind))
         for append in group:
             await self._recognise(append)
 
@@ -3374,19 +3378,17 @@ class EventLog:
         says_when = newest_seq == item["seq"]["N"]  # else a task that does not write it came after
         return Head(int(item["seq"]["N"]), unix_s(stamp) + 0.001 if says_when else time.time())
 
-    def _bound(self, append: ProjectAppend) -> float:
-        return min((each.look_back_to for each in append.waiting), default=math.inf)
+    def _known_since(self, head: Head) -> float:
+        forgotten = self._recent_ids.since
+        return head.known_since if head.read_at > forgotten else max(head.known_since, forgotten)
 
     def _has_to_read(self, append: ProjectAppend) -> bool:
         head = cast("Head", append.head)
-        return head.stale or self._bound(append) < self._known_since(head)
-
-    def _known_since(self, head: Head) -> float:
-        return max(head.known_since, self._recent_ids.since)
+        return head.stale or append.look_back_to < self._known_since(head)
 
     async def _read_up(self, append: ProjectAppend) -> None:
         """Read the log's end: back to where one of the updates may be, or on from where we were."""
-        head, bound = cast("Head", append.head), self._bound(append)
+        head, bound, now = cast("Head", append.head), append.look_back_to, time.time()
         before, head.stale = head.seq, False
         backward = bound < self._known_since(head)
         items: list[dict[str, Any]] = []
@@ -3414,7 +3416,7 @@ class EventLog:
                 append.others.append(Event.of(event_message(append.project_id, item)))
         head.seq = max(head.seq, seq)
         if backward:
-            head.known_since = bound
+            head.known_since, head.read_at = bound, now
 
     async def _held_back(
         self, project_id: str, first: int, last: int, events: Mapping[int, Any]
@@ -3442,17 +3444,16 @@ class EventLog:
             event = met.get(seq)
             if event is None:
                 stored = await self._items_at(append.project_id, [seq])
-                message = pending.update.event(seq, timestamp())
-                event = Event.of(event_message(append.project_id, stored[0]) if stored else message)
+                as_sent = pending.update.event(seq, timestamp())
+                event = Event.of(event_message(append.project_id, stored[0]) if stored else as_sent)
             event.sent_at = pending.sent_at
             pending.event = event
         own = {each.event.seq for each in append.pending if each.event is not None}
         append.others = [event for event in append.others if event.seq not in own]
 
-    def _items(
-        self, append: ProjectAppend, events: Sequence[tuple[PendingEvent, EventMessage]]
-    ) -> list[Any]:
+    def _items(self, write: Write) -> list[Any]:
         """The head and the events of one project, as members of a transaction."""
+        append, events = write
         before = cast("int", events[0][1].seq) - 1
         after, stamp = before + len(events), events[-1][1].timestamp
         head = {
@@ -3543,31 +3544,21 @@ class EventLog:
                 return True
         return False
 
-    def _after_refusal(
-        self,
-        writes: Sequence[tuple[ProjectAppend, list[tuple[PendingEvent, EventMessage]]]],
-        exc: ClientError,
-    ) -> list[list[ProjectAppend]]:
+    def _after_refusal(self, writes: list[Write], exc: ClientError) -> list[list[ProjectAppend]]:
         """Who is to be written anew: together who had no part in it, each of the others alone."""
         codes = cancellation_codes(exc)
         if not any(codes):
-            return self._narrow_down(writes, exc)
+            return self._halve(writes, error_code(exc), for_good=True)
         innocent, groups = list[ProjectAppend](), list[list[ProjectAppend]]()
-        place = 0
         for append, events in writes:
-            head_code, *event_codes = [*codes[place : place + 1 + len(events)], ""]
-            place += 1 + len(events)
             stops = [pending for pending, _ in events if pending.stop]
-            stop_codes, place = codes[place : place + len(stops)], place + len(stops)
-            found = {head_code, *event_codes, *stop_codes} - {""}
+            own, codes = codes[: 1 + len(events)], codes[1 + len(events) :]
+            stop_codes, codes = codes[: len(stops)], codes[len(stops) :]
+            found = {*own, *stop_codes} - {""}
             (groups.append([append]) if found else innocent.append(append))
-            if repeats := [
-                stop
-                for stop, code in zip(stops, stop_codes, strict=False)
-                if code == "ConditionalCheckFailed"
-            ]:
-                for stop in repeats:
-                    stop.refusal = ALREADY_STOPPED
+            if "ConditionalCheckFailed" in stop_codes:
+                for stop, code in zip(stops, stop_codes, strict=False):
+                    stop.refusal = ALREADY_STOPPED if code == "ConditionalCheckFailed" else None
             elif found & STALE_HEAD_CODES:
                 self._metrics.append_conflicts += 1
                 cast("Head", append.head).stale = True
@@ -3575,39 +3566,33 @@ class EventLog:
             elif found & PASSING_REASONS:
                 self.dependency.failed(exc, "TransactWriteItems")
                 append.failed(throttled=True)
-            elif head_code:
-                self._refuse([pending for pending, _ in events], head_code)
-            else:
-                for (pending, _), code in zip(events, event_codes, strict=False):
-                    self._refuse([pending] if code else [], code)
+            elif found:  # what is said of the head is meant for all that comes with it
+                for (pending, _), code in zip(events, own[1:], strict=False):
+                    self._refuse(pending, own[0] or code)
         return [innocent, *groups] if innocent else groups
 
-    def _part(self, appends: list[ProjectAppend]) -> list[list[ProjectAppend]]:
-        """Read the logs of a group again, and go on in two halves: it may be due to one of them."""
-        for append in appends:
+    def _halve(
+        self, writes: list[Write], code: str, *, for_good: bool = False
+    ) -> list[list[ProjectAppend]]:
+        """Go on in two halves: it may be due to one project, and there to one event.
+
+        Where it is not for good, what became of it is not known either: the logs are read again.
+        """
+        appends = [append for append, _ in writes]
+        for append in () if for_good else appends:
             cast("Head", append.head).stale = True
             append.failed(throttled=True)
-        half = len(appends) // 2
-        return [part for part in (appends[:half], appends[half:]) if part]
-
-    def _narrow_down(
-        self,
-        writes: Sequence[tuple[ProjectAppend, list[tuple[PendingEvent, EventMessage]]]],
-        exc: ClientError,
-    ) -> list[list[ProjectAppend]]:
-        """Halve what was refused as a whole, until it is one event."""
-        appends = [append for append, _ in writes]
         if half := len(appends) // 2:
             return [appends[:half], appends[half:]]
-        [(append, events)] = writes
-        append.at_most = len(events) // 2
-        if not append.at_most:
-            self._refuse([events[0][0]], error_code(exc))
-            append.at_most = TRANSACTION_EVENTS
+        if for_good:
+            [(append, events)] = writes
+            append.at_most = len(events) // 2 or TRANSACTION_EVENTS
+            if len(events) == 1:
+                self._refuse(events[0][0], code)
         return [appends]
 
-    def _refuse(self, refused: Sequence[PendingEvent], code: str) -> None:
-        for pending in refused:
+    def _refuse(self, pending: PendingEvent, code: str) -> None:
+        if code:
             logger.error("event log: %r: an event was refused: %s", pending.project_id, code)
             pending.refusal = code
 
@@ -3644,22 +3629,18 @@ class Chunk:
         last: ``seq`` of the last of them.
     """
 
-    __slots__ = ("_deflated", "_events", "_plain", "last")
+    __slots__ = ("_events", "_joined", "last")
 
     def __init__(self, events: Sequence[Event]) -> None:
         self._events = events
-        self._plain: bytes | None = None
-        self._deflated: bytes | None = None
+        self._joined: dict[bool, bytes] = {}  # by whether it is deflated
         self.last = cast("int", events[-1].seq)
 
     def frames(self, *, deflated: bool) -> bytes:
-        if deflated:
-            if self._deflated is None:
-                self._deflated = b"".join([event.deflated for event in self._events])
-            return self._deflated
-        if self._plain is None:
-            self._plain = b"".join([event.frame for event in self._events])
-        return self._plain
+        if deflated not in self._joined:
+            frames = [event.deflated if deflated else event.frame for event in self._events]
+            self._joined[deflated] = b"".join(frames)
+        return self._joined[deflated]
 
 
 class Feed:
@@ -3928,13 +3909,8 @@ class Feed:
     def _fill_soon(self, channel: Channel) -> None:
         if channel.filling is None:
             self._metrics.gaps_filled += 1
-            channel.filling = self._tasks.create_task(self._fill_gap(channel))
-
-    async def _fill_gap(self, channel: Channel) -> None:
-        try:
-            await self._fill(channel)
-        finally:
-            channel.filling = None
+            channel.filling = self._tasks.create_task(self._fill(channel))
+            channel.filling.add_done_callback(lambda _: setattr(channel, "filling", None))
 
     async def _fill(self, channel: Channel) -> None:
         """Deliver everything the log has beyond the cursor."""
@@ -4170,18 +4146,16 @@ class Relay:
             "QueueUrl",
         )
         self._queue_url = queue["QueueUrl"]
+        # Own events need not come back. The filter may take 15 minutes to be in force: until then
+        # they do, and `events_of` sees whose they are.
+        others = json.dumps({"origin": [{"anything-but": [self._name]}]})
         subscription = await self.dependency.retry(
             "Subscribe",
             lambda: self._sns.subscribe(
                 TopicArn=self._topic_arn,
                 Protocol="sqs",
                 Endpoint=queue_arn,
-                # Own events need not come back. The policy may take 15 minutes to be in force:
-                # until then they do, and ``run`` sees whose they are.
-                Attributes={
-                    "RawMessageDelivery": "true",
-                    "FilterPolicy": json.dumps({"origin": [{"anything-but": [self._name]}]}),
-                },
+                Attributes={"RawMessageDelivery": "true", "FilterPolicy": others},
                 ReturnSubscriptionArn=True,
             ),
             "SubscriptionArn",
@@ -4261,17 +4235,12 @@ class Relay:
         """Show signs of life, and make sure that events still arrive."""
         while True:
             await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
-            await self.dependency.retry("TagQueue", self._show_life)
-            await self.dependency.retry(
-                "GetSubscriptionAttributes",
-                lambda: self._sns.get_subscription_attributes(
-                    SubscriptionArn=self._subscription_arn
-                ),
-            )
-
-    async def _show_life(self) -> None:
-        tags = {"heartbeat": str(int(time.time()))}
-        await self._sqs.tag_queue(QueueUrl=self._queue_url, Tags=tags)
+            tags = {"heartbeat": str(int(time.time()))}
+            show = partial(self._sqs.tag_queue, QueueUrl=self._queue_url, Tags=tags)
+            await self.dependency.retry("TagQueue", show)
+            arn = self._subscription_arn
+            look = partial(self._sns.get_subscription_attributes, SubscriptionArn=arn)
+            await self.dependency.retry("GetSubscriptionAttributes", look)
 
     async def reap(self) -> NoReturn:
         """Clear away what killed tasks have left; not in the heartbeat's loop, to delay none."""
@@ -4362,7 +4331,7 @@ class ReceivedUpdate(PendingEvent):
         held_since: seconds of the monotonic clock.
     """
 
-    message: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sqs_message: dict[str, Any] = dataclasses.field(default_factory=dict)
     receives: int = 1
     held_since: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -4453,13 +4422,13 @@ class Intake:
         # task is held up, another one has it after the visibility timeout.
         now = time.time()
         sent_at = milliseconds(attributes, "SentTimestamp") or now
-        first_receive = milliseconds(attributes, "ApproximateFirstReceiveTimestamp") or now
-        look_back_to = min(now, first_receive) - CLOCK_SKEW_S
+        look_back_to = milliseconds(attributes, "ApproximateFirstReceiveTimestamp") or now
         if update.event_id is not None:  # the agent may have sent it before
             look_back_to = min(look_back_to, sent_at - EVENT_ID_WINDOW_S)
+        look_back_to = min(look_back_to, now) - CLOCK_SKEW_S
         event_id = update.event_id or message["MessageId"]
         received = ReceivedUpdate(
-            update, event_id, look_back_to, sent_at, message=message, receives=receives
+            update, event_id, look_back_to, sent_at, sqs_message=message, receives=receives
         )
         self._held[message["ReceiptHandle"]] = received
         self.bytes_in_hand += len(message["Body"])
@@ -4510,14 +4479,15 @@ class Intake:
         if isinstance(received, RequestedStop):
             done = partial(received.done, received.refusal)
         else:
-            done = partial(self._to_delete.add, received.message["ReceiptHandle"])
+            receipt = received.sqs_message["ReceiptHandle"]
+            done = partial(self._to_delete.add, receipt)
         if received.refusal is not None:
             if isinstance(received, RequestedStop):
                 done()
                 return
             why = f"the log does not take it: {received.refusal}"
-            self._let_go(received.message["ReceiptHandle"])
-            self._tasks.create_task(self._give_back(received.message, received.receives, why))
+            self._let_go(receipt)
+            self._tasks.create_task(self._give_back(received.sqs_message, received.receives, why))
             return
         if event is None:
             event = Event.of(update.event(None, timestamp()), received.sent_at)
@@ -4533,7 +4503,7 @@ class Intake:
 
     def _let_go(self, receipt: str) -> None:
         if received := self._held.pop(receipt, None):
-            self.bytes_in_hand -= len(received.message["Body"])
+            self.bytes_in_hand -= len(received.sqs_message["Body"])
             self._room.set()
 
     async def _delete(self, receipts: list[str]) -> None:
@@ -4581,19 +4551,14 @@ class Intake:
             long_ago = time.monotonic() - UPDATE_VISIBILITY_S / 4
             held = [receipt for receipt, each in self._held.items() if each.held_since < long_ago]
             for start in range(0, len(held), SQS_BATCH_ENTRIES):
-                batch = enumerate(held[start : start + SQS_BATCH_ENTRIES])
+                batch: Any = [
+                    {"Id": str(i), "ReceiptHandle": r, "VisibilityTimeout": UPDATE_VISIBILITY_S}
+                    for i, r in enumerate(held[start : start + SQS_BATCH_ENTRIES])
+                ]
                 with contextlib.suppress(*AWS_ERRORS):
                     async with self.dependency.attempt("ChangeMessageVisibilityBatch"):
                         await self._sqs.change_message_visibility_batch(
-                            QueueUrl=self._url,
-                            Entries=[
-                                {
-                                    "Id": str(i),
-                                    "ReceiptHandle": receipt,
-                                    "VisibilityTimeout": UPDATE_VISIBILITY_S,
-                                }
-                                for i, receipt in batch
-                            ],
+                            QueueUrl=self._url, Entries=batch
                         )
 
     async def idle(self) -> None:

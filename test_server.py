@@ -4382,7 +4382,8 @@ class TestIntake:
             queue = stand_in.queues["agenticai-updates"]
             push(stand_in, *news(*range(300)))
             await eventually(lambda: stand_in.calls["dynamodb", "TransactWriteItems"] >= 4)
-            assert 20 <= queue.in_flight <= 20 + server.TRANSACTION_EVENTS
+            in_one_piece = server.RECEIVED_AT_ONCE + 10 * server.POLLS_AT_ONCE
+            assert 20 <= queue.in_flight <= 20 + in_one_piece
             stand_in.fault = None
             await received_in_order(client, *range(300))
             await eventually(lambda: not queue.bodies)

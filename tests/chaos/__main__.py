@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import functools
 import json
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.fleet import ROOT
 from tests.chaos.plan import STANDARD, Plan, Scale, make_plan
 from tests.chaos.run import ChaosError, Outcome, run_on_moto, run_on_stand_in
 from tests.fault_proxy import Call
@@ -40,13 +44,26 @@ def record(calls: Counter[Call], path: Path) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
+def script_of(revision: str) -> Path:
+    """The server as it was at a revision, in a file that is gone when this process ends."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "server.py"
+    command = ["git", "show", f"{revision}:server.py"]
+    path.write_bytes(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
+    return path
+
+
 def run_seeds(options: argparse.Namespace) -> bool:
     """Run the seeds asked for, one line each; return whether all went well."""
     seeds = [options.seed] if options.seed is not None else range(1, options.seeds + 1)
     scale = Scale(
+        clients=options.clients,
+        projects=options.projects,
         updates=options.updates,
         seconds=STANDARD.seconds * options.updates / STANDARD.updates,
         visibility_timeout_seconds=options.visibility_timeout,
+        scripts=("server.py", *([str(script_of(options.beside))] if options.beside else [])),
     )
     run: Callable[[Plan], Coroutine[Any, Any, Outcome]]
     calls: Counter[Call] = Counter()
@@ -99,6 +116,13 @@ def main() -> int:
         choices=["on", "off", "mixed"],
         help="faults from AWS: on, off (the default), or for every other pair of seeds",
     )
+    parser.add_argument(
+        "--beside",
+        metavar="REVISION",
+        help="every other task runs the server of this revision, as in a deployment or a rollback",
+    )
+    parser.add_argument("--clients", type=int, default=STANDARD.clients, metavar="N")
+    parser.add_argument("--projects", type=int, default=STANDARD.projects, metavar="N")
     parser.add_argument("--updates", type=int, default=500, metavar="N", help="updates sent (500)")
     parser.add_argument(
         "--visibility-timeout",

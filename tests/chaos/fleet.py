@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,12 +102,18 @@ class Fleet:
     STOP_SECONDS = 35.0  # the sum of what a drain may wait for
 
     def __init__(
-        self, slots: int, environment: dict[str, str], metadata_url: str, seed: int
+        self,
+        slots: int,
+        environment: dict[str, str],
+        metadata_url: str,
+        seed: int,
+        scripts: Sequence[str] = ("server.py",),
     ) -> None:
         self.tasks: list[Task] = []
         self.failures: list[str] = []
         self._slots: list[Task | None] = [None] * slots
         self._environment = environment
+        self._scripts = scripts
         self._metadata_url = metadata_url
         self._dice = random.Random(f"fleet/{seed}")
         self._background: set[asyncio.Task[None]] = set()
@@ -136,7 +142,7 @@ class Fleet:
         identifier = f"{self._dice.getrandbits(128):032x}"
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "server.py",
+            self._scripts[len(self.tasks) % len(self._scripts)],
             cwd=ROOT,
             env={
                 **self._environment,

@@ -86,7 +86,7 @@ class Burst:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scale:
-    """How much of everything."""
+    """How much of everything, and of which versions: a task runs one of the scripts."""
 
     tasks: int = 3
     clients: int = 30
@@ -94,6 +94,7 @@ class Scale:
     updates: int = 500
     seconds: float = 6.0
     visibility_timeout_seconds: int = 2
+    scripts: tuple[str, ...] = ("server.py",)
 
 
 STANDARD = Scale()

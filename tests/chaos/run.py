@@ -417,7 +417,8 @@ async def run(plan: Plan, platform: Platform) -> Outcome:
     faults = FaultPlan(plan.seed, ROUGH_DAY if plan.faults else NO_FAULTS)
     async with FaultProxy(platform.endpoint_url, faults) as proxy, task_metadata() as metadata_url:
         environment = server_environment(platform, proxy.endpoint_url)
-        fleet = Fleet(plan.scale.tasks, environment, metadata_url, plan.seed)
+        scale = plan.scale
+        fleet = Fleet(scale.tasks, environment, metadata_url, plan.seed, scale.scripts)
         this_run = Run(plan, platform, proxy, fleet)
         reason = None
         try:
