@@ -742,6 +742,7 @@ class ScriptedGateway:
         epoch: of its log.
         refuses: the status that handshakes are answered with; None lets them in.
         confirms: whether forwards are confirmed.
+        forbidden: a project that nobody may use.
         stops: those that came; each is confirmed, and told to the project.
         asked: how many requests were refused, or were for its health.
         greeted: connections that were let in.
@@ -757,6 +758,7 @@ class ScriptedGateway:
         self.refuses: int | None = None
         self.confirms = True
         self.asked = 0
+        self.forbidden = ""
         self.stops: list[dict[str, Any]] = []
         self.greeted: list[ServerConnection] = []
         self._server = serve(
@@ -789,6 +791,9 @@ class ScriptedGateway:
             message = json.loads(frame)
             if message["action"] == "ping":
                 connection.send('{"type":"pong"}')
+            elif message.get("project_id") == self.forbidden:
+                error = {"code": "forbidden", "message": "Your token does not allow it."}
+                connection.send(json.dumps(message | error | {"type": "error"}))
             elif message["action"] == "subscribe":
                 recovered = message.get("epoch") == self.epoch if "since" in message else None
                 self.confirm(connection, message["project_id"], recovered)
@@ -919,6 +924,29 @@ class TestStates:
             eventually(lambda: outage.fullmatch(text_of(page, "#t-outage")) is not None)
         finally:
             gateway.close()
+
+    def test_busy(
+        self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
+    ) -> None:
+        """A gateway that does not read for the moment is not taken for a dead one."""
+        page = open_page(console_link(console, scripted.url, PROJECT))
+        await_live(page)
+        scripted.connections[-1].send('{"type":"busy"}')
+        await_text(page, "#state-text", "Busy")
+        assert page.get_attribute("#state", "data-state") == "open"
+        await_text(page, "#state-text", "Connected")
+        assert text_of(page, "#reconnects") == "0"
+
+    def test_refused_project(
+        self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
+    ) -> None:
+        """The reason is in the list, and at the project; others stay as they are."""
+        scripted.forbidden = "secret"
+        page = open_page(console_link(console, scripted.url, PROJECT, "secret"))
+        await_live(page)
+        page.wait_for_selector("#subs li[data-project=secret][data-state=failed]")
+        await_text(page, "#events .brief", "secret is refused \u2013 Your token does not allow it.")
+        assert page.get_attribute("#subs li[data-project=secret]", "title")
 
     def test_gap(
         self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
