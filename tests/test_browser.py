@@ -366,6 +366,26 @@ class TestConsole:
         page.click("#only")
         page.wait_for_selector(f"#events li[data-seq='{start + 5}']")
 
+    def test_stop_what_somebody_else_ordered(
+        self, stage: Stage, open_page: Callable[..., Page]
+    ) -> None:
+        """Two people watch an agent work; one stops it, and both see that."""
+        pages = [open_page(stage.link(PROJECT)) for _ in range(2)]
+        start = [await_live(page) for page in pages][-1]
+        order = f"order-{start}"
+        piece = {"agent": "dev", "stream": order, "at": 0, "text": "It was a dark"}
+        stage.update("answer", piece, in_reply_to=order)
+        for page in pages:
+            await_text(page, f"#orders li:has-text('{order}') .said", "It was a dark")
+        pages[0].click("#orders button.stop")
+        for page in pages:
+            page.wait_for_selector("#orders li[data-status=stopping]", timeout=SEEN_MS)
+            await_text(page, "#events li[data-kind=event] .brief", "A stop was requested")
+        stage.update("answered", {"agent": "dev", "status": "stopped"}, in_reply_to=order)
+        for page in pages:
+            page.wait_for_selector("#orders li[data-status=stopped]", timeout=SEEN_MS)
+            await_seq(page, start + 3)
+
     def test_order_about_another_project(
         self, stage: Stage, open_page: Callable[..., Page]
     ) -> None:
@@ -1385,6 +1405,23 @@ def longest_task_ms(trace: bytes) -> float:
     return float(max(tasks)) / 1000
 
 
+ANSWER: dict[str, Any] = {
+    "agent": "dev",
+    "stream": "order-17/1",
+    "at": 0,
+    "text": """I put the form and its checks into one component, so that a page
+needs no more than <Login/>:
+
+export function Login({ onDone }) {
+  const [problem, setProblem] = useState("");
+  async function submit(form) {
+    const { email, password } = Object.fromEntries(form);
+    const answer = await signIn(email, password);
+    if (answer.ok) onDone(answer.user);
+    else setProblem("This address and password do not""",
+}
+"""A text in the middle, for the picture."""
+
 LOOKS: dict[str, dict[str, Any]] = {
     "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 800}},
     "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 800}},
@@ -1440,9 +1477,14 @@ class TestLooks:
             page.click("#demo")
             stage.send(number % 7)
             page.wait_for_selector("#orders:not(:has(li:not([data-status=done])))", timeout=SEEN_MS)
-        page.locator("#events li[data-kind=event]").nth(2).click()
-        page.wait_for_selector("#detail pre")
-        if scene == "reconnecting":
+        if scene == "stream":
+            stage.update("answer", ANSWER, in_reply_to="order-17")
+            await_text(page, "#orders .said", ANSWER["text"][-20:])
+            page.click("#orders li:has-text('order-17') .link")
+            page.wait_for_selector("#detail .stream.growing pre")
+        elif scene == "reconnecting":
+            page.locator("#events li[data-kind=event]").nth(2).click()
+            page.wait_for_selector("#detail pre")
             page.click("#detail-close")
             page.context.set_offline(True)
             stage.balancer.fall_silent()
@@ -1451,7 +1493,7 @@ class TestLooks:
             page.press("#data", "Control+Enter")
             await_text(page, "#state-more", "1 order queued.")
             await_text(page, "#state-more", "Away for 4 s" if SCREENSHOTS else "Away for")
-        elif page.viewport_size and page.viewport_size["width"] < 900:
+        if page.is_visible("#detail") and page.viewport_size and page.viewport_size["width"] < 900:
             page.click("#detail-close")
 
     @staticmethod
@@ -1516,9 +1558,12 @@ class TestLooks:
 
 
 def make_small(path: Path) -> None:
-    """Write a picture again with as many colours as such a page needs."""
+    """Write a picture again with the 256 colours that it has most of."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    small.save(path, optimize=True)
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    colours: Any = sorted(image.getcolors(1 << 24) or [], reverse=True)[:256]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([channel for _, colour in colours for channel in colour])
+    image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
