@@ -126,7 +126,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[output])
     logging.getLogger("botocore").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # the size of a pool is no concern here
-    agents.sqs_client()  # made before there are threads: boto3 makes clients in one at a time
+    agents.make_clients()
     urls = [os.environ[f"SQS_QUEUE_URL_{agent.upper()}"] for agent in AGENTS]
     # A client may be shared by threads, and has a connection for each.
     sqs = boto3.client("sqs", config=Config(max_pool_connections=WORKERS * len(urls)))

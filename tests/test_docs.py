@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -638,64 +641,76 @@ class TestPythonAgent:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("EVENTS_TABLE_NAME", "events")
+        monkeypatch.syspath_prepend(ROOT / "agent")  # the helper lies beside it
         with mock_aws():
             queue = boto3.client("sqs").create_queue(
                 QueueName="updates.fifo", Attributes={"FifoQueue": "true"}
             )
             boto3.client("dynamodb").create_table(
-                TableName="done",
+                TableName="events",
                 BillingMode="PAY_PER_REQUEST",
-                AttributeDefinitions=[{"AttributeName": "message_id", "AttributeType": "S"}],
-                KeySchema=[{"AttributeName": "message_id", "KeyType": "HASH"}],
+                AttributeDefinitions=[
+                    {"AttributeName": "PK", "AttributeType": "S"},
+                    {"AttributeName": "SK", "AttributeType": "S"},
+                ],
+                KeySchema=[
+                    {"AttributeName": "PK", "KeyType": "HASH"},
+                    {"AttributeName": "SK", "KeyType": "RANGE"},
+                ],
             )
             monkeypatch.setenv("SQS_QUEUE_URL_UPDATES", queue["QueueUrl"])
-            monkeypatch.setenv("DONE_TABLE_NAME", "done")
             module = types.ModuleType("agent")
             exec(example("python", "lambda_handler"), module.__dict__)
             yield module
+        sys.modules.pop("agenticai_agent", None)
 
-    def updates(self, agent: types.ModuleType) -> list[server.Update]:
+    def updates(self) -> list[server.Update]:
         """What the agent has sent, as the gateway reads it."""
+        sqs, url = boto3.client("sqs"), os.environ["SQS_QUEUE_URL_UPDATES"]
         found: list[server.Update] = []
-        while True:
-            answer = agent.sqs.receive_message(
-                QueueUrl=agent.UPDATES_QUEUE_URL, MaxNumberOfMessages=10
-            )
-            messages = answer.get("Messages", [])
-            if not messages:
-                return found
+        while messages := sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages"):
             for message in messages:
                 found.append(server.decode_update(message["Body"]))
-                agent.sqs.delete_message(
-                    QueueUrl=agent.UPDATES_QUEUE_URL, ReceiptHandle=message["ReceiptHandle"]
-                )
+                sqs.delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        return found
 
-    def test_reports_its_steps(self, agent: types.ModuleType) -> None:
+    def test_answers(self, agent: types.ModuleType) -> None:
         done = agent.lambda_handler(lambda_event(json.dumps(order_of("a"))), None)
         assert done == {"batchItemFailures": []}
-        updates = self.updates(agent)
-        assert [update.event_id for update in updates] == ["a-1", "a-2", "a-3"]
-        assert {update.project_id for update in updates} == {"proj_123"}
-        assert json.loads(bytes(updates[-1].data))["status"] == "done"
+        updates = self.updates()
+        assert {(u.project_id, u.in_reply_to) for u in updates} == {("proj_123", "a")}
+        logged = [json.loads(bytes(u.data)) for u in updates if not u.ephemeral]
+        statuses = [data.get("status") or data["state"] for data in logged]
+        assert statuses == ["working", "done", "done"]
+        assert "".join(data.get("text", "") for data in logged) == "# A login page\n"
 
     def test_order_without_a_project_is_answered_to_its_sender(
         self, agent: types.ModuleType
     ) -> None:
         order = order_of("a", None)
         agent.lambda_handler(lambda_event(json.dumps(order)), None)
-        assert {u.connection_id for u in self.updates(agent)} == {order["connection_id"]}
+        assert {u.connection_id for u in self.updates()} == {order["connection_id"]}
 
-    def test_repeated_order_is_skipped(self, agent: types.ModuleType) -> None:
-        body = json.dumps(order_of("a"))
-        agent.lambda_handler(lambda_event(body, body), None)
-        agent.lambda_handler(lambda_event(body), None)
-        assert len(self.updates(agent)) == 3
+    def test_stopped_order_is_not_begun(self, agent: types.ModuleType) -> None:
+        """The item that the guide describes stops it, and an answer says so."""
+        order = order_of("a")
+        key = hashlib.sha256(b'["proj_123","a"]').hexdigest()
+        item: Any = {
+            "PK": {"S": f"STOP#{key}"},
+            "SK": {"S": "STOP"},
+            "stopped_at": {"N": str(datetime.fromisoformat(order["timestamp"]).timestamp())},
+        }
+        boto3.client("dynamodb").put_item(TableName="events", Item=item)
+        done = agent.lambda_handler(lambda_event(json.dumps(order)), None)
+        assert done == {"batchItemFailures": []}
+        assert [json.loads(bytes(u.data)) for u in self.updates()] == [{"status": "cancelled"}]
 
     def test_bad_order_fails_alone(self, agent: types.ModuleType) -> None:
         bodies = (json.dumps(order_of("a")), "no JSON", json.dumps(order_of("b")))
         done = agent.lambda_handler(lambda_event(*bodies), None)
         assert done == {"batchItemFailures": [{"itemIdentifier": "m1"}]}
-        assert len(self.updates(agent)) == 6
+        assert {u.in_reply_to for u in self.updates()} == {"a", "b"}
 
     def test_ids_of_any_text_are_taken_by_fifo(self, agent: types.ModuleType) -> None:
         order = order_of("a b\u00fc" * 80, "project with spaces \u2713")

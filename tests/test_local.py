@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from agent import agenticai_agent
 from aws_standin import Platform
 from aws_standin.thread import ThreadedStandIn
 from local import agents
@@ -60,7 +61,8 @@ class TestAgents:
         self.use(platform, monkeypatch)
 
     def use(self, platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-        agents.sqs_client.cache_clear()
+        for client in (agenticai_agent.sqs_client, agenticai_agent.dynamodb_client):
+            client.cache_clear()
         monkeypatch.delenv("AWS_PROFILE", raising=False)
         for name, value in (platform.environment() | {"AGENT_STEP_SECONDS": "0"}).items():
             monkeypatch.setenv(name, value)
@@ -72,6 +74,21 @@ class TestAgents:
             "body": body,
         }
 
+    def order(self, project_id: str | None = "proj") -> str:
+        return json.dumps(
+            {
+                "action": "forward",
+                "type": "dev",
+                "message_id": "m",
+                "project_id": project_id,
+                "data": None,
+                "connection_id": "c",
+                "client_id": "c",
+                "user": None,
+                "timestamp": "2025-11-24T12:00:00.000Z",
+            }
+        )
+
     def received(self, platform: Platform) -> list[dict[str, Any]]:
         answer = platform.client("sqs").receive_message(
             QueueUrl=platform.queue_urls["updates"],
@@ -81,23 +98,26 @@ class TestAgents:
         return list(answer.get("Messages", []))
 
     def test_report_each_step_to_the_project(self, platform: Platform) -> None:
-        order = json.dumps({"message_id": "m", "project_id": "proj", "connection_id": "c"})
-        answer = agents.lambda_handler({"Records": [self.record(1, order)]}, None)
+        answer = agents.lambda_handler({"Records": [self.record(1, self.order())]}, None)
         assert answer == {"batchItemFailures": []}
         updates = [json.loads(message["Body"]) for message in self.received(platform)]
-        assert [update["event_id"] for update in updates] == [f"message-1-{n}" for n in "1234"]
         assert {update["project_id"] for update in updates} == {"proj"}
-        assert [update["data"]["status"] for update in updates] == ["working"] * 3 + ["done"]
+        assert {update["in_reply_to"] for update in updates} == {"m"}
+        steps = [update for update in updates if "step" in update["data"]]
+        assert len({step["event_id"] for step in steps}) == 4
+        assert [step["data"]["status"] for step in steps] == ["working"] * 3 + ["done"]
+        logged = [u["data"] for u in updates if u["type"] == "stream" and not u.get("ephemeral")]
+        assert "".join(piece["text"] for piece in logged) == agents.CODE
+        assert logged[-1]["state"] == "done"
 
     def test_report_to_the_sender_alone_when_there_is_no_project(self, platform: Platform) -> None:
-        order = json.dumps({"message_id": "m", "connection_id": "c"})
-        agents.lambda_handler({"Records": [self.record(1, order)]}, None)
+        agents.lambda_handler({"Records": [self.record(1, self.order(None))]}, None)
         updates = [json.loads(message["Body"]) for message in self.received(platform)]
-        assert len(updates) == 4
+        assert len(updates) >= 5
         assert all(u["connection_id"] == "c" and "project_id" not in u for u in updates)
 
     def test_name_the_orders_that_failed(self) -> None:
-        good = json.dumps({"message_id": "m", "project_id": "proj", "connection_id": "c"})
+        good = self.order()
         records = [self.record(1, good), self.record(2, "no JSON"), self.record(3, good)]
         answer = agents.lambda_handler({"Records": records}, None)
         assert answer == {"batchItemFailures": [{"itemIdentifier": "message-2"}]}
@@ -107,12 +127,13 @@ class TestAgents:
     ) -> None:
         self.use(fifo_platform, monkeypatch)
         project = "a project \N{SNOWMAN}"
-        order = json.dumps({"message_id": "m", "project_id": project, "connection_id": "c"})
-        event = {"Records": [self.record(1, order)]}
+        event = {"Records": [self.record(1, self.order(project))]}
         agents.lambda_handler(event, None)
         agents.lambda_handler(event, None)  # delivered again, within the deduplication interval
         messages = self.received(fifo_platform)
-        assert [json.loads(m["Body"])["data"]["step"] for m in messages] == [1, 2, 3, 4]
+        said = [json.loads(message["Body"])["data"] for message in messages]
+        assert [each["step"] for each in said if "step" in each] == [1, 2, 3, 4]
+        assert [each.get("state") for each in said].count("done") == 1
         assert len({message["Attributes"]["MessageGroupId"] for message in messages}) == 1
 
     def test_get_lambda_records_and_lose_only_what_they_have_done(self, platform: Platform) -> None:
@@ -307,7 +328,7 @@ class TestCommand:
                 steps = [
                     m["data"]["step"]
                     for m in seen
-                    if "data" in m and m["data"]["message_id"] == message_id
+                    if m.get("in_reply_to") == message_id and m["type"] != "stream"
                 ]
                 assert steps == [1, 2, 3, 4]
 
@@ -328,8 +349,9 @@ class TestCommand:
                     )
                 started, done = set(), 0
                 while done < len(orders):
-                    data = messages_until(client, type="project_updated")[-1]["data"]
-                    started |= {data["message_id"]}
+                    event = messages_until(client, type="project_updated")[-1]
+                    data = event["data"]
+                    started |= {event["in_reply_to"]}
                     done += data["status"] == "done"
                     assert not done or started == orders
 

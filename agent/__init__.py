@@ -1,0 +1,1 @@
+"""What an agent behind the gateway needs: one file, to be copied into a Lambda function."""
