@@ -500,6 +500,7 @@ class TestConsole:
         page.wait_for_selector("#state:not([data-state=open])", timeout=SILENCE_MS)
         await_text(page, "#state-text", "Offline")
         stage.send(5)
+        page.check("input[name=agent][value=qa]", force=True)
         page.press("#data", "Control+Enter")
         assert page.get_attribute("#orders li", "data-status") == "queued"
         await_text(page, "#state-more", "1 order queued.")
@@ -1256,11 +1257,11 @@ class TestList:
         """An order that somebody else sent is known by its answers, which are shown together."""
         page = open_page(console_link(console, scripted.url, PROJECT))
         await_live(page)
-        scripted.send(data={"agent": "pm", "message": "Thinking"}, in_reply_to="theirs")
+        scripted.send(data={"message": "Thinking"}, in_reply_to="theirs")
         scripted.send(data={"agent": "qa", "message": "Something else"})
         scripted.send(data={"agent": "pm", "message": "Planned"}, in_reply_to="theirs")
         await_seq(page, 3)
-        page.click("#orders .link:has-text('theirs')")
+        page.click("#orders .link:has-text('PM'):has-text('theirs')")
         page.wait_for_selector("#detail .steps li:nth-child(2)")
         steps = page.locator("#detail .steps span:not(.seq)").all_text_contents()
         assert steps == ["Thinking", "Planned"]
