@@ -24,6 +24,7 @@ PINNED = (
     ROOT / "requirements-dev.txt",
     ROOT / "bench" / "requirements.txt",
     REQUIREMENTS.with_name("uv.txt"),
+    ROOT / "tests" / "deployment" / "aws-cli.txt",
     *sorted((ROOT / "tests").glob("*/requirements.txt")),
 )
 PRODUCTION = ("server.py",)
