@@ -19,6 +19,7 @@ PROJECTS = 2000
 VIEWERS = 2
 FORWARDING_SHARE = 0.05
 FORWARD_PERIOD_S = 10.0
+ENOUGH_FORWARDS = 20  # to tell that they are not confirmed
 AWS_LATENCY_MS = "5-10"
 WARM_UP_S = 1.0
 IDLE_S = 2.0
@@ -121,6 +122,9 @@ def real_shape_turn(
                 counted = await_all(loads, events, MAX_DELAY_S)
                 elapsed_s = time.monotonic() - begun.moment
                 values = begun.values(events) | _latencies(counted, elapsed_s)
+                due = projects * VIEWERS * FORWARDING_SHARE / FORWARD_PERIOD_S
+                if values["forwards_per_s"] < due / 2 and due * elapsed_s > ENOUGH_FORWARDS:
+                    raise BenchError("forwards were not confirmed")
                 parameters = {"tasks": tasks, "rate": rate, "projects": projects}
                 yield Record("real shape", server.name, number, parameters, values)
 
