@@ -3018,7 +3018,7 @@ class RecentIds:
     """The event ids of the last minutes, of all projects.
 
     Kept in generations that are forgotten whole, so that remembering costs the same however many
-    there are: some 140 bytes an id, whatever its length.
+    there are: some 130 bytes an id, whatever its length.
 
     Attributes:
         since: unix seconds; every id that was added later is here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from typing import Any
@@ -14,8 +15,10 @@ import server
 from aws_standin import StandIn
 from server import EVERYONE, Event, RelayedBatch, RelayedEvent
 from test_server import (
+    SERVER_ERROR,
     Listener,
     MemoryLog,
+    always,
     bodies,
     client_of,
     event,
@@ -128,3 +131,33 @@ class TestRelayedEvents:
             assert payload.get("seq") == seq
             assert sent_at > 0
             assert (event_id is None) == (seq is None)
+
+
+class TestDeadLetters:
+    async def test_found_in_the_log(
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A dead letter that was logged is found there by its message id, as the guide says."""
+        monkeypatch.setattr(server, "full_jitter_s", lambda *_a, **_k: 0.01)
+        queue, dead = stand_in.queues["agenticai-updates"], "agenticai-updates-dlq"
+        queue.attributes["VisibilityTimeout"] = "0"
+        stand_in.fault = always("DeleteMessageBatch", SERVER_ERROR)
+        async with running_gateway(platform):
+            push(stand_in, *news(1))
+            await eventually(lambda: stand_in.queues[dead].messages)
+        [letter] = stand_in.queues[dead].messages
+        dynamodb = platform.client("dynamodb")
+        for message_id, count in ((letter.message_id, 1), ("another", 0)):
+            answer = await asyncio.to_thread(
+                dynamodb.query,
+                TableName=platform.events_table_name,
+                Select="COUNT",
+                KeyConditionExpression="PK = :project AND begins_with(SK, :event)",
+                FilterExpression="event_id = :id",
+                ExpressionAttributeValues={
+                    ":project": {"S": "PROJECT#p"},
+                    ":event": {"S": "EVENT#"},
+                    ":id": {"S": message_id},
+                },
+            )
+            assert answer["Count"] == count
