@@ -21,6 +21,7 @@ const BUSY_MS = 3000; // the gateway says every two seconds that it does not rea
 const REPLAY_MS = 2000; // for which a catch-up is left alone before another one is asked for
 const AFTER_MS_MAX = 120000; // what a gateway may wish for
 const CLOSE_MS = 1000; // for a deliberate close, where a socket can be ended at all
+const HISTORY_RETRIES = 5;
 const TIMER_MAX_MS = 2 ** 31 - 1; // what setTimeout can carry
 const MAX_FRAME = 4 << 20; // characters
 const EVERYONE = '*';
@@ -57,6 +58,10 @@ export class GatewayError extends Error {
     this.retryable = retryable;
     this.detail = detail;
   }
+}
+
+function gapError(gap) {
+  return new GatewayError('gap', true, `events ${gap.from + 1} to ${gap.to} are lost`, gap);
 }
 
 // --- The machine ---
@@ -857,7 +862,7 @@ class Loop {
     if (this.failed || this.done) return;
     if (name === 'event') this.take(value, position);
     else if (name === 'gap') {
-      this.put({ failure: new GatewayError('gap', true, `events ${value.from + 1} to ${value.to} are lost`, value) });
+      this.put({ failure: gapError(value) });
     } else if (name === 'state') {
       if (position) Object.assign(this, this.seq === undefined ? position : { epoch: position.epoch });
       if (value === 'closed') error ? this.put({ failure: error }) : this.finish();
@@ -950,6 +955,7 @@ export function connect(url, {
   }));
   const page = emitter();
   const signals = new Map(); // AbortSignal -> the forwards that it may abort, and its listener
+  const histories = new Set(); // what ends those under way
   let socket = null;
   let attempt = 0; // the number of the newest; what another one says counts no more
   let timer, armedFor = Infinity;
@@ -1027,6 +1033,7 @@ export function connect(url, {
     },
     end() {
       for (const name of WAKE) globalThis.removeEventListener?.(name, wake);
+      for (const end of [...histories]) end();
     },
   };
 
@@ -1112,6 +1119,7 @@ export function connect(url, {
       /** Why it is closed, unless the page wanted it. */
       get error() { return reader.state === 'closed' && machine.ended?.code !== 'closed' ? machine.ended : undefined; },
       on: (name, fn) => (OWN.has(name) ? ours : typed).on(name, fn),
+      history: (options) => history(project, options),
       unsubscribe() {
         act(() => machine.leave(reader));
         for (const loop of [...loops]) loop.finish();
@@ -1137,6 +1145,51 @@ export function connect(url, {
     if (signal) forward.release = watch(signal, () => machine.settle(forward, signal.reason));
   });
 
+  /** The log as it is now, over a connection of its own: this one's subscriptions notice nothing. */
+  function history(project, { since, epoch, limit = 100 } = /** @type {any} */ ({})) {
+    return new Promise((resolve, reject) => {
+      if (machine.ended) throw machine.ended;
+      if (!isSeq(since ?? 0) || !isSeq(limit)) throw new TypeError('Bad since or limit.');
+      const own = connect(url, {
+        getToken, minDelay, maxDelay, maxRetries: Math.min(maxRetries, HISTORY_RETRIES), pingInterval, WebSocket, random, clock,
+      });
+      const end = () => finish(reject, machine.ended);
+      const finish = (settle, result) => {
+        histories.delete(end);
+        own.close();
+        settle(result);
+      };
+      const fail = (state, error) => state === 'failed' && !error.retryable && finish(reject, error);
+      histories.add(end);
+      own.on('state', (state) => state === 'closed' && own.ready().catch((error) => finish(reject, error)));
+
+      /** @type {any} */ const last = own.subscribe(project); // says where the log ends
+      const off = last.on('state', (state) => {
+        if (state !== 'live') return;
+        off();
+        read(since ?? Math.max(0, last.seq - limit), last.seq);
+      });
+      last.on('state', fail);
+
+      function read(from, to) {
+        const events = [];
+        if (!(from < to) || !limit) return finish(resolve, events);
+        /** @type {any} */ const sub = own.subscribe(project, { since: from, epoch: since === undefined ? last.epoch : epoch });
+        sub.on('state', fail);
+        sub.on('event', (event) => {
+          if (event.seq !== undefined) events.push(event);
+          if (events.length === limit || event.seq >= to) finish(resolve, events);
+        });
+        sub.on('gap', (gap) => {
+          sub.unsubscribe();
+          // The last ones: so many as the log still has, to within a half. Those after a position: all or none.
+          if (since === undefined) read(Math.ceil((from + to) / 2), to);
+          else finish(reject, gapError(gap));
+        });
+      }
+    });
+  }
+
   for (const name of WAKE) globalThis.addEventListener?.(name, wake);
   act(() => machine.start());
   return /** @type {any} */ ({
@@ -1145,6 +1198,7 @@ export function connect(url, {
     get latency() { return machine.latency; },
     get busy() { return machine.busy; },
     subscribe,
+    history,
     reconnect: () => act(() => machine.reconnect()),
     close: () => act(() => machine.close()),
 

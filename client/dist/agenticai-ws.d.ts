@@ -129,6 +129,15 @@ export interface SubscribeOptions {
   snapshot?: boolean | undefined;
 }
 
+export interface HistoryOptions {
+  /** The events after this `seq`, the earliest first. Without it, the last ones. */
+  since?: number | undefined;
+  /** The `epoch` that goes with `since`. */
+  epoch?: string | undefined;
+  /** How many at most. Default 100. */
+  limit?: number | undefined;
+}
+
 export interface ForwardOptions {
   project?: string | undefined;
   /** Idempotency key; default: random. */
@@ -176,6 +185,8 @@ export interface Subscription<Data = unknown, Events extends object = Record<str
     type: Type,
     fn: (event: ProjectEvent<Events[Type]> & { type: Type }) => void,
   ): Off;
+  /** As {@link Connection.history}, of this project. */
+  history(options?: HistoryOptions): Promise<ProjectEvent<Data>[]>;
   unsubscribe(): void;
 }
 
@@ -208,6 +219,11 @@ export interface Connection<Events extends object = Record<string, any>> {
    * An order with a project has to be stopped with the same `project`. It is sent again like a forward.
    */
   stop(messageId: string, options?: Omit<ForwardOptions, 'messageId'>): Promise<{ messageId: string }>;
+  /**
+   * Events of a project's log as it is now, in order, over a connection of its own. Rejects with code `gap` where the
+   * log does not reach back to `since`; without `since` there are fewer then.
+   */
+  history<Data = unknown>(project: string, options?: HistoryOptions): Promise<ProjectEvent<Data>[]>;
   /** Gives up the connection or the waiting, and makes an attempt at once. Throws once closed. */
   reconnect(): void;
   /** For good: every promise, subscription and iterator ends. May be called again. */

@@ -720,3 +720,52 @@ describe('small things', () => {
     assert.ok(Date.now() - started < 15_000, `${Date.now() - started} ms`);
   });
 });
+
+describe('history', () => {
+  const seqs = (events) => events.map(({ seq }) => seq);
+  const settledBy = async (advance, promise) => {
+    let result;
+    promise.then((events) => { result = seqs(events); }, (error) => { result = [error.code, error.detail]; });
+    await advance(2_000);
+    return result;
+  };
+
+  test('is read over a connection of its own, the last ones or those after a position', async () => {
+    const { client, advance, publish, net, gateway } = world();
+    publish('p', 30);
+    const sub = client.subscribe('p');
+    const seen = record(sub);
+    await advance(100);
+    assert.deepEqual(await settledBy(advance, sub.history({ limit: 3 })), [28, 29, 30]);
+    assert.deepEqual(await settledBy(advance, client.history('p', { since: 4, limit: 2 })), [5, 6]);
+    assert.deepEqual(await settledBy(advance, client.history('p', { since: 28 })), [29, 30]);
+    assert.deepEqual(await settledBy(advance, client.history('p', { since: 30 })), []);
+    assert.deepEqual(await settledBy(advance, client.history('empty')), []);
+    assert.deepEqual([seen, net.sockets.size, gateway.connections.size], [['live'], 1, 1]);
+  });
+
+  test('that is gone is said, or left out', async () => {
+    const { client, advance, publish, gateway } = world();
+    publish('p', 30);
+    gateway.expire('p', 20);
+    assert.deepEqual(await settledBy(advance, client.history('p', { since: 4 })), ['gap', { from: 4, to: 30 }]);
+    const last = await settledBy(advance, client.history('p', { limit: 100 }));
+    assert.deepEqual([last.length >= 5, last.at(-1)], [true, 30]);
+    gateway.forbidden.add('q');
+    assert.deepEqual((await settledBy(advance, client.history('q')))[0], 'forbidden');
+  });
+
+  test('ends with close(), and when the gateway cannot be reached', async () => {
+    const { client, advance, clock } = world({}, {}, { up: () => false });
+    const reading = client.history('p');
+    const failed = assert.rejects(reading, { code: 'gave_up' });
+    await advance(60_000);
+    await failed;
+    const again = assert.rejects(client.history('p'), { code: 'closed' });
+    client.close();
+    await again;
+    await assert.rejects(client.history('p'), { code: 'closed' });
+    await advance(20_000);
+    assert.equal(clock.pending, 0);
+  });
+});

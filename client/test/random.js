@@ -256,8 +256,7 @@ export async function run(seed, { connect, GatewayError }) {
 
   // What the world does.
   gateway.history = new Map();
-  function publish(options) {
-    const project = random.of(PROJECTS);
+  function publish(options, project = random.of(PROJECTS)) {
     const event = gateway.publish(project, options);
     const logged = gateway.log(project).events.at(-1);
     if (event.seq !== undefined) gateway.history.set(logged.id, { ...logged });
@@ -274,8 +273,11 @@ export async function run(seed, { connect, GatewayError }) {
     else if (what < 0.82) clock.freeze(random.below(100_000));
     else if (!gentle && what < 0.86) publish({ lost: true });
     else if (!gentle && what < 0.90) { const project = random.of(PROJECTS); gateway.expire(project, random.below(gateway.log(project).head + 1)); }
-    else if (!gentle && what < 0.92) gateway.skip(random.of(PROJECTS));
-    else if (!gentle && what < 0.925) { replaced.set(gateway.epoch, clock.now()); gateway.replace(); }
+    else if (!gentle && what < 0.95) { // lost between the tasks, and expired before the log was read
+      const project = random.of(PROJECTS);
+      publish({ lost: true }, project);
+      gateway.skip(project);
+    } else if (!gentle && what < 0.957) { replaced.set(gateway.epoch, clock.now()); gateway.replace(); }
   }
 
   for (const name of ['event', 'error', 'busy']) client.on(name, inListener(name, () => { if (closed) fault(`${name} after close()`); }));
