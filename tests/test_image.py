@@ -28,6 +28,7 @@ from tests.moto_aws import Platform
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "localhost/agenticai-websocket:test"
+MEMORY_MB = 512  # the template's default for a task, and for its container
 PULL_TIMEOUT_S = 300.0
 BUILD_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 60.0
@@ -97,6 +98,7 @@ class Podman(Engine):
         *("podman", "run", "--rm", "--network=host"),
         *("--read-only", "--read-only-tmpfs=false"),
         *("--cap-drop=ALL", "--security-opt=no-new-privileges"),
+        f"--memory={MEMORY_MB}m",
     )
 
     def lacks(self, base_image: str) -> str:
@@ -118,24 +120,42 @@ class Podman(Engine):
 
 
 class Buildah(Engine):
-    """buildah builds; it cannot run read-only, so a namespace made by util-linux does that."""
+    """buildah builds; it cannot run read-only, so a namespace made by util-linux does that.
+
+    The limit of memory is a control group of the test's own, which the server sees where a
+    container would show it its own: in version 1 or 2, whichever this machine has.
+    """
 
     name = "buildah"
     build_options = ("--isolation=chroot",)  # no runtime, so it also builds inside a container
     SCRIPT = """
         set -e
-        root=$1 user=$2; shift 2
+        root=$1 user=$2 group=$3; shift 3
+        echo $$ > "$group/cgroup.procs"
         mount --bind "$root" "$root"
         mount -o remount,bind,ro "$root"
         mount --rbind /proc "$root/proc"
         mount --rbind /dev "$root/dev"
+        mount -t tmpfs none "$root/sys"
+        mkdir -p "$root/sys/fs/cgroup/memory"
+        case $group in
+            */memory/*) mount --bind "$group" "$root/sys/fs/cgroup/memory" ;;
+            *) mount --bind "$group" "$root/sys/fs/cgroup" ;;
+        esac
+        mount -o remount,ro "$root/sys"
         exec chroot --userspec="$user" "$root" env -i "$@"
     """
 
     def lacks(self, base_image: str) -> str:
         if reason := super().lacks(base_image):
             return reason
-        return "what it builds is run here by root alone" if os.geteuid() else ""
+        if os.geteuid():
+            return "what it builds is run here by root alone"
+        try:
+            with memory_group():
+                return ""
+        except OSError as exc:
+            return f"no limit of memory can be set here: {exc}"
 
     @contextlib.contextmanager
     def sandbox(
@@ -147,13 +167,44 @@ class Buildah(Engine):
         container = ask("buildah", "from", "--pull-never", TAG).stdout.strip()
         try:
             root = ask("buildah", "mount", container).stdout.strip()
-            yield [
-                *("unshare", "--mount", "sh", "-c", self.SCRIPT, "sh", root, image["User"]),
-                *(f"--chdir={image['WorkingDir']}", *image["Env"], *settings),
-                *(command or image["Cmd"]),
-            ]
+            with memory_group() as group:
+                yield [
+                    *("unshare", "--mount", "sh", "-c", self.SCRIPT, "sh"),
+                    *(root, image["User"], str(group)),
+                    *(f"--chdir={image['WorkingDir']}", *image["Env"], *settings),
+                    *(command or image["Cmd"]),
+                ]
         finally:
             ask("buildah", "rm", container)
+
+
+@contextlib.contextmanager
+def memory_group() -> Iterator[Path]:
+    """A control group with the limit of memory, in version 1 or 2.
+
+    Raises OSError where none can be made.
+    """
+    version_1 = Path("/sys/fs/cgroup/memory")
+    parent, name = (
+        (version_1, "memory.limit_in_bytes")
+        if version_1.is_dir()
+        else (Path("/sys/fs/cgroup"), "memory.max")
+    )
+    group = parent / f"agenticai-websocket-test-{uuid.uuid4().hex[:12]}"
+    group.mkdir()
+    try:
+        (group / name).write_text(str(MEMORY_MB * 1024**2))
+        yield group
+    finally:
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while True:  # what ran in it may take a moment to end
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +321,13 @@ print(json.dumps({
         assert set(found["writing"].values()) == {errno.EROFS}
         assert found["app"] == ["server.py"]
         assert not found["pip"]
+
+    def test_reads_its_own_limit(self, engine: Engine) -> None:
+        """The server finds the container's limit of memory, from which its budget follows."""
+        probe = "import server; print(server.container_limit_mb())"
+        with engine.sandbox({}, ["python", "-c", probe]) as command:
+            answer = ask(*command)
+        assert answer.stdout.strip() == str(MEMORY_MB), answer.stderr
 
     def test_without_settings(self, engine: Engine) -> None:
         """It names the settings it lacks, and ends with exit code 2."""
