@@ -230,8 +230,12 @@ class Evaluated(template.Stack):
             case "AWS::ECS::Service", "Name":
                 return str(self(properties["ServiceName"]))
             case "AWS::SQS::Queue", "Arn":
-                return f"arn:aws:sqs:{REGION}:{ACCOUNT}:{self(properties['QueueName'])}"
+                return _queue_arn(self(properties["QueueName"]))
         return super()._attribute(name, attribute)
+
+
+def _queue_arn(name: str) -> str:
+    return f"arn:aws:sqs:{REGION}:{ACCOUNT}:{name}"
 
 
 REPLACED_BY = {
@@ -651,7 +655,9 @@ class Cloud:
         return {"StackEvents": self._stack(request["StackName"]).events[::-1]}
 
     def cloudformation_get_template_summary(self, request: Json) -> Json:
-        document = self._parse(request["TemplateBody"])
+        named = request.get("StackName")
+        body = self._stack(named).body if named else request["TemplateBody"]
+        document = self._parse(body)
         return {
             "Parameters": [
                 {
@@ -1017,7 +1023,14 @@ class Cloud:
                         ' deleting a queue before you can create another with the same name."'
                     )
                 attributes = {"FifoQueue": "true"} if queue.endswith(".fifo") else {}
-                self.aws.client("sqs").create_queue(QueueName=queue, Attributes=attributes)
+                sqs = self.aws.client("sqs")
+                url = sqs.create_queue(QueueName=queue, Attributes=attributes)["QueueUrl"]
+                if "-dlq-" in queue:  # made after the queue whose dead letters it takes
+                    policy = {"deadLetterTargetArn": _queue_arn(queue), "maxReceiveCount": 5}
+                    sqs.set_queue_attributes(
+                        QueueUrl=url.replace("-dlq-", "-"),
+                        Attributes={"RedrivePolicy": json.dumps(policy)},
+                    )
             case "AWS::SNS::Topic":
                 self.aws.client("sns").create_topic(Name=properties["TopicName"])
             case "AWS::DynamoDB::Table":

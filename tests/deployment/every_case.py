@@ -9,8 +9,8 @@ import re
 
 import pytest
 
-from tests import issuer
-from tests.deployment.cloud import GATEWAY_STACK, Cloud
+from tests import issuer, test_docs
+from tests.deployment.cloud import CERTIFICATE, GATEWAY_STACK, Cloud
 from tests.deployment.person import Person
 from tests.test_deployment import (  # the fixtures are found by their names
     SECURITY,
@@ -353,3 +353,74 @@ class TestConnection:
         run = person.check("-Check WebSocket -AccessToken forged")
         assert run.code == 1
         run.line("FAIL  WebSocket .*401")
+
+
+STAND_INS = {
+    " -HostedZoneId Z0123456789ABC": "",  # no name server here knows the record it would make
+    "QUEUE-URL": "https://sqs.us-east-1.amazonaws.com/123456789012/agenticai-updates-prod-task-1",
+    "YOUR-BUCKET": "a-bucket",
+    "1234abcd": "1234abcd",
+}
+"""What a reader puts in place of what stands for their own."""
+
+BLOCKS = [
+    block
+    for block in test_docs.in_language("bash", "powershell")
+    if re.search(r"(?m)^(\w+=\$\()?(aws |\./(deploy-ecs|test-connection))", block.text)
+    and "YOUR-AGENT" not in block.text  # a function of the reader's own
+]
+
+
+class TestDocuments:
+    """Every command of the documentation that touches AWS, as it stands there."""
+
+    @pytest.mark.parametrize("block", BLOCKS, ids=str)
+    def test_runs(self, cloud: Cloud, person: Person, block: test_docs.Block) -> None:
+        text = block.text
+        for name, value in STAND_INS.items():
+            text = text.replace(name, value)
+        # By hand, the guide begins with nothing; everything else is for a gateway that stands.
+        by_hand = "sed " in text or "docker push" in text or "ContainerImage=" in text
+        if not by_hand:
+            cloud.leave("UPDATE_COMPLETE", CertificateArn=CERTIFICATE, DomainName="ws.example.com")
+        if "agenticai-updates-prod-task-1" in text:
+            cloud.aws.client("sqs").create_queue(QueueName="agenticai-updates-prod-task-1")
+        if block.language == "powershell":
+            lines = [line for line in text.splitlines() if line.startswith("./")]
+            # The bucket and other environments are the reader's own; the rest is deployed.
+            for line in lines:
+                what_if = " -WhatIf" if "staging" in line and "-WhatIf" not in line else ""
+                run = person.shell(f"{line}{what_if}; exit $LASTEXITCODE")
+                assert run.code == 0, f"{line}\n{run.text}"
+            return
+        if by_hand:
+            text = by_hand_until(block)
+        text = without_what_is_missing(text, person)
+        run = person.bash(text)
+        assert run.code == 0, run.text
+        if "--output table" in text:
+            run.line(r"^\|.*\|$|^[-+]+$")
+
+
+def by_hand_until(block: test_docs.Block) -> str:
+    """The blocks of the same section up to this one: each goes on from those before it."""
+    section = [
+        each
+        for each in test_docs.in_language("bash")
+        if each.path == block.path and each.line <= block.line and "python " not in each.text
+    ]
+    return "".join(each.text for each in section)
+
+
+def without_what_is_missing(text: str, person: Person) -> str:
+    """Without what the CLI here does not know, and without lines that are not for AWS."""
+    lines = text.replace("\\\n", " ").splitlines()
+    version_1 = person.shell("aws --version").text.startswith("aws-cli/1")
+    if version_1:
+        lines = [line for line in lines if not line.startswith("aws logs tail")]
+    kept = [line for line in lines if not line.startswith(("python ", "git switch"))]
+    # A task's id is the reader's own; without one the list is empty.
+    kept = [line for line in kept if "TASK-ID" not in line]
+    # moto, which stands for SQS here, has no such operation.
+    kept = [line for line in kept if "start-message-move-task" not in line]
+    return "\n".join(kept)

@@ -180,6 +180,19 @@ class Person:
             raise AssertionError(f"{command} did not end:\n{text}") from None
         return Run(process.returncode, text)
 
+    def bash(self, text: str) -> Run:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.project,
+            env=self.environment | {"AWS_DEFAULT_REGION": "us-east-1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        return Run(done.returncode, done.stdout)
+
     def start(self, command: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             ["pwsh", "-NoProfile", "-NonInteractive", "-Command", command],
