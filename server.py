@@ -3293,7 +3293,7 @@ class EventLog:
             start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
 
     async def _items_at(self, project_id: str, seqs: Sequence[int]) -> list[dict[str, Any]]:
-        """The events with these numbers, at most 100, of one moment: all of a transaction or none.
+        """The events with these numbers, at most 16, of one moment: all of a transaction or none.
 
         Whatever is not among them does not exist, or no more.
         """
@@ -3356,13 +3356,14 @@ class EventLog:
     async def _look_up(self, group: Sequence[ProjectAppend]) -> None:
         """Know the heads of a group, and recognise what is in their logs already."""
         self._recent_ids.forget()
-        cold = [append.project_id for append in group if append.project_id not in self._heads]
-        items = await self._head_items(cold, consistent=True) if cold else {}
-        for project_id in cold:
-            self._heads.setdefault(project_id, self._head_of(items.get(project_id)))
         for append in group:
-            append.head = self._heads.pop(append.project_id)
-            self._heads[append.project_id] = append.head
+            append.head = self._heads.get(append.project_id)
+        cold = [append.project_id for append in group if append.head is None]
+        items = await self._head_items(cold, consistent=True) if cold else {}
+        for append in group:
+            name = append.project_id
+            append.head = self._heads.pop(name, append.head) or self._head_of(items.get(name))
+            self._heads[name] = append.head
         while len(self._heads) > HEADS_REMEMBERED:
             del self._heads[next(iter(self._heads))]
         if behind := [append for append in group if self._has_to_read(append)]:
@@ -3392,13 +3393,15 @@ class EventLog:
         before, head.stale = head.seq, False
         backward = bound < self._known_since(head)
         items: list[dict[str, Any]] = []
-        low, members = (0, EVENT_IDS) if backward else (before + 1, {})
+        first = 1 if backward else before + 1
+        members = EVENT_IDS if backward else {}
         async for page in self._pages(
-            append.project_id, event_key(low), HEAD_KEY, forward=not backward, members=members
+            append.project_id, event_key(first), HEAD_KEY, forward=not backward, members=members
         ):
             items += page
             last = page[-1] if page else {}
             if backward and "timestamp" in last and unix_s(last["timestamp"]["S"]) < bound:
+                first = seq_of(last) or 1
                 break
         seq = next((int(item["seq"]["N"]) for item in items if item["SK"]["S"] == HEAD_KEY), 0)
         if seq < before:
@@ -3407,7 +3410,6 @@ class EventLog:
                 "the table was wiped or restored"
             )
         events = {place: item for item in items if (place := seq_of(item)) is not None}
-        first = min(events, default=1) if backward else before + 1
         events |= await self._held_back(append.project_id, first, seq, events)
         for place in sorted(place for place in events if place <= seq):
             item = events[place]
@@ -3423,11 +3425,11 @@ class EventLog:
     ) -> dict[int, dict[str, Any]]:
         """The events from ``first`` to ``last`` that a query has left out, seeing them in part.
 
-        From the newest on; where a hundred are missing indeed, all that is older has expired.
+        From the newest on; where so many are missing indeed, all that is older has expired.
         """
         found: dict[int, dict[str, Any]] = {}
         missing = (seq for seq in range(last, first - 1, -1) if seq not in events)
-        while seqs := list(itertools.islice(missing, 100)):
+        while seqs := list(itertools.islice(missing, 16)):  # of the largest, what one call reads
             items = await self._items_at(project_id, seqs)
             found |= {cast("int", seq_of(item)): item for item in items}
             if not items:
@@ -3909,8 +3911,13 @@ class Feed:
     def _fill_soon(self, channel: Channel) -> None:
         if channel.filling is None:
             self._metrics.gaps_filled += 1
-            channel.filling = self._tasks.create_task(self._fill(channel))
-            channel.filling.add_done_callback(lambda _: setattr(channel, "filling", None))
+            channel.filling = self._tasks.create_task(self._fill_gap(channel))
+
+    async def _fill_gap(self, channel: Channel) -> None:
+        try:
+            await self._fill(channel)
+        finally:
+            channel.filling = None  # in the same step: a gap may open in the next
 
     async def _fill(self, channel: Channel) -> None:
         """Deliver everything the log has beyond the cursor."""

@@ -226,12 +226,16 @@ class DynamoDb:
                 "constraint: Member must have length less than or equal to 100"
             )
         found: list[Json] = []
+        size = 0
         for get in gets:
             table = self._table(get)
             item = table.get(table.key(get["Key"], exact=True))
+            size += 0 if item is None else _item_bytes(item)
             for _ in range(2):  # a transaction reads twice
                 self._read({"ConsistentRead": True}, item)
             found.append({} if item is None else {"Item": _projected(get, Expressions(get), item)})
+        if size > MAX_TRANSACTION_BYTES:
+            raise invalid("Aggregated size of items to be retrieved exceeds 4194304 bytes")
         return {"Responses": found}
 
     def _done(self, token: str, digest: bytes) -> bool:

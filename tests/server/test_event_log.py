@@ -333,6 +333,23 @@ class TestMemory:
         await append(log, one_each(names(1_000), 2))
         assert stand_in.calls == {("dynamodb", "TransactWriteItems"): 20}
 
+    async def test_forgotten_meanwhile(
+        self, kit: LogKit, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A head that is forgotten while others are read is none that is missing."""
+        monkeypatch.setattr(server, "HEADS_REMEMBERED", 2)
+        log = kit.log()
+        await append(log, one_each(["p0", "p1"]))
+        stand_in.fault = lambda call: (
+            Fault(delay_s=0.1)
+            if call.operation == "BatchGetItem" and "#slow" in str(call.request)
+            else None
+        )
+        mixed, others = one_each(["p0", "slow"], 2), one_each(["q0", "q1", "q2"])
+        await asyncio.gather(append(log, mixed), append(log, others))
+        assert [places(each.pending) for each in mixed] == [[2], [1]]
+        assert await log.heads(["p0", "slow", "q2"]) == {"p0": 2, "slow": 1, "q2": 1}
+
     async def test_cold_and_quiet(self, kit: LogKit, stand_in: StandIn) -> None:
         """A new task reads the heads of quiet projects; of the others, their latest events too."""
         with pytest.MonkeyPatch.context() as patch:
@@ -444,6 +461,18 @@ class TestPartOfATransaction:
         again = ProjectAppend("p", [*entries(2, 3, look_back_to=time.time() - 60), entry(4)])
         await append(log, [again])
         assert places(again.pending) == [2, 3, 4]
+
+    async def test_large_ones(
+        self, kit: LogKit, half_blind: Callable[..., None], log: EventLog
+    ) -> None:
+        """However large the events are that a query has left out."""
+        size = server.EVENT_MAX_BYTES - 2
+        large = [entry(number, size=size) for number in range(30)]
+        await append(kit.log(), [ProjectAppend("p", large)])
+        half_blind(*range(1, 30), times=100)
+        again = ProjectAppend("p", [entry(3, look_back_to=time.time() - 60)])
+        await append(log, [again])
+        assert places(again.pending) == [4]
 
     async def test_look_back(
         self, kit: LogKit, half_blind: Callable[..., None], log: EventLog
