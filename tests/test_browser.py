@@ -34,7 +34,7 @@ from websockets.typing import Subprotocol
 
 from aws_standin import Platform, without_aws
 from aws_standin.thread import ThreadedStandIn
-from local.agents import STEPS
+from local.agents import CODE, STEPS
 from local.child import Child
 from local.console import console_link, serve_console
 from tests.issuer import AUDIENCE, ISSUER, key_set, public_jwk, token_of
@@ -62,6 +62,7 @@ START_S = 30.0
 SEEN_MS = 30_000  # until something is on the page; a killed task's updates take 10 s
 SILENCE_MS = 6_000 + 5_000 + 5_000  # the console's pings, the wait for an answer, a margin
 LONG_TASK_MS = 200
+STOPPED_S = 3.0  # an agent looks once a second; the rest is for a busy machine
 
 CHROMIUM = [
     "--no-sandbox",
@@ -166,12 +167,12 @@ class Balancer:
 class Stage:
     """Two tasks behind a balancer, the sample agents, and the console's address."""
 
-    def __init__(self, platform: Platform, console: str) -> None:
+    def __init__(self, platform: Platform, console: str, step_s: float = 0.1) -> None:
         self.platform = platform
         self.console = console
         self.balancer = Balancer()
         environment = without_aws(os.environ) | platform.environment()
-        environment["AGENT_STEP_SECONDS"] = "0.1"
+        environment["AGENT_STEP_SECONDS"] = str(step_s)
         self.agents = Child("agents", ["-m", "local.event_source"], environment, SimpleQueue())
         self.tasks = [Task("task-1", platform), Task("task-2", platform)]
         self.balancer.backends = self.tasks
@@ -413,7 +414,7 @@ class TestConsole:
         page.fill("#data", "[1, 2]")
         page.press("#data", "Control+Enter")
         assert page.get_attribute("#data", "aria-invalid") is None
-        page.wait_for_selector("#orders li", timeout=SEEN_MS)
+        page.wait_for_selector("#orders li[data-status=done]", timeout=SEEN_MS)
 
     def test_filter_pause_copy_and_clear(
         self, stage: Stage, open_page: Callable[..., Page]
@@ -595,6 +596,64 @@ class TestConsole:
         later.goto("about:blank")
         later.goto(stage.console)
         assert later.locator("#subs .name").all_text_contents() == [PROJECT]
+
+
+class TestAnswers:
+    """An agent that writes for some ten seconds, and a person who does not just watch."""
+
+    @pytest.fixture(scope="class")
+    def slow(self, browser: Browser) -> Iterator[Stage]:
+        assert browser.is_connected()
+        with contextlib.ExitStack() as stack:
+            aws = ThreadedStandIn()
+            stack.callback(aws.close)
+            platform = aws.call(lambda: aws.stand_in.create_platform(prefix="slow"))
+            stage = Stage(platform, stack.enter_context(serve_console()), step_s=1)
+            stack.callback(stage.close)
+            yield stage
+
+    def order_code(self, page: Page) -> None:
+        """Order code from Dev, and see it being written."""
+        page.check("input[name=agent][value=dev]", force=True)
+        page.press("#data", "Control+Enter")
+        await_text(page, "#orders .said", CODE[:12])
+        assert page.get_attribute("#orders li", "data-status") == "working"
+
+    def test_reload_and_a_killed_task(self, slow: Stage, open_page: Callable[..., Page]) -> None:
+        """After both, the text goes on, and is the agent's to the last character."""
+        page = open_page(slow.link(PROJECT))
+        await_live(page)
+        self.order_code(page)
+        page.wait_for_selector("#events li[data-kind=event]:has-text('def')")
+        page.reload()
+        await_live(page)
+        slow.kill_current_task()
+        page.wait_for_selector("#orders li[data-status=done]", timeout=2 * SEEN_MS)
+        page.click("#orders .link")
+        page.wait_for_selector("#detail .stream:not(.growing)")
+        assert text_of(page, "#detail .stream pre") == CODE
+        assert page.locator("#detail .stream").count() == 1
+        assert text_of(page, "#t-gaps") == "0"
+
+    def test_stop(
+        self, slow: Stage, open_page: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The agent ends, and what it had written is all there is."""
+        page = open_page(slow.link(PROJECT))
+        await_live(page)
+        self.order_code(page)
+        began = time.monotonic()
+        page.click("#orders button.stop")
+        page.wait_for_selector("#orders li[data-status=stopped]", timeout=SEEN_MS)
+        took_s = time.monotonic() - began
+        with capsys.disabled():
+            print(f"\nan agent ended {took_s:.1f} s after its order was stopped")
+        assert took_s < STOPPED_S
+        page.click("#orders .link")
+        page.wait_for_selector("#detail .stream h4:has-text('cancelled')")
+        text = text_of(page, "#detail .stream pre")
+        assert CODE.startswith(text)
+        assert len(text) < len(CODE)
 
 
 class TestRefusals:
