@@ -260,8 +260,8 @@ function Get-TemplateBody {
 function Get-TemplateParameter {
     [CmdletBinding()] param([string]$TemplateFile)
     $arguments = 'cloudformation', 'get-template-summary', '--template-body', "file://$TemplateFile"
-    $pairs = Invoke-AwsCli -ArgumentList ($arguments + @('--query', 'Parameters[].[ParameterKey,DefaultValue]'))
-    ConvertTo-Table -Pair $pairs
+    $answer = Invoke-AwsCli -ArgumentList ($arguments + @('--query', '{Parameters:Parameters[].[ParameterKey,DefaultValue]}'))
+    ConvertTo-Table -Pair $answer.Parameters
 }
 
 # --- The network ----------------------------------------------------------------------------------
@@ -728,9 +728,9 @@ function New-ChangeSet {
 function Get-ValidationReason {
     [CmdletBinding()] param([string]$ChangeSetId)
     try {
-        $query = 'OperationEvents[?ValidationStatusReason].[LogicalResourceId,ValidationStatusReason]'
+        $query = 'OperationEvents[?ValidationStatusReason].{Name:LogicalResourceId,Why:ValidationStatusReason}'
         $events = @(Invoke-AwsCli -ArgumentList 'cloudformation', 'describe-events', '--change-set-name', $ChangeSetId, '--query', $query)
-        @($events | Where-Object { $_ } | ForEach-Object { "$($_[0]): $($_[1])" }) -join '; '
+        @($events | ForEach-Object { "$($_.Name): $($_.Why)" }) -join '; '
     }
     catch {
         Write-Verbose -Message "An older AWS CLI does not know the operation: $($_.Exception.Message)"

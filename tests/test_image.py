@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -335,6 +336,27 @@ print(json.dumps({
             answer = ask(*command)
         assert answer.returncode == 2
         assert "DYNAMODB_TABLE_NAME" in answer.stderr
+
+    def test_commands_of_the_readme(self, engine: Engine, tmp_path: Path) -> None:
+        """README's two lines build an image and run it; without settings it names them."""
+        text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+        build, run = (
+            shlex.split(each) for each in re.findall(r"`(docker (?:build|run) [^`]+)`", text)
+        )
+        name = build[build.index("-t") + 1]
+        assert run[-1] == name
+        try:
+            built = ask(engine.name, "build", *engine.build_options, *build[2:], timeout_s=600)
+            assert built.returncode == 0, built.stderr
+            if engine.name == "podman":
+                settings = tmp_path / "settings"
+                settings.touch()
+                words = [str(settings) if word == ".env" else word for word in run[1:]]
+                answer = ask("podman", *words)
+                assert answer.returncode == 2
+                assert "DYNAMODB_TABLE_NAME" in answer.stderr
+        finally:
+            ask(engine.name, "rmi", name)
 
     def test_serves_and_drains(self, engine: Engine, platform: Platform) -> None:
         """It is healthy, takes a client, and on SIGTERM sends it away and ends in time."""
