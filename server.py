@@ -2284,10 +2284,16 @@ class Ledger:
 
     def update(self, connection: Connection) -> None:
         """Charge a connection with what it holds now."""
-        held = connection.held_bytes()
-        self._held_bytes += held - connection.charged_bytes
-        connection.charged_bytes = held
-        self._check()
+        self.add(connection, connection.held_bytes() - connection.charged_bytes)
+
+    def add(self, connection: Connection, change_bytes: int) -> None:
+        """Charge a connection with so much more, or less; one that is gone was forgotten."""
+        if connection.progress is Progress.LOST:
+            return
+        self._held_bytes += change_bytes
+        connection.charged_bytes += change_bytes
+        if change_bytes > 0:
+            self._check()
 
     def forget(self, connection: Connection) -> None:
         self._held_bytes -= connection.charged_bytes
@@ -4873,7 +4879,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_asked", "_corked", "_drained", "_ended", "_gateway", "_holds", "_paused_at",
+        "_asked", "_corked", "_drained", "_ended", "_gateway", "_held_input", "_holds",
+        "_paused_at",
         "_private_bytes",
         "_request_bytes", "_tail", "account", "address", "backlog_bytes", "catch_up_turn",
         "catching_up", "charged_bytes", "choked", "close_code", "deadline", "deflates", "heard_at",
@@ -4905,7 +4912,7 @@ class Connection(asyncio.Protocol):
         self.warned = False
         self.said_busy_at = math.inf
         self.charged_bytes = self.backlog_bytes = self._private_bytes = 0
-        self._asked = self._ended = False
+        self._asked = self._ended = self._held_input = False
         self._drained: asyncio.Future[None] | None = None
         self._holds = 0
         self._paused_at = 0.0
@@ -5055,7 +5062,7 @@ class Connection(asyncio.Protocol):
         """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
         self.in_flight += change
         self.in_flight_bytes += size_bytes * change
-        self.recount()
+        self._gateway.ledger.add(self, size_bytes * change)
         if self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
             self._go_on()
 
@@ -5169,7 +5176,10 @@ class Connection(asyncio.Protocol):
             self.pause_reading()
         else:
             self.resume_reading()
-        self.recount()
+        holds_input = self.inbox.held_bytes > 0
+        if holds_input or self._held_input:  # else nothing has changed, as for most messages
+            self._held_input = holds_input
+            self.recount()
         return left and self._may_act
 
     def _go_on(self) -> None:

@@ -25,6 +25,7 @@ from test_server import (
     event,
     eventually,
     fill_log,
+    hold_back,
     masked,
     narrow,
     peer_of,
@@ -331,6 +332,26 @@ class TestLedger:
                 assert figures["input"] >= 10_000
                 assert sum(figures.values()) == held(gateway)
             await eventually(lambda: held(gateway) == empty)
+
+    async def test_lost_in_the_middle(
+        self, platform: aws_standin.Platform, stand_in: StandIn
+    ) -> None:
+        """What comes to an end after its connection has gone leaves nothing behind."""
+        go_on = hold_back(stand_in)
+        async with running_gateway(platform) as gateway:
+            empty = held(gateway)
+            async with peer_of(gateway) as peer:
+                for number in range(5):
+                    peer.send(action="forward", type="dev", data="x" * 1_000)
+                    peer.send(action="subscribe", project_id=f"p{number}", since=0)
+                [connection] = gateway.registry.connections.values()
+                await eventually(lambda: connection.in_flight == 5)
+                peer.reset()
+                await eventually(lambda: not gateway.registry.connections)
+            go_on.set()
+            await eventually(lambda: not connection.in_flight and not connection.catching_up)
+            await eventually(lambda: held(gateway) == empty)
+            assert connection.charged_bytes == 0
 
     async def test_never_reads(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
