@@ -5609,6 +5609,7 @@ class TestGateway:
             "type": "forward_confirmed",
             "message_id": "m1",
             "sqs_message_id": message.message_id,
+            "project_id": "p",
         }
         body = json.loads(message.body)
         assert list(body) == [
