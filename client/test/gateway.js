@@ -242,10 +242,10 @@ class FakeConnection {
   #take(text) {
     const { gateway } = this;
     if (bytesOf(text) > gateway.maxMessageBytes) return this.close(1009, 'message too big');
-    const ref = gateway.announces ? /^\{"ref":"([^"]{0,64})"/.exec(text)?.[1] : undefined;
-    const answer = (message) => this.say({ ...message, ...(ref === undefined ? {} : { ref }) });
-    if (!this.#withinPace(text, answer)) return;
     const message = JSON.parse(text);
+    const ref = gateway.announces && typeof message.ref === 'string' && message.ref.length <= 64 ? message.ref : undefined;
+    const answer = (said) => this.say({ ...said, ...(ref === undefined ? {} : { ref }) });
+    if (!this.#withinPace(text, answer)) return;
     const { action, project_id: project, message_id: messageId } = message;
     const refuse = (code, retryable) => answer({
       type: 'error', message: code, code, action, ...(retryable === undefined ? {} : { retryable }),
