@@ -25,6 +25,9 @@ const HISTORY_RETRIES = 5;
 const TIMER_MAX_MS = 2 ** 31 - 1; // what setTimeout can carry
 const MAX_FRAME = 4 << 20; // characters
 const EVERYONE = '*';
+const STREAMS_KEPT = 500; // of one subscription
+const PIECES_WAITING = 1000; // of one stream, for the one before them
+const ENDS = new Set(['done', 'failed', 'cancelled']); // `data.status` of an order's last answer
 // Forwards on their way at once. A gateway stops reading, pings too, at 32 that wait for SQS.
 const WINDOW = 31;
 // What a gateway without `ref` takes a second, in its own units, is 200: it drops the rest and cannot say what.
@@ -40,6 +43,8 @@ const OWN = new Set(['event', 'gap', 'snapshot', 'state', 'stream', 'error']);
 const isSeq = (/** @type {unknown} */ value) => Number.isSafeInteger(value) && /** @type {number} */ (value) >= 0;
 
 let ofThisPage; // the same for all its connections and for as long as it is there, made with the first
+
+const newId = () => crypto.getRandomValues(new Uint32Array(4)).join('-');
 
 /** By which a message that is sent again is known to be the same, over whatever connection. */
 function clientId() {
@@ -934,6 +939,81 @@ class Loop {
   }
 }
 
+/**
+ * A text that grows. Its pieces begin `at` a place in it, in UTF-16 code units, which is what a string's length counts.
+ * The logged pieces alone are the text, whatever order a standard queue has brought them in; the ephemeral ones make
+ * it early, and one that does not fit is left out.
+ */
+class Stream {
+  /** How it ended. @type {string | undefined} */ state = undefined;
+  #logged = '';
+  #early = '';
+  #waiting = new Map(); // logged pieces beyond the end, by their place
+
+  constructor(id, messageId) {
+    this.id = id;
+    this.messageId = messageId;
+  }
+
+  get text() { return this.#logged + this.#early; }
+  get done() { return this.state !== undefined; }
+
+  /** Whether it is another one with this piece. Throws where the piece contradicts what is logged. */
+  take({ seq, data: { at, text, state } }) {
+    if (this.done) return false;
+    if (state === 'superseded') {
+      this.state = state;
+      return true;
+    }
+    const { length } = this.#logged;
+    if (text.slice(0, Math.max(0, length - at)) !== this.#logged.slice(at, at + text.length)) {
+      throw new GatewayError('bad_message', false, 'a piece says otherwise than the text that is logged');
+    }
+    if (seq === undefined) {
+      const fits = at <= this.text.length && at + text.length > this.text.length;
+      if (fits) this.#early += text.slice(this.text.length - at);
+      return fits;
+    }
+    if (at > length) {
+      if (this.#waiting.size < PIECES_WAITING) this.#waiting.set(at, { seq, data: { at, text, state } });
+      return false;
+    }
+    const before = this.text;
+    const added = text.slice(length - at);
+    this.#logged += added;
+    this.#early = before.startsWith(this.#logged) ? before.slice(this.#logged.length) : '';
+    if (typeof state === 'string') {
+      this.state = state;
+      this.#early = '';
+      this.#waiting.clear();
+    }
+    const next = this.#waiting.get(this.#logged.length);
+    this.#waiting.delete(this.#logged.length);
+    return Boolean(next && this.take(next)) || this.done || this.text !== before;
+  }
+}
+
+/** The texts of a subscription, the latest of them. */
+function streamsOf(emit) {
+  const streams = new Map();
+  return (event, wanted) => {
+    const { stream: id, at, text } = event.data ?? {};
+    if (typeof id !== 'string' || !isSeq(at) || typeof text !== 'string') {
+      return emit('error', [new GatewayError('bad_message', false, 'a piece of no text', event)], wanted);
+    }
+    let stream = streams.get(id);
+    if (!stream) {
+      streams.set(id, stream = new Stream(id, event.in_reply_to));
+      if (streams.size > STREAMS_KEPT) streams.delete(streams.keys().next().value);
+    }
+    try {
+      if (stream.take(event)) emit('stream', [stream], wanted);
+    } catch (/** @type {any} */ error) {
+      emit('error', [Object.assign(error, { detail: event })], wanted);
+    }
+  };
+}
+
 /** The address, with the question for signs of life while the gateway does not read. */
 function withBusy(address) {
   const text = String(address);
@@ -1085,13 +1165,17 @@ export function connect(url, {
     const ours = emitter();
     const typed = emitter(); // by the agents' own words
     const loops = new Set();
+    /** From the first listener on. */
+    let takePiece;
     /** @type {Position} */ let told = { seq: since ?? undefined, epoch };
     /** Where the last loop was when it ended. @type {Position | undefined} */ let left;
 
     const hear = (name, values, position, wanted) => {
       if (position) told = { ...told, ...position };
       if (values.length) ours.emit(name, values, wanted);
-      if (name === 'event') typed.emit(values[0].type, values, wanted);
+      if (name !== 'event') return;
+      typed.emit(values[0].type, values, wanted);
+      if (values[0].type === 'stream') takePiece?.(values[0], wanted);
     };
     const reader = act(() => machine.join(project, { since: since ?? undefined, epoch, snapshot: snapshot === true }, hear));
     if (reader.state === 'live') told = { seq: reader.at, epoch: reader.epoch };
@@ -1118,7 +1202,10 @@ export function connect(url, {
       get epoch() { return place().epoch; },
       /** Why it is closed, unless the page wanted it. */
       get error() { return reader.state === 'closed' && machine.ended?.code !== 'closed' ? machine.ended : undefined; },
-      on: (name, fn) => (OWN.has(name) ? ours : typed).on(name, fn),
+      on(name, fn) {
+        if (name === 'stream') takePiece ??= streamsOf(ours.emit);
+        return (OWN.has(name) ? ours : typed).on(name, fn);
+      },
       history: (options) => history(project, options),
       unsubscribe() {
         act(() => machine.leave(reader));
@@ -1190,6 +1277,119 @@ export function connect(url, {
     });
   }
 
+  const forward = (type, data, { project, messageId = newId(), ...options } = /** @type {any} */ ({})) => submit(messageId, {
+    action: 'forward', type, message_id: messageId, project_id: project, client_id: clientId(), data,
+  }, options);
+
+  const stop = (messageId, { project, ...options } = /** @type {any} */ ({})) => submit(Symbol('stop'), {
+    action: 'stop', message_id: messageId, project_id: project,
+  }, { ...options, stops: messageId });
+
+  /** Resolves once a subscription stands, or cannot; rejects where it was closed, or that takes too long. */
+  const standing = (sub, { timeout = 30000, signal } = /** @type {any} */ ({})) => new Promise((resolve, reject) => {
+    signal?.throwIfAborted();
+    const late = timeout < TIMER_MAX_MS && setTimeout(() => settle(() => reject(new GatewayError('timeout', true))), timeout);
+    const abort = () => settle(() => reject(signal.reason));
+    const off = sub.on('state', () => check());
+    const settle = (how) => {
+      if (late) clearTimeout(late);
+      signal?.removeEventListener('abort', abort);
+      off();
+      how();
+    };
+    const check = () => {
+      if (sub.state === 'closed') settle(() => reject(sub.error ?? new GatewayError('closed')));
+      else if (sub.state !== 'pending') settle(() => resolve(undefined));
+    };
+    signal?.addEventListener('abort', abort);
+    check();
+  });
+
+  /**
+   * An order with its answers: one that `send` sends now, or one that was sent before.
+   * @param {import('./agenticai-ws.d.ts').SavedOrder} saved
+   * @param {(() => Promise<any>) | undefined} send
+   */
+  function answersTo(saved, send = undefined, /** @type {any} */ options = undefined) {
+    const { messageId, project, seq, epoch } = saved;
+    const sub = project === undefined ? undefined : subscribe(project, { since: seq, epoch });
+    const place = { seq, epoch };
+    /** @type {any} */ let failure;
+    const confirmed = (async () => {
+      if (sub) await standing(sub, options); // all answers come after where the log is now
+      if (sub && place.seq === undefined) Object.assign(place, { seq: sub.seq, epoch: sub.epoch });
+      const confirmation = send ? await send() : { messageId };
+      return { ...confirmation, project, ...place };
+    })();
+    const given = new Set(); // loops over an order without a project: what answers it comes only once
+    const mine = (event) => event.in_reply_to === messageId;
+    const source = sub ?? page;
+    const ended = (event) => mine(event) && ENDS.has(event.data?.status);
+    confirmed.catch((error) => {
+      failure = error;
+      order.close();
+    });
+    /** @type {any} */ const order = {
+      messageId,
+      project,
+      get seq() { return place.seq; },
+      get epoch() { return place.epoch; },
+      then: (resolve, reject) => confirmed.then(resolve, reject),
+      stop: (more) => stop(messageId, { project, ...more }),
+      close() {
+        sub?.unsubscribe();
+        for (const end of [...given]) end();
+      },
+      on: (name, fn) => source.on(name, (value, ...rest) => {
+        if (name === 'event' ? mine(value) : name === 'stream' ? value.messageId === messageId : true) fn(value, ...rest);
+      }),
+      async *[Symbol.asyncIterator]() {
+        const events = sub ? read() : hear();
+        for await (const event of events) {
+          yield event;
+          if (ended(event)) return;
+        }
+        if (failure) throw failure;
+      },
+    };
+    /** From the log, as often as it is asked for. */
+    async function* read() {
+      await standing(sub, options).catch(() => {});
+      if (sub.state === 'closed') return;
+      const again = subscribe(project, { since: place.seq ?? sub.seq, epoch: place.epoch ?? sub.epoch });
+      const end = () => again.unsubscribe();
+      given.add(end);
+      try {
+        for await (const event of again) if (mine(event)) yield event;
+      } finally {
+        given.delete(end);
+        end();
+      }
+    }
+    async function* hear() {
+      const waiting = [];
+      let wake = () => {};
+      let over = false;
+      const end = () => { over = true; wake(); };
+      const off = [
+        page.on('event', (event) => { if (mine(event)) { waiting.push(event); wake(); } }),
+        page.on('state', (state) => { if (state === 'closed') end(); }),
+      ];
+      given.add(end);
+      try {
+        while (!over || waiting.length) {
+          if (waiting.length) yield waiting.shift();
+          else await new Promise((resolve) => wake = () => resolve(undefined));
+        }
+      } finally {
+        given.delete(end);
+        for (const each of off) each();
+      }
+    }
+    order.on('stream', () => {}); // from its beginning, whenever somebody listens
+    return order;
+  }
+
   for (const name of WAKE) globalThis.addEventListener?.(name, wake);
   act(() => machine.start());
   return /** @type {any} */ ({
@@ -1213,14 +1413,11 @@ export function connect(url, {
       check();
     }),
 
-    forward: (type, data, {
-      project, messageId = crypto.getRandomValues(new Uint32Array(4)).join('-'), ...options
-    } = /** @type {any} */ ({})) => submit(messageId, {
-      action: 'forward', type, message_id: messageId, project_id: project, client_id: clientId(), data,
-    }, options),
-
-    stop: (messageId, { project, ...options } = /** @type {any} */ ({})) => submit(Symbol('stop'), {
-      action: 'stop', message_id: messageId, project_id: project,
-    }, { ...options, stops: messageId }),
+    forward,
+    stop,
+    order: (type, data, { project, messageId = newId(), ...options } = /** @type {any} */ ({})) => answersTo(
+      { messageId, project }, () => forward(type, data, { project, messageId, ...options }), options,
+    ),
+    follow: (saved) => answersTo(saved),
   });
 }

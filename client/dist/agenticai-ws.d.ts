@@ -176,6 +176,13 @@ export interface Subscription<Data = unknown, Events extends object = Record<str
   readonly epoch: string | undefined;
   on(event: 'event', fn: (event: ProjectEvent<Data>) => void): Off;
   on(event: 'gap', fn: (gap: Gap) => void): Off;
+  /**
+   * A text has begun, has grown or has ended. Whole from a `since` before its beginning on; from the first such
+   * listener on.
+   */
+  on(event: 'stream', fn: (stream: Stream) => void): Off;
+  /** A piece of a text that is none, or contradicts what is logged: it was left out. `detail` is the event. */
+  on(event: 'error', fn: (error: GatewayError) => void): Off;
   /** Null where the project has no state. Only with the option `snapshot`. */
   on(event: 'snapshot', fn: (data: any) => void): Off;
   /** `error` says why it `failed`, or was closed without the page's doing. */
@@ -188,6 +195,49 @@ export interface Subscription<Data = unknown, Events extends object = Record<str
   /** As {@link Connection.history}, of this project. */
   history(options?: HistoryOptions): Promise<ProjectEvent<Data>[]>;
   unsubscribe(): void;
+}
+
+/** A text that an agent writes, such as a model's. What is in it once never changes, but for what came early. */
+export interface Stream {
+  readonly id: string;
+  /** The `message_id` of the order that it answers. */
+  readonly messageId: string | undefined;
+  readonly text: string;
+  readonly done: boolean;
+  /**
+   * How it ended: `done`, `cancelled`, `failed`, or `superseded` where the agent has begun anew, with another stream.
+   */
+  readonly state: 'done' | 'cancelled' | 'failed' | 'superseded' | undefined;
+}
+
+/** What `order()` needs to go on in another page. */
+export interface SavedOrder {
+  messageId: string;
+  project?: string | undefined;
+  /** Where in the project's log the answers begin. */
+  seq?: number | undefined;
+  epoch?: string | undefined;
+}
+
+/**
+ * An order and what answers it. `await` it for the confirmation. Loop over it for the events that answer it: each
+ * loop begins with the first one, and ends after the one whose `data.status` is `done`, `failed` or `cancelled`.
+ * A loop throws as one over a subscription does, and what the order was refused with.
+ *
+ * Without a project, answers come to this connection alone and only once: loop at once.
+ */
+export interface Order<Data = unknown> extends AsyncIterable<ProjectEvent<Data>>, PromiseLike<Confirmation & SavedOrder> {
+  readonly messageId: string;
+  readonly project: string | undefined;
+  readonly seq: number | undefined;
+  readonly epoch: string | undefined;
+  on(event: 'event', fn: (event: ProjectEvent<Data>) => void): Off;
+  on(event: 'stream', fn: (stream: Stream) => void): Off;
+  on(event: 'error', fn: (error: GatewayError) => void): Off;
+  /** As `Connection.stop`, of this order. */
+  stop(options?: { timeout?: number; signal?: AbortSignal }): Promise<{ messageId: string }>;
+  /** Ends its listeners and loops; the agent goes on. Call it once nobody wants its answers any more. */
+  close(): void;
 }
 
 export interface Connection<Events extends object = Record<string, any>> {
@@ -224,6 +274,12 @@ export interface Connection<Events extends object = Record<string, any>> {
    * log does not reach back to `since`; without `since` there are fewer then.
    */
   history<Data = unknown>(project: string, options?: HistoryOptions): Promise<ProjectEvent<Data>[]>;
+  /**
+   * Forwards, and gathers the answers. Keep what it resolves to, and `follow` it after a reload.
+   */
+  order<Data = unknown>(type: string, data?: unknown, options?: ForwardOptions): Order<Data>;
+  /** The answers to an order that was sent before, from their beginning. */
+  follow<Data = unknown>(saved: SavedOrder): Order<Data>;
   /** Gives up the connection or the waiting, and makes an attempt at once. Throws once closed. */
   reconnect(): void;
   /** For good: every promise, subscription and iterator ends. May be called again. */

@@ -71,3 +71,16 @@ export async function use(signal: AbortSignal): Promise<string> {
     throw error;
   }
 }
+
+// Orders and texts that grow.
+async function orders(gateway: import('../agenticai-ws.js').Connection) {
+  const order = gateway.order<{ status: string }>('dev', { task: 't' }, { project: 'p' });
+  order.on('stream', (stream) => { stream.text.toUpperCase(); stream.state === 'superseded'; });
+  const saved: import('../agenticai-ws.js').SavedOrder = await order;
+  for await (const event of gateway.follow<{ status: string }>(saved)) event.data?.status.trim();
+  gateway.subscribe('p').on('stream', ({ done }) => done === true);
+  // @ts-expect-error a text cannot be written by a page
+  gateway.subscribe('p').on('stream', (stream) => { stream.text = ''; });
+  await order.stop();
+}
+void orders;
