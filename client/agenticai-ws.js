@@ -261,7 +261,7 @@ class Machine {
       if (code !== 4401) this.refusals = 0;
     }
     if (this.attempts >= this.maxRetries) return this.end(new GatewayError('gave_up', true, reason), code);
-    const most = Math.min(this.maxDelay, this.minDelay * 2 ** this.attempts++);
+    const most = Math.min(this.maxDelay, this.minDelay * 2 ** Math.min(this.attempts++, 30));
     const delay = Math.max(this.random() * most, this.notBefore - now);
     this.attemptAt = now + delay;
     this.become('waiting', { code, reason, delay });

@@ -170,6 +170,10 @@ describe('back-off', () => {
     assert.deepEqual(await failures(4, { random: () => 1, minDelay: 10, maxDelay: 35 }), [10, 20, 35, 35]);
   });
 
+  test('without any delay it goes on after a thousand failures', async () => {
+    assert.deepEqual([...new Set(await failures(1_100, { minDelay: 0 }))], [0]);
+  });
+
   test('jitter is full: uniform from 0 to the bound', async () => {
     let seed = 1; // a small generator, so that the test repeats itself
     const random = () => (seed = (seed * 48_271) % 2_147_483_647) / 2_147_483_647;
