@@ -110,6 +110,7 @@ class TestRequirements:
         [
             *(ROOT / "local").glob("*.py"),
             *(ROOT / "aws_standin").glob("*.py"),
+            *(ROOT / "agent").glob("*.py"),
             *(ROOT / "test-websocket.py", ROOT / "integration_test.py"),
         ],
         ids=lambda path: path.name,
@@ -119,7 +120,7 @@ class TestRequirements:
             canonicalize_name(Requirement(line).name) for line in sources("requirements-local")
         }
         providers = packages_distributions()
-        own = {"aws_standin", "local", "server"}
+        own = {"agent", "aws_standin", "local", "server"}
         imported = {
             canonicalize_name(providers[module][0]) if module in providers else module
             for module in runtime_imports(path)
