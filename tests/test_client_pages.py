@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,18 +32,27 @@ NOTICED_WITHIN_S = 100.0
 SEEN_S = 30.0
 THROTTLED_MS = 10_000
 """Without a tick of a timer of half a second: a page that is only hidden has one a second."""
+PINGED_MS = 26_000
+"""By when the page has made its second ping, and the other client its fourth."""
 HIDDEN_FLAGS = ["--enable-features=IntensiveWakeUpThrottling:grace_period_seconds/1"]
 """Timers once a minute a second after a page is hidden, not after five minutes."""
 WATCH = """
-(() => {
-  window.states = [];
+(async () => {
+  window.states = { page: [], often: [] };
   const state = document.querySelector('#state');
-  new MutationObserver(() => states.push([performance.now(), state.textContent]))
+  new MutationObserver(() => states.page.push([performance.now(), state.textContent]))
     .observe(state, { childList: true });
+  const { connect } = await import('./agenticai-ws.js');
+  const query = new URLSearchParams(location.search);
+  const often = connect(query.get('url'), { pingInterval: 6000 });
+  await often.ready();
+  often.on('state', (state) => states.often.push([performance.now(), state]));
   window.ticks = [];
   (function tick() { ticks.push(performance.now()); setTimeout(tick, 500); })();
 })()
 """
+"""Beside the page's client one with so many pings that a chain of timers would soon be a long one:
+those are the ones that Chromium lets run once a minute only."""
 
 
 class Tab:
@@ -143,24 +151,26 @@ def test_plain_page(chromium: ClientConnection, example: str) -> None:
 def test_dead_socket_in_a_hidden_tab(
     chromium: ClientConnection, stage: Stage, example: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is noticed within 100 s, though timers run once a minute. Takes some 45 s."""
+    """It is noticed within 100 s, though timers run once a minute. Takes some 60 s."""
     page = Tab(chromium, example)
     eventually(lambda: page.text("#state") == "open", SEEN_S)
     page.run(WATCH)
+    eventually(lambda: page.run("window.ticks?.length > 0"), SEEN_S)
     Tab(chromium, "about:blank")
     eventually(lambda: page.run("document.visibilityState") == "hidden", SEEN_S)
     eventually(lambda: page.run("performance.now() - ticks.at(-1)") > THROTTLED_MS, SEEN_S)
-    page.run("dispatchEvent(new Event('online')), 0")  # a ping, whose answer sets the next timer
-    time.sleep(1)
+    eventually(lambda: page.run("performance.now() - ticks[0]") > PINGED_MS, SEEN_S)
+    assert page.run("states") == {"page": [], "often": []}, "it was given up before it died"
     stage.balancer.fall_silent()
     began = page.run("performance.now()")
-    assert page.run("states") == [], "it was given up before it died"
-    eventually(lambda: page.run("states.length") > 0, NOTICED_WITHIN_S + SEEN_S)
-    noticed, state = page.run("states[0]")
-    ticks = [at for at in page.run("ticks") if at > began] + [noticed]
+    seen = "states.page.length > 0 && states.often.length > 0"
+    eventually(lambda: page.run(seen), NOTICED_WITHIN_S + 5)
+    first = [page.run(f"states.{which}[0]") for which in ("page", "often")]
+    took = [(at - began) / 1000 for at, _ in first]
+    ticks = [at for at in page.run("ticks") if began < at < began + max(took) * 1000]
     with capsys.disabled():
-        print(f"\nnoticed after {(noticed - began) / 1000:.1f} s, {len(ticks) - 1} ticks meanwhile")
-    assert state == "waiting"
+        print(f"\nnoticed after {took[0]:.1f} s and {took[1]:.1f} s, {len(ticks)} ticks meanwhile")
+    assert [state for _, state in first] == ["waiting", "waiting"]
     assert page.run("document.visibilityState") == "hidden"
-    assert len(ticks) - 1 <= 1 + (noticed - began) / 30_000, "timers were not slowed down"
-    assert noticed - began <= NOTICED_WITHIN_S * 1000
+    assert len(ticks) <= 1 + max(took) / 30, "timers were not slowed down"
+    assert max(took) <= NOTICED_WITHIN_S
