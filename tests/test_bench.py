@@ -25,7 +25,7 @@ from bench.small_projects import real_shape_turn
 from server import Settings
 
 FULL_RUN = report.RESULTS / "full.json"
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 3
 
 
 def record(server: str, round_: int, rate: float, burst: int = 20) -> Record:
