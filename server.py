@@ -2129,7 +2129,8 @@ TURN_S = 0.001  # of CPU time, for one connection's input, before the others get
 INPUT_SLICE_S = 0.005  # of CPU time, for all input, before the rest of the loop's work
 NOTHING_DUE_S = 0.0005  # if everything else took less since the last slice, nothing was due
 
-# Measured with tracemalloc and by RSS; docs/SECURITY.md has the formula that they make.
+# What each is charged with, in round figures above what was seen of RSS; the formula for the whole
+# process is in docs/PERFORMANCE.md.
 CONNECTION_BYTES = 5_000  # one that is idle
 HANDSHAKE_BYTES = 36_000  # one whose request is not complete
 CHANNEL_BYTES = 2_000  # an open channel without events

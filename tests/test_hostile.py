@@ -60,7 +60,7 @@ def test_memory_is_bounded(report: Report) -> None:
 
 
 def test_small_container() -> None:
-    """Of 512 MB a thousand at their worst leave enough, by the formula of docs/SECURITY.md."""
+    """Of 512 MB a thousand at their worst leave enough, by the formula of docs/PERFORMANCE.md."""
     limit_mb = 512
     budget_mb = int(limit_mb * server.MEMORY_BUDGET_SHARE)
     attacks = ["unfinished messages", "a thousand that do their worst"]
