@@ -1497,7 +1497,7 @@ def decode_update(body: str) -> Update:
         raise UnreadableUpdate(in_words(exc)) from None
     if update.type in RESERVED_TYPES:
         raise UnreadableUpdate(f"the type {update.type!r} is reserved for the server")
-    if len(bytes(update.data)) > EVENT_MAX_BYTES:
+    if memoryview(update.data).nbytes > EVENT_MAX_BYTES:
         raise UnreadableUpdate(f"its data are larger than {EVENT_MAX_BYTES} bytes")
     return update
 
@@ -3018,7 +3018,7 @@ class PendingEvent:
     @property
     def size_bytes(self) -> int:
         """A bound of what its item takes in a transaction."""
-        return len(bytes(self.update.data)) + 1_024
+        return memoryview(self.update.data).nbytes + 1_024
 
 
 class RecentIds:
@@ -4241,10 +4241,6 @@ class Relay:
                 for event in self.events_of(message["Body"].encode("utf-8", "surrogatepass")):
                     accept(event)
 
-    async def flushed(self) -> None:
-        """Return once everything was published."""
-        await self._unpublished.idle()
-
     async def heartbeat(self) -> NoReturn:
         """Show signs of life, and make sure that events still arrive."""
         while True:
@@ -4881,13 +4877,11 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_asked", "_corked", "_drained", "_ended", "_gateway", "_held_input", "_holds",
-        "_paused_at",
-        "_private_bytes",
-        "_request_bytes", "_tail", "account", "address", "backlog_bytes", "catch_up_turn",
-        "catching_up", "charged_bytes", "choked", "close_code", "deadline", "deflates", "heard_at",
-        "id",
-        "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal",
-        "progress", "queued", "said_busy_at", "subscriptions", "transport", "warned",
+        "_paused_at", "_private_bytes", "_request_bytes", "_tail", "account", "address",
+        "backlog_bytes", "catch_up_turn", "catching_up", "charged_bytes", "choked", "close_code",
+        "deadline", "deflates", "heard_at", "id", "in_flight", "in_flight_bytes", "inbox",
+        "moved_at", "opened_at", "pinged_at", "principal", "progress", "queued", "said_busy_at",
+        "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     account: Account
@@ -5873,7 +5867,7 @@ class Messages:
     def _forward(self, connection: Connection, message: Forward) -> None:
         queue = queue_of(message)
         message.message_id = message_id = message.message_id or str(uuid.uuid4())
-        size_bytes = len(bytes(message.data))
+        size_bytes = memoryview(message.data).nbytes
         position = self._position(message.project_id)
 
         def done(sqs_message_id: str | None, error: BadMessage | None) -> None:

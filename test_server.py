@@ -4078,7 +4078,7 @@ class TestRelay:
         async with task_group() as tasks:
             relay = relay_of(tasks, "task-1")
             await relay.close()
-            await relay.flushed()
+            await eventually(lambda: not relay.bytes_in_hand)
 
 
 def subscriptions(stand_in: StandIn) -> list[aws_standin.sns.Subscription]:

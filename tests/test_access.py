@@ -290,22 +290,24 @@ class TestClientAddress:
         assert len(client_address("192.0.2.1", forwarded_for, hops)) <= 43
 
 
+def admission_with(**limits: int) -> Admission:
+    """An admission in which no limit but these is on."""
+    off: dict[str, Any] = {
+        "max_connections": 0,
+        "max_connections_per_ip": 0,
+        "max_handshakes_per_second": 0,
+        "max_handshakes_per_second_per_ip": 0,
+        "max_failed_authentications_per_ip": 0,
+    }
+    return Admission(settings(**{**off, **limits}))
+
+
 class TestAdmission:
     """Limits with a clock of their own."""
 
-    def admission(self, **limits: int) -> Admission:
-        off: dict[str, Any] = {
-            "max_connections": 0,
-            "max_connections_per_ip": 0,
-            "max_handshakes_per_second": 0,
-            "max_handshakes_per_second_per_ip": 0,
-            "max_failed_authentications_per_ip": 0,
-        }
-        return Admission(settings(**{**off, **limits}))
-
     def test_off(self) -> None:
         """Limits of 0 refuse nobody."""
-        admission = self.admission()
+        admission = admission_with()
         for _ in range(1_000):
             assert admission.refusal("a", 0.0) is None
             admission.entered("a")
@@ -313,7 +315,7 @@ class TestAdmission:
 
     def test_connections_per_address(self) -> None:
         """An address has so many connections; when one ends, there is room for another."""
-        admission = self.admission(max_connections_per_ip=2)
+        admission = admission_with(max_connections_per_ip=2)
         admission.entered("a")
         admission.entered("a")
         refusal = admission.refusal("a", 0.0)
@@ -325,7 +327,7 @@ class TestAdmission:
 
     def test_connections_in_all(self) -> None:
         """A full task refuses every address, as something that another task may not."""
-        admission = self.admission(max_connections=2)
+        admission = admission_with(max_connections=2)
         admission.entered("a")
         admission.entered("b")
         refusal = admission.refusal("c", 0.0)
@@ -334,7 +336,7 @@ class TestAdmission:
 
     def test_handshakes(self) -> None:
         """An address has a burst of twice its rate, then its rate; others are not touched."""
-        admission = self.admission(max_handshakes_per_second_per_ip=5)
+        admission = admission_with(max_handshakes_per_second_per_ip=5)
         outcomes = [admission.refusal("a", 10.0) for _ in range(12)]
         assert [refusal is None for refusal in outcomes] == [True] * 10 + [False] * 2
         assert admission.refusal("b", 10.0) is None
@@ -343,13 +345,13 @@ class TestAdmission:
 
     def test_handshakes_in_all(self) -> None:
         """All addresses share the task's own rate."""
-        admission = self.admission(max_handshakes_per_second=3)
+        admission = admission_with(max_handshakes_per_second=3)
         outcomes = [admission.refusal(f"a{i}", 0.0) for i in range(8)]
         assert [refusal[0] if refusal else 101 for refusal in outcomes] == [101] * 6 + [503] * 2
 
     def test_failed_authentications(self) -> None:
         """Who fails too often in a minute waits; a minute later all is forgiven."""
-        admission = self.admission(max_failed_authentications_per_ip=6)
+        admission = admission_with(max_failed_authentications_per_ip=6)
         for _ in range(6):
             assert admission.refusal("a", 0.0) is None
             admission.failed("a", 0.0)
@@ -365,7 +367,7 @@ class TestAdmission:
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
     def test_connections_are_counted(self, moves: list[tuple[str, bool]]) -> None:
         """However they come and go, an address is refused exactly while it has two."""
-        admission = self.admission(max_connections_per_ip=2)
+        admission = admission_with(max_connections_per_ip=2)
         inside = dict.fromkeys("abc", 0)
         for address, comes in moves:
             assert (admission.refusal(address, 0.0) is None) == (inside[address] < 2)

@@ -279,6 +279,13 @@ def await_state(page: Page, state: str, timeout_ms: float = SEEN_MS) -> None:
     page.wait_for_selector(f"#state[data-state={state}]", timeout=timeout_ms)
 
 
+def ordered(page: Page, scripted: ScriptedGateway) -> str:
+    """Send the form's order, the first of the page, and wait for its confirmation; its id."""
+    page.press("#data", "Control+Enter")
+    page.wait_for_selector("#orders li[data-status=confirmed]")
+    return str(scripted.forwards[0]["message_id"])
+
+
 def await_live(page: Page, project: str = PROJECT) -> int:
     """Wait until the subscription is confirmed; return the event it stands at."""
     row = f"#subs li[data-project='{project}']"
@@ -1209,9 +1216,7 @@ class TestList:
         """Pieces of a text are one row: ephemeral ones make it early, logged ones are the text."""
         page = open_page(console_link(console, scripted.url, PROJECT))
         await_live(page)
-        page.press("#data", "Control+Enter")
-        page.wait_for_selector("#orders li[data-status=confirmed]")
-        order = scripted.forwards[0]["message_id"]
+        order = ordered(page, scripted)
 
         def piece(at: int, text: str, *, ephemeral: bool = False, **more: Any) -> None:
             data = {"agent": "dev", "stream": "s1", "at": at, "text": text} | more
@@ -1291,9 +1296,7 @@ class TestList:
         """Running orders can be stopped, one's own and others'; those that have ended cannot."""
         page = open_page(console_link(console, scripted.url, PROJECT))
         await_live(page)
-        page.press("#data", "Control+Enter")
-        page.wait_for_selector("#orders li[data-status=confirmed]")
-        order = scripted.forwards[0]["message_id"]
+        order = ordered(page, scripted)
         page.press("#orders button.stop", "Enter")
         page.wait_for_selector("#orders li[data-status=stopping]")
         await_text(page, "#events .brief", "A stop was requested of Build the login page")
@@ -1590,9 +1593,7 @@ class TestLooks:
         options: dict[str, Any] = {"viewport": {"width": width, "height": 700}}
         page = open_page(link, bypass_csp=True, color_scheme=scheme, **options)
         await_live(page)
-        page.press("#data", "Control+Enter")
-        page.wait_for_selector("#orders li[data-status=confirmed]")
-        order = scripted.forwards[0]["message_id"]
+        order = ordered(page, scripted)
         text = "a_word_without_an_end" * 20
         scripted.send(data={"stream": "s", "at": 0, "text": text}, in_reply_to=order)
         scripted.send(type=text, data={"message": text, "agent": text})

@@ -11,7 +11,6 @@ import pytest
 import aws_standin
 import server
 from server import (
-    Admission,
     BadMessage,
     Expired,
     Gateway,
@@ -24,7 +23,7 @@ from server import (
 )
 from test_server import REQUIRED, dialled, fetch, peer_of, running_gateway, settings, upgrade
 from tests.issuer import AUDIENCE, ISSUER, Issuer, key_set, private_key, public_jwk, token_of
-from tests.test_access import client_of, closed_with, guarded, issuer, status_of
+from tests.test_access import admission_with, client_of, closed_with, guarded, issuer, status_of
 
 __all__ = ["issuer"]
 
@@ -331,23 +330,13 @@ class TestHeaderLines:
 class TestNetworks:
     """One customer may have all of an IPv6 /48, which has 65,536 /64s."""
 
-    def admission(self, **limits: int) -> Admission:
-        off: dict[str, Any] = {
-            "max_connections": 0,
-            "max_connections_per_ip": 0,
-            "max_handshakes_per_second": 0,
-            "max_handshakes_per_second_per_ip": 0,
-            "max_failed_authentications_per_ip": 0,
-        }
-        return Admission(settings(**{**off, **limits}))
-
     @staticmethod
     def customers(count: int, site: str = "2001:db8:1") -> list[str]:
         return [server.client_address("", [f"{site}:{number:x}::1"], 1) for number in range(count)]
 
     def test_connections(self) -> None:
         """Many /64s of one /48 have together what some addresses have; others are not concerned."""
-        admission = self.admission(max_connections_per_ip=2)
+        admission = admission_with(max_connections_per_ip=2)
         inside = self.customers(2 * server.SITE_ADDRESSES)
         for address in inside:
             assert admission.refusal(address, 0.0) is None
@@ -362,13 +351,13 @@ class TestNetworks:
         assert not admission._inside_by_address
 
     def test_handshakes(self) -> None:
-        admission = self.admission(max_handshakes_per_second_per_ip=1)
+        admission = admission_with(max_handshakes_per_second_per_ip=1)
         answers = [admission.refusal(address, 0.0) for address in self.customers(64)]
         assert answers.count(None) == 2 * server.SITE_ADDRESSES
         assert admission.refusal(self.customers(1, "2001:db8:2")[0], 0.0) is None
 
     def test_failed_authentications(self) -> None:
-        admission = self.admission(max_failed_authentications_per_ip=1)
+        admission = admission_with(max_failed_authentications_per_ip=1)
         for address in self.customers(server.SITE_ADDRESSES):
             assert admission.refusal(address, 0.0) is None
             admission.failed(address, 0.0)
