@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import socket
 import struct
@@ -64,14 +65,16 @@ SETTLED_S = 30.0
 MADE_WITHIN_S = 20.0
 MEGABYTE = 1024 * 1024
 
+DOCKERFILE = Path(__file__).parents[1] / "Dockerfile"
+
 P99_MS = 250
 """What 99 of 100 answers may take at most, on a machine that does nothing else."""
 
 MEMORY_FACTOR, MEMORY_MB = 1.5, 64
 """What memory returns to: half of what it was may be added, and 64 MB.
 
-The gateway lets unfinished messages have 64 MB, and the allocator keeps them when they have gone:
-in pieces, between others that stay.
+The allocator gives large pieces back when they are freed, as the Dockerfile sets it; of the small
+ones, of which many connections have many, it keeps pages in which one is still in use.
 """
 
 LAUNCHER = """
@@ -1130,6 +1133,7 @@ async def run(
         async with running_issuer() as issuer:
             with stand_in() as aws:
                 environment = {**aws.environment, **issuer.environment, "AUTH_FIRST_MESSAGE": "on"}
+                environment |= dict(re.findall(r"(MALLOC_\w+)=(\w+)", DOCKERFILE.read_text()))
                 environment |= {"AUTH_ALGORITHMS": "RS256,ES256", "DRAIN_SECONDS": "0"}
                 if limit_mb is not None:
                     budget_mb = int(limit_mb * server.MEMORY_BUDGET_SHARE)
