@@ -174,7 +174,6 @@ CLOSE_UNAUTHENTICATED = 4401  # from the range for applications (RFC 6455, secti
 ID_MAX_CHARS = 256
 TRACE_MAX_CHARS = 128  # of a traceparent: 55 today, "higher versions" may be longer (W3C)
 SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
-WEBSOCKET_PATHS = ("/", "/ws")
 COMPLAINT_MAX_CHARS = 200
 MAX_NESTING = 100  # of arrays and objects, the message's own included; parsers stop at a thousand
 REF_MAX_CHARS = 64
@@ -183,15 +182,8 @@ EXPLAINED_BYTES = 1_024  # of a refused message, in which its ids are looked for
 # Access.
 TOKEN_LEEWAY_S = 30.0
 SESSION_WITHOUT_END_S = 2**31 - 1
-TOKEN_WARNING_S = 60.0
 TOKEN_MAX_CHARS = 16_384
-TOKENS_REMEMBERED = 10_000
 FIRST_MESSAGE_MAX_BYTES = TOKEN_MAX_CHARS + 1_024
-KEYS_MAX_BYTES = 1_048_576
-KEYS_TRIED = 16  # for one token, of those that fit it
-KEYS_REFRESH_S = 60.0  # at most so often for a key that is not known
-KEYS_LIFETIME_S = 300.0  # a key withdrawn by the issuer is honoured no longer, if it answers
-ACCOUNTS_REMEMBERED = 65_536
 SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
 AWS_REGION_NAME = r"[a-z]{2,4}(?:-[a-z]+)+-[0-9]{1,2}"
 OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
@@ -199,28 +191,12 @@ PLAIN_IPV4 = rf"{OCTET}(?:\.{OCTET}){{3}}"
 
 # Connections.
 HANDSHAKE_MAX_BYTES = 16_384  # the load balancer's own limit for headers
-HANDSHAKE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
-SWEEP_INTERVAL_S = 1.0
-BUSY_EVERY_S = 1.9  # two seconds, less what a sweep may come early
-FORGOTTEN_AT_ONCE = 4_096  # accounts looked at, each second
 SWEPT_PER_TURN = 200  # connections, before the others get their turn
-PIECE_BYTES = 4_096  # of input that is parsed at once
-INFLATED_PIECE_BYTES = 256  # the same where input may inflate: it becomes a message or two
-MESSAGE_TIMEOUT_S = 30.0  # from a message's first byte to its last
-FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 
 # Fan-out.
-DEFLATE_FROM_BYTES = 256  # below it, the saved bytes cost more than the CPU
-RECENT_EVENTS = 128  # per channel, for clients that come back at once
-RECENT_BYTES = 65_536
 CATCHUP_CHUNK_BYTES = 131_072
-CATCHUP_READS = 32  # at once, of pages of up to 1 MB
-CATCHUP_WRITES = 32  # of chunks, in one turn of the loop
-CATCHUP_PAGES = 12  # kept for others who come for the same
-AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
-RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
 
 # AWS.
 SQS_BATCH_ENTRIES = 10
@@ -232,27 +208,10 @@ TRANSACTION_BYTES = 3_500_000
 LONG_POLL_S = 20
 CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
-RECEIVED_AT_ONCE = 90
-SUSPICIOUSLY_SHORT_POLL_S = 1.0
-GATHER_S = 0.015  # a round trip to SQS takes 5 to 10 ms
-BACKLOG = 30  # messages in one piece
-POLLS_AT_ONCE = 4
-DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
-ROOM_ASKED_FOR_S = 0.1
-SAME_TRANSACTION_ATTEMPTS = 4  # within the ten minutes of its token
-UPDATES_IN_HAND = 500
-UPDATE_VISIBILITY_S = 10
-UPDATE_RECEIVES = 5
 EVENT_ID_WINDOW_S = (
     300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
 )
-EVENT_IDS_REMEMBERED = 400_000  # 800 events a second for the window and the clocks' skew
-HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
 CLOCK_SKEW_S = 60.0
-STOP_SKEW_S = 5.0  # a stop is also for orders that a clock so far ahead has dated
-STOP_KEPT_S = 1_209_600  # an order lies in its queue no longer (SQS)
-FAN_OUT_RETENTION_S = 60
-STALE_AFTER_HEARTBEATS = 5
 
 UNSENDABLE = {"\ufffe": rb"\ufffe", "\uffff": rb"\uffff"}
 """What SQS and SNS refuse of what JSON may hold unescaped (SendMessage API), and its escapes."""
@@ -1158,6 +1117,8 @@ class Event:
         sent_at: when the agent sent it, unix seconds; 0 if that is not known.
     """
 
+    DEFLATE_FROM_BYTES = 256  # below it, the saved bytes cost more than the CPU
+
     __slots__ = ("_deflated", "_header", "frame", "project_id", "sent_at", "seq")
 
     def __init__(
@@ -1184,7 +1145,7 @@ class Event:
         if self._deflated is None:
             self._deflated = self.frame
             payload = self.payload
-            if len(payload) >= DEFLATE_FROM_BYTES:
+            if len(payload) >= self.DEFLATE_FROM_BYTES:
                 smaller = deflate(payload)
                 if len(smaller) < len(payload):
                     self._deflated = frame(smaller, TEXT_DEFLATED)
@@ -1568,6 +1529,9 @@ class Account:
 class Accounts:
     """An account for each key; those that are unused are forgotten."""
 
+    REMEMBERED = 65_536
+    FORGOTTEN_AT_ONCE = 4_096  # accounts looked at, each second
+
     def __init__(self, share: float, window_s: float) -> None:
         self._share = share
         self._window_s = window_s
@@ -1577,7 +1541,7 @@ class Accounts:
         """The account of somebody, or of a network that may do as much as ``worth`` of them."""
         account = self._accounts.get(key)
         if account is None:
-            while len(self._accounts) >= ACCOUNTS_REMEMBERED:
+            while len(self._accounts) >= self.REMEMBERED:
                 del self._accounts[next(iter(self._accounts))]
             account = Account(key, worth * self._share, self._window_s)
             self._accounts[key] = account
@@ -1589,7 +1553,7 @@ class Accounts:
 
     def forget(self, now: float) -> None:
         """Look at the oldest; those that are in use come last, and have their turn again."""
-        for key in list(itertools.islice(self._accounts, FORGOTTEN_AT_ONCE)):
+        for key in list(itertools.islice(self._accounts, self.FORGOTTEN_AT_ONCE)):
             account = self._accounts.pop(key)
             if not account.unused(now):
                 self._accounts[key] = account
@@ -1728,6 +1692,11 @@ def usable_key(member: Any, algorithms: Sequence[str]) -> PyJWK | None:
 class Keys:
     """The issuer's public keys, by key id; the last good ones while its endpoint is down."""
 
+    MAX_BYTES = 1_048_576
+    TRIED = 16  # for one token, of those that fit it
+    REFRESH_S = 60.0  # at most so often for a key that is not known
+    LIFETIME_S = 300.0  # a key withdrawn by the issuer is honoured no longer, if it answers
+
     def __init__(self, fetch: Callable[[], Awaitable[bytes]], algorithms: Sequence[str]) -> None:
         self._fetch = fetch
         self._algorithms = algorithms
@@ -1757,10 +1726,10 @@ class Keys:
         found = named or [key for key in fitting if key.key_id is None]
         if not found:
             raise UnknownKey("it is signed with an unknown key")
-        return found[:KEYS_TRIED]
+        return found[: self.TRIED]
 
     def may_read_again(self, now: float) -> bool:
-        return now - self._read_at >= KEYS_REFRESH_S or self._reading is not None
+        return now - self._read_at >= self.REFRESH_S or self._reading is not None
 
     async def read(self, now: float) -> None:
         """Read the keys anew; those who ask meanwhile wait for the same answer."""
@@ -1875,6 +1844,8 @@ class Tokens:
         keys: the issuer's, to be read now and then.
     """
 
+    REMEMBERED = 10_000
+
     def __init__(self, verifier: Verifier, tasks: asyncio.TaskGroup) -> None:
         self.keys = verifier.keys
         self._verifier = verifier
@@ -1913,7 +1884,7 @@ class Tokens:
             principal = self._verifier.verify(token)
         except NotAuthenticated as exc:
             return exc
-        while len(self._known) >= TOKENS_REMEMBERED:
+        while len(self._known) >= self.REMEMBERED:
             del self._known[next(iter(self._known))]
         self._known[digest] = principal
         return principal
@@ -1928,7 +1899,7 @@ class Tokens:
 
     async def keep_keys(self) -> NoReturn:
         while True:
-            await asyncio.sleep(KEYS_LIFETIME_S)
+            await asyncio.sleep(Keys.LIFETIME_S)
             await self.keys.read(asyncio.get_running_loop().time())
 
 
@@ -1980,6 +1951,9 @@ class Channel:
         visitors: clients still catching up, for whom the channel must stay.
     """
 
+    RECENT_EVENTS = 128  # per channel, for clients that come back at once
+    RECENT_BYTES = 65_536
+
     __slots__ = (
         "_recent_bytes", "cursor", "deflating", "filling", "moved_at", "opening", "pending",
         "plain", "project_id", "recent", "visitors", "wanted",
@@ -2024,7 +1998,7 @@ class Channel:
         self.moved_at = time.monotonic()
         self.recent.append(event)
         self._recent_bytes += len(event.frame)
-        while len(self.recent) > RECENT_EVENTS or self._recent_bytes > RECENT_BYTES:
+        while len(self.recent) > self.RECENT_EVENTS or self._recent_bytes > self.RECENT_BYTES:
             self._recent_bytes -= len(self.recent.popleft().frame)
         return Placement.NEXT
 
@@ -2036,7 +2010,11 @@ class Channel:
         older = [event for event in events if cast("int", event.seq) <= self.floor]
         for event in reversed(older):
             size = self._recent_bytes + len(event.frame)
-            if event.seq != self.floor or len(self.recent) == RECENT_EVENTS or size > RECENT_BYTES:
+            if (
+                event.seq != self.floor
+                or len(self.recent) == self.RECENT_EVENTS
+                or size > self.RECENT_BYTES
+            ):
                 break
             self.recent.appendleft(event)
             self._recent_bytes = size
@@ -3031,6 +3009,8 @@ class RecentIds:
         since: unix seconds; every id that was added later is here.
     """
 
+    REMEMBERED = 400_000  # 800 events a second for the window and the clocks' skew
+
     def __init__(self) -> None:
         self.since = 0.0
         self._began_at = time.time()
@@ -3055,13 +3035,13 @@ class RecentIds:
     def forget(self) -> None:
         """Forget what is older than the window, and the oldest of what is too much."""
         now = time.time()
-        full = len(self._newest) > EVENT_IDS_REMEMBERED // 8
+        full = len(self._newest) > self.REMEMBERED // 8
         if full or now - self._began_at > EVENT_ID_WINDOW_S / 5:
             self._older.append((now, self._newest))
             self._newest, self._began_at = {}, now
         while self._older and (
             self._older[0][0] < now - EVENT_ID_WINDOW_S - 2 * CLOCK_SKEW_S
-            or len(self) > EVENT_IDS_REMEMBERED
+            or len(self) > self.REMEMBERED
         ):
             self.since = self._older.popleft()[0]
 
@@ -3158,6 +3138,11 @@ Write = tuple[ProjectAppend, list[tuple[PendingEvent, EventMessage]]]
 
 class EventLog:
     """Append, read, head."""
+
+    SAME_TRANSACTION_ATTEMPTS = 4  # within the ten minutes of its token
+    HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
+    STOP_SKEW_S = 5.0  # a stop is also for orders that a clock so far ahead has dated
+    STOP_KEPT_S = 1_209_600  # an order lies in its queue no longer (SQS)
 
     def __init__(
         self, dynamodb: DynamoDBClient, table: str, retention_s: int, metrics: Metrics
@@ -3371,7 +3356,7 @@ class EventLog:
             name = append.project_id
             append.head = self._heads.pop(name, append.head) or self._head_of(items.get(name))
             self._heads[name] = append.head
-        while len(self._heads) > HEADS_REMEMBERED:
+        while len(self._heads) > self.HEADS_REMEMBERED:
             del self._heads[next(iter(self._heads))]
         if behind := [append for append in group if self._has_to_read(append)]:
             await asyncio.gather(*map(self._read_up, behind))
@@ -3502,12 +3487,12 @@ class EventLog:
     def _stop_item(self, key: dict[str, Any]) -> dict[str, Any]:
         """The request to write a stop; of those within ``STOP_SKEW_S`` the first is for all."""
         now = time.time()
-        expires_at = {"N": str(int(now) + STOP_KEPT_S)}
+        expires_at = {"N": str(int(now) + self.STOP_KEPT_S)}
         return {
             "TableName": self._table,
             "Item": {**key, "stopped_at": {"N": f"{now:.3f}"}, "expires_at": expires_at},
             "ConditionExpression": "attribute_not_exists(PK) OR stopped_at < :recently",
-            "ExpressionAttributeValues": {":recently": {"N": f"{now - STOP_SKEW_S:.3f}"}},
+            "ExpressionAttributeValues": {":recently": {"N": f"{now - self.STOP_SKEW_S:.3f}"}},
         }
 
     async def stop(self, key: dict[str, Any]) -> None:
@@ -3537,7 +3522,7 @@ class EventLog:
             ClientError: it was refused; nothing was written.
         """
         token = uuid.uuid4().hex
-        for attempt in range(SAME_TRANSACTION_ATTEMPTS):
+        for attempt in range(self.SAME_TRANSACTION_ATTEMPTS):
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_S):
                     await self._dynamodb.transact_write_items(
@@ -3659,6 +3644,12 @@ class Feed:
     gap is read from the log before anything else is delivered.
     """
 
+    READS = 32  # at once, of pages of up to 1 MB
+    WRITES = 32  # of chunks, in one turn of the loop
+    PAGES = 12  # kept for others who come for the same
+    AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
+    RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
+
     def __init__(
         self,
         tasks: asyncio.TaskGroup,
@@ -3674,8 +3665,8 @@ class Feed:
         self._fan_out = fan_out
         self._metrics = metrics
         self._read_state = read_state
-        self._reads = asyncio.Semaphore(CATCHUP_READS)
-        self._turns = asyncio.Semaphore(CATCHUP_WRITES)
+        self._reads = asyncio.Semaphore(self.READS)
+        self._turns = asyncio.Semaphore(self.WRITES)
         self._pages: dict[tuple[Channel, int], asyncio.Task[list[Chunk] | Exception | None]] = {}
         self._to_open = Batcher(tasks, self._open, entries=100)
         self._audited = ""
@@ -3844,7 +3835,7 @@ class Feed:
         page = self._pages.get(key)
         if page is None:
             page = self._pages[key] = self._tasks.create_task(self._page(channel, position))
-            if len(self._pages) > CATCHUP_PAGES:
+            if len(self._pages) > self.PAGES:
                 del self._pages[next(iter(self._pages))]
         found = await asyncio.shield(page)
         if (not found or isinstance(found, Exception)) and self._pages.get(key) is page:
@@ -3952,7 +3943,7 @@ class Feed:
         """What is kept for clients that come back at once is in nobody's way for long."""
         self._pages.clear()
         for channel in self._registry.channels.values():
-            if channel.recent and time.monotonic() - channel.moved_at > RECENT_FOR_S:
+            if channel.recent and time.monotonic() - channel.moved_at > self.RECENT_FOR_S:
                 channel.jump(channel.cursor or 0)
 
     async def audit(self, interval_s: float) -> NoReturn:
@@ -3974,9 +3965,9 @@ class Feed:
     def _next_to_audit(self) -> list[str]:
         """The open channels whose turn it is, by name, round and round."""
         names = [name for name, each in self._registry.channels.items() if each.cursor is not None]
-        if len(names) > AUDITED_AT_ONCE:
+        if len(names) > self.AUDITED_AT_ONCE:
             names.sort(key=lambda name: (name <= self._audited, name))
-            del names[AUDITED_AT_ONCE:]
+            del names[self.AUDITED_AT_ONCE :]
             self._audited = names[-1]
         return names
 
@@ -3990,6 +3981,12 @@ class Receiver:
     every burst. Where that brings ``BACKLOG`` messages, several polls go side by side: one alone
     takes no more than ten messages a round trip.
     """
+
+    RECEIVED_AT_ONCE = 90
+    SHORT_POLL_S = 1.0
+    GATHER_S = 0.015  # a round trip to SQS takes 5 to 10 ms
+    BACKLOG = 30  # messages in one piece
+    POLLS_AT_ONCE = 4
 
     def __init__(
         self, tasks: asyncio.TaskGroup, sqs: SQSClient, queue_url: str, dependency: Dependency
@@ -4013,8 +4010,8 @@ class Receiver:
         """
         messages: list[dict[str, Any]] = []
         gathered_at = math.inf
-        while len(messages) < RECEIVED_AT_ONCE:
-            polls = POLLS_AT_ONCE if len(messages) >= BACKLOG else 1
+        while len(messages) < self.RECEIVED_AT_ONCE:
+            polls = self.POLLS_AT_ONCE if len(messages) >= self.BACKLOG else 1
             while len(self._polls) < polls and not stopping():
                 self._polls.append(self._tasks.create_task(self._receive()))
             if not self._polls:
@@ -4024,7 +4021,7 @@ class Receiver:
                 messages += answer
             if messages and all(len(answer) < SQS_BATCH_ENTRIES for answer in answers):
                 break
-            gathered_at = time.monotonic() + GATHER_S
+            gathered_at = time.monotonic() + self.GATHER_S
         return messages
 
     async def _answers(self, until: float) -> list[list[dict[str, Any]]]:
@@ -4072,7 +4069,7 @@ class Receiver:
         if batch:
             self._empty_answers = 0
         # An error, or nothing although nobody waited for it: either would spin.
-        elif time.monotonic() - began_at < SUSPICIOUSLY_SHORT_POLL_S:
+        elif time.monotonic() - began_at < self.SHORT_POLL_S:
             await asyncio.sleep(full_jitter_s(self._empty_answers))
             self._empty_answers += 1
         return batch
@@ -4105,6 +4102,9 @@ EVENTS_BEGIN = b'"events":['
 
 class Relay:
     """The way to the other tasks: the topic, and this task's own queue subscribed to it."""
+
+    RETENTION_S = 60
+    STALE_AFTER_HEARTBEATS = 5
 
     def __init__(
         self,
@@ -4149,10 +4149,10 @@ class Relay:
             lambda: self._sqs.create_queue(
                 QueueName=self._name,
                 Attributes={
-                    "MessageRetentionPeriod": str(FAN_OUT_RETENTION_S),
+                    "MessageRetentionPeriod": str(self.RETENTION_S),
                     # Nothing comes twice before it expires, so that nothing need be deleted. SQS
                     # holds 120,000 messages in this way: 2,000 a second.
-                    "VisibilityTimeout": str(2 * FAN_OUT_RETENTION_S),
+                    "VisibilityTimeout": str(2 * self.RETENTION_S),
                     "Policy": self._policy(queue_arn),
                 },
                 tags={"heartbeat": str(int(time.time()))},
@@ -4273,7 +4273,7 @@ class Relay:
         pages = self._sqs.get_paginator("list_queues")
         async for page in pages.paginate(QueueNamePrefix=self._prefix):
             queues |= {url.rsplit("/", 1)[-1]: url for url in page.get("QueueUrls", ())}
-        stale_before = time.time() - STALE_AFTER_HEARTBEATS * self._heartbeat_s
+        stale_before = time.time() - self.STALE_AFTER_HEARTBEATS * self._heartbeat_s
         others = (queues.keys() | subscriptions.keys()) - {self._name}
         dead = set[str]()
         for name in sorted(others, key=lambda name: (name < self._name, name)):
@@ -4362,6 +4362,12 @@ class Intake:
         bytes_in_hand: of the bodies of updates that were received and not yet deleted.
     """
 
+    DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
+    ROOM_ASKED_FOR_S = 0.1
+    UPDATES_IN_HAND = 500
+    VISIBILITY_S = 10
+    RECEIVES = 5
+
     def __init__(
         self,
         tasks: asyncio.TaskGroup,
@@ -4385,7 +4391,7 @@ class Intake:
         self.bytes_in_hand = 0
         self._room = asyncio.Event()
         # Of a FIFO queue's group nothing more comes before what came was deleted.
-        linger_s = 0.0 if queue_url.endswith(".fifo") else DELETES_LINGER_S
+        linger_s = 0.0 if queue_url.endswith(".fifo") else self.DELETES_LINGER_S
         self._to_delete = Batcher(tasks, self._delete, linger_s=linger_s)
         self._has_dead_letter_queue = False
         self._stopping = False
@@ -4410,7 +4416,7 @@ class Intake:
             while self._crowded and not receiver.polling:
                 self._room.clear()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(ROOM_ASKED_FOR_S):
+                    async with asyncio.timeout(self.ROOM_ASKED_FOR_S):
                         await self._room.wait()
             for message in await receiver.messages(lambda: self._stopping or self._crowded):
                 self._take(message)
@@ -4418,7 +4424,7 @@ class Intake:
 
     @property
     def _crowded(self) -> bool:
-        return len(self._held) >= UPDATES_IN_HAND or not self._may_receive()
+        return len(self._held) >= self.UPDATES_IN_HAND or not self._may_receive()
 
     def _take(self, message: dict[str, Any]) -> None:
         attributes = message.get("Attributes", {})
@@ -4535,7 +4541,7 @@ class Intake:
         So its dead-letter queue gets it within milliseconds, and nothing of its FIFO group has
         to wait for a visibility timeout.
         """
-        last = receives >= UPDATE_RECEIVES and not self._has_dead_letter_queue
+        last = receives >= self.RECEIVES and not self._has_dead_letter_queue
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 if last:
@@ -4557,12 +4563,12 @@ class Intake:
         Given back, they would be received until the dead-letter queue takes them.
         """
         while True:
-            await asyncio.sleep(UPDATE_VISIBILITY_S / 4)
-            long_ago = time.monotonic() - UPDATE_VISIBILITY_S / 4
+            await asyncio.sleep(self.VISIBILITY_S / 4)
+            long_ago = time.monotonic() - self.VISIBILITY_S / 4
             held = [receipt for receipt, each in self._held.items() if each.held_since < long_ago]
             for start in range(0, len(held), SQS_BATCH_ENTRIES):
                 batch: Any = [
-                    {"Id": str(i), "ReceiptHandle": r, "VisibilityTimeout": UPDATE_VISIBILITY_S}
+                    {"Id": str(i), "ReceiptHandle": r, "VisibilityTimeout": self.VISIBILITY_S}
                     for i, r in enumerate(held[start : start + SQS_BATCH_ENTRIES])
                 ]
                 with contextlib.suppress(*AWS_ERRORS):
@@ -4776,6 +4782,9 @@ class Inbox:
             clock; 0 if there is none.
     """
 
+    PIECE_BYTES = 4_096  # of input that is parsed at once
+    INFLATED_PIECE_BYTES = 256  # the same where input may inflate: it becomes a message or two
+
     __slots__ = (
         "_fragments", "_frames", "_frames_bytes", "_is_text", "_partial_bytes", "protocol",
         "unfinished_since", "unread",
@@ -4803,7 +4812,7 @@ class Inbox:
 
     def parse(self, now: float) -> None:
         """Parse a piece: of what may inflate a small one, so that little is held unasked."""
-        size = INFLATED_PIECE_BYTES if self.protocol.extensions else PIECE_BYTES
+        size = self.INFLATED_PIECE_BYTES if self.protocol.extensions else self.PIECE_BYTES
         piece, self.unread = self.unread[:size], self.unread[size:]
         self.protocol.receive_data(piece)
         frames = cast("list[Frame]", self.protocol.events_received())
@@ -4875,6 +4884,9 @@ class Connection(asyncio.Protocol):
         warned: whether the client was told that its token is about to expire.
     """
 
+    HANDSHAKE_TIMEOUT_S = 10.0
+    FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
+
     __slots__ = (
         "_asked", "_corked", "_drained", "_ended", "_gateway", "_held_input", "_holds",
         "_paused_at", "_private_bytes", "_request_bytes", "_tail", "account", "address",
@@ -4921,7 +4933,7 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=CHOKED_AT_BYTES)
         self.heard_at = self.moved_at = self._gateway.now()
-        self.deadline = self.heard_at + HANDSHAKE_TIMEOUT_S
+        self.deadline = self.heard_at + self.HANDSHAKE_TIMEOUT_S
         self._gateway.door.arrived(self)
 
     def data_received(self, data: bytes) -> None:
@@ -4995,7 +5007,7 @@ class Connection(asyncio.Protocol):
             return self.moved_at
         if self.progress is Progress.OPEN:
             return self.inbox.unfinished_since or math.inf
-        return self.deadline - HANDSHAKE_TIMEOUT_S
+        return self.deadline - self.HANDSHAKE_TIMEOUT_S
 
     def recount(self) -> None:
         """Have the ledger know what it holds now."""
@@ -5058,7 +5070,7 @@ class Connection(asyncio.Protocol):
         self.in_flight += change
         self.in_flight_bytes += size_bytes * change
         self._gateway.ledger.add(self, size_bytes * change)
-        if self.in_flight == FORWARDS_IN_FLIGHT // 2 and change < 0:
+        if self.in_flight == self.FORWARDS_IN_FLIGHT // 2 and change < 0:
             self._go_on()
 
     def hold(self, change: int) -> None:
@@ -5143,7 +5155,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def _may_act(self) -> bool:
-        return self.in_flight < FORWARDS_IN_FLIGHT and not self._holds
+        return self.in_flight < self.FORWARDS_IN_FLIGHT and not self._holds
 
     def _act(self, until_s: float) -> None:
         """Act on messages, and parse a piece more where there is no complete one."""
@@ -5556,7 +5568,7 @@ async def fetch_keys(address: str) -> bytes:
         document = b""
         async for chunk in answer.content.iter_any():
             document += chunk
-            if len(document) > KEYS_MAX_BYTES:
+            if len(document) > Keys.MAX_BYTES:
                 raise ValueError("a key set of more than a megabyte")
         return document
 
@@ -5582,6 +5594,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 class Door:
     """Answers HTTP requests, and lets WebSocket clients in."""
+
+    PATHS = ("/", "/ws")
 
     def __init__(self, gateway: Gateway, settings: Settings, tokens: Tokens | None) -> None:
         self._gateway = gateway
@@ -5623,7 +5637,7 @@ class Door:
         """Have a request answered: at once, unless the issuer's keys must be read for it."""
         protocol = connection.inbox.protocol
         path, _ = split_target(request.path)
-        if path in WEBSOCKET_PATHS:
+        if path in self.PATHS:
             self._admit(connection, request)
             return
         if request.method not in ("GET", "HEAD"):
@@ -5951,12 +5965,17 @@ class Messages:
 class Sweep:
     """Does for all connections what each would need a timer for."""
 
+    TOKEN_WARNING_S = 60.0
+    INTERVAL_S = 1.0
+    BUSY_EVERY_S = 1.9  # two seconds, less what a sweep may come early
+    MESSAGE_TIMEOUT_S = 30.0  # from a message's first byte to its last
+
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self._gateway = gateway
         self._ping_interval_s = settings.ping_interval_seconds
 
     async def run(self) -> NoReturn:
-        gateway, interval_s = self._gateway, min(SWEEP_INTERVAL_S, self._ping_interval_s / 4)
+        gateway, interval_s = self._gateway, min(self.INTERVAL_S, self._ping_interval_s / 4)
         next_line = time.monotonic() + 60
         while True:
             await asyncio.sleep(interval_s)
@@ -5998,7 +6017,7 @@ class Sweep:
                 self._say_busy(connection, now)
             return
         since = connection.inbox.unfinished_since
-        if since and now - since > MESSAGE_TIMEOUT_S:
+        if since and now - since > self.MESSAGE_TIMEOUT_S:
             connection.close(CloseCode.POLICY_VIOLATION, "a message was not finished in time")
         elif now - connection.heard_at >= self._ping_interval_s:
             self._ping(connection, now)
@@ -6010,13 +6029,13 @@ class Sweep:
         left_s = connection.principal.expires_at - time.time()
         if left_s <= 0:
             connection.close(CLOSE_UNAUTHENTICATED, "the token has expired")
-        elif left_s <= TOKEN_WARNING_S + TOKEN_LEEWAY_S and not connection.warned:
+        elif left_s <= self.TOKEN_WARNING_S + TOKEN_LEEWAY_S and not connection.warned:
             connection.warned = True
             connection.send(encode(TokenExpiring(max(0, int(left_s - TOKEN_LEEWAY_S)))))
 
     def _say_busy(self, connection: Connection, now: float) -> None:
         """Show that somebody is here, unless it shows by what waits to be written."""
-        if now - connection.said_busy_at >= BUSY_EVERY_S and not connection.backlog_bytes:
+        if now - connection.said_busy_at >= self.BUSY_EVERY_S and not connection.backlog_bytes:
             connection.said_busy_at = now
             connection.send(encode(Busy()))
 

@@ -513,7 +513,7 @@ class TestVocabulary:
 
     def test_a_visibility_timeout_outlasts_its_renewals(self) -> None:
         """An update in hand is held on to more often than its visibility timeout needs."""
-        assert server.CALL_TIMEOUT_S + server.UPDATE_VISIBILITY_S / 4 < server.UPDATE_VISIBILITY_S
+        assert server.CALL_TIMEOUT_S + server.Intake.VISIBILITY_S / 4 < server.Intake.VISIBILITY_S
 
     def test_long_poll_fits_its_timeout(self) -> None:
         """A long poll that returns nothing is no failure."""
@@ -1320,8 +1320,8 @@ class TestTokens:
         await asyncio.gather(*(keys.read(0.0) for _ in range(10)))
         assert keys
         assert issuer.reads == 1
-        assert not keys.may_read_again(server.KEYS_REFRESH_S - 1)
-        assert keys.may_read_again(server.KEYS_REFRESH_S)
+        assert not keys.may_read_again(server.Keys.REFRESH_S - 1)
+        assert keys.may_read_again(server.Keys.REFRESH_S)
 
     @pytest.mark.parametrize(
         "document",
@@ -1392,7 +1392,7 @@ class TestRegistry:
             channel.place(event(seq, size=sizes.choice([10, 1_000, 40_000])))
             recent = [each.seq for each in channel.recent]
             assert recent == list(range(channel.floor + 1, (channel.cursor or 0) + 1))
-            assert sum(len(each.payload) for each in channel.recent) <= server.RECENT_BYTES
+            assert sum(len(each.payload) for each in channel.recent) <= server.Channel.RECENT_BYTES
 
     def test_recent_is_bounded(self) -> None:
         """A channel remembers only so many events."""
@@ -1400,8 +1400,8 @@ class TestRegistry:
         channel.jump(0)
         for seq in range(1, 1_001):
             assert channel.place(event(seq)) is Placement.NEXT
-        assert len(channel.recent) == server.RECENT_EVENTS
-        assert channel.floor == 1_000 - server.RECENT_EVENTS
+        assert len(channel.recent) == server.Channel.RECENT_EVENTS
+        assert channel.floor == 1_000 - server.Channel.RECENT_EVENTS
 
     def test_jump_forgets(self) -> None:
         """After a jump, what came before it cannot be had from memory."""
@@ -2476,7 +2476,7 @@ class TestEventLog:
 
     async def test_forgetful(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
         """A task that cannot keep all event ids in mind recognises an update all the same."""
-        monkeypatch.setattr(server, "EVENT_IDS_REMEMBERED", 5)
+        monkeypatch.setattr(server.RecentIds, "REMEMBERED", 5)
         log = kit.log()
         await append_all(log, [entries(*range(start, start + 2)) for start in range(0, 20, 2)])
         for other in (log, kit.log()):
@@ -2488,7 +2488,7 @@ class TestEventLog:
     async def test_forgetful_in_a_batch(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
         """What was looked up for a batch is kept in mind until all of the batch is in the log."""
         await append(kit.log(), "p", entries(*range(10)))
-        monkeypatch.setattr(server, "EVENT_IDS_REMEMBERED", 6)
+        monkeypatch.setattr(server.RecentIds, "REMEMBERED", 6)
         batch = entries(0, 10, 1, 11, 12, look_back_to=time.time() - 60)
         async with asyncio.timeout(DEADLINE_S):
             await append(kit.log(), "p", batch)
@@ -2496,7 +2496,7 @@ class TestEventLog:
 
     async def test_many_projects(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
         """A task keeps the heads of so many projects in mind, and reads the others again."""
-        monkeypatch.setattr(server, "HEADS_REMEMBERED", 2)
+        monkeypatch.setattr(server.EventLog, "HEADS_REMEMBERED", 2)
         log = kit.log()
         for number in range(3):
             for name in "abcd":
@@ -2921,7 +2921,7 @@ class TestFeed:
 
     async def test_quiet_channel(self, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a channel keeps for those who come back is let go when nothing happens there."""
-        monkeypatch.setattr(server, "RECENT_FOR_S", -1.0)
+        monkeypatch.setattr(server.Feed, "RECENT_FOR_S", -1.0)
         listener = Listener()
         async with office_of(log) as office:
             await office.subscribe(listener)
@@ -3137,7 +3137,7 @@ class TestFeed:
         async with task_group() as tasks:
             office = Office(tasks, log)
             await office.subscribe(Listener(), since=0)
-            assert len(office.feed._pages) == server.CATCHUP_PAGES
+            assert len(office.feed._pages) == server.Feed.PAGES
             audit = tasks.create_task(office.feed.audit(0.01))
             await eventually(lambda: not len(office.feed._pages))
             audit.cancel()
@@ -3198,13 +3198,15 @@ class TestFeed:
             office.feed._read_state = read_state
             office.feed.subscribe(listener, Subscribe("p", 3, snapshot=True))
             await reading.wait()
-            office.accept(log.add(server.RECENT_EVENTS + 10))  # more than the channel remembers
+            office.accept(
+                log.add(server.Channel.RECENT_EVENTS + 10)
+            )  # more than the channel remembers
             read.set()
             await eventually(lambda: "p" in listener.subscriptions)
         assert [message.get("seq") for message in listener.received()] == [
             3,
             None,
-            *range(4, server.RECENT_EVENTS + 14),
+            *range(4, server.Channel.RECENT_EVENTS + 14),
         ]
 
     async def test_fault_in_a_shared_page(
@@ -3313,7 +3315,7 @@ class ResumeMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(server, "RECENT_EVENTS", 3)
+        self.patch.setattr(server.Channel, "RECENT_EVENTS", 3)
         self.loop = asyncio.new_event_loop()
         self.log = MemoryLog(held=True, page=2)
         self.wire: list[Event] = []
@@ -3597,7 +3599,7 @@ class TestReceiver:
         push(stand_in, *news(*range(250)))
         async with receiver_of(platform, aws) as receiver:
             sizes = [len(await receiver.messages()) for _ in range(3)]
-        assert max(sizes) < server.RECEIVED_AT_ONCE + 10 * server.POLLS_AT_ONCE
+        assert max(sizes) < server.Receiver.RECEIVED_AT_ONCE + 10 * server.Receiver.POLLS_AT_ONCE
         assert sum(sizes) > 200
 
     async def test_waits(self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws) -> None:
@@ -3613,7 +3615,7 @@ class TestReceiver:
     @pytest.fixture
     def patient(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Polls are given time even on a machine that has none."""
-        monkeypatch.setattr(server, "GATHER_S", 0.5)
+        monkeypatch.setattr(server.Receiver, "GATHER_S", 0.5)
 
     @pytest.mark.usefixtures("patient")
     async def test_no_call_for_nothing(
@@ -3649,7 +3651,7 @@ class TestReceiver:
                 received += numbers(await receiver.messages())
                 polls = max(polls, len(receiver._polls))
         assert sorted(received) == list(range(600))
-        assert 1 < polls <= server.POLLS_AT_ONCE
+        assert 1 < polls <= server.Receiver.POLLS_AT_ONCE
 
     async def test_cancelled(
         self,
@@ -3659,7 +3661,7 @@ class TestReceiver:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Who is cancelled while waiting for the rest of a burst leaves no poll behind."""
-        monkeypatch.setattr(server, "GATHER_S", DEADLINE_S)
+        monkeypatch.setattr(server.Receiver, "GATHER_S", DEADLINE_S)
         push(stand_in, *news(*range(10)))
         async with receiver_of(platform, aws) as receiver:
             receiving = asyncio.ensure_future(receiver.messages())
@@ -4251,7 +4253,7 @@ class TestIntake:
         self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Updates that come one by one are deleted together, ten at once, and all by the end."""
-        monkeypatch.setattr(server, "DELETES_LINGER_S", 3_600.0)
+        monkeypatch.setattr(server.Intake, "DELETES_LINGER_S", 3_600.0)
         async with (
             running_gateway(platform) as gateway,
             client_of(gateway, project_id="p") as client,
@@ -4275,7 +4277,7 @@ class TestIntake:
         self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A FIFO queue holds the rest of a group back until what came was deleted."""
-        monkeypatch.setattr(server, "DELETES_LINGER_S", 3_600.0)
+        monkeypatch.setattr(server.Intake, "DELETES_LINGER_S", 3_600.0)
         platform = stand_in.create_platform(fifo_updates=True)
         queue = platform.queue_names["updates"]
         async with running_gateway(platform):
@@ -4325,7 +4327,7 @@ class TestIntake:
 
         stand_in.fault = fault
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(server, "UPDATE_VISIBILITY_S", 1)
+            patch.setattr(server.Intake, "VISIBILITY_S", 1)
             async with (
                 running_gateway(platform) as gateway,
                 client_of(gateway, project_id=["slow", "fast"]) as client,
@@ -4345,7 +4347,7 @@ class TestIntake:
         self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An update whose visibility could not be renewed comes again, and is recognised."""
-        monkeypatch.setattr(server, "UPDATE_VISIBILITY_S", 1)
+        monkeypatch.setattr(server.Intake, "VISIBILITY_S", 1)
         stand_in.queues["agenticai-updates"].attributes["VisibilityTimeout"] = "1"
         blocked = True
 
@@ -4372,7 +4374,7 @@ class TestIntake:
         self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A task takes no more updates in hand than it has room for, and then goes on."""
-        monkeypatch.setattr(server, "UPDATES_IN_HAND", 20)
+        monkeypatch.setattr(server.Intake, "UPDATES_IN_HAND", 20)
         stand_in.fault = always("TransactWriteItems", THROTTLED)
         async with (
             running_gateway(platform) as gateway,
@@ -4382,7 +4384,7 @@ class TestIntake:
             queue = stand_in.queues["agenticai-updates"]
             push(stand_in, *news(*range(300)))
             await eventually(lambda: stand_in.calls["dynamodb", "TransactWriteItems"] >= 4)
-            in_one_piece = server.RECEIVED_AT_ONCE + 10 * server.POLLS_AT_ONCE
+            in_one_piece = server.Receiver.RECEIVED_AT_ONCE + 10 * server.Receiver.POLLS_AT_ONCE
             assert 20 <= queue.in_flight <= 20 + in_one_piece
             stand_in.fault = None
             await received_in_order(client, *range(300))
@@ -5062,8 +5064,8 @@ class TestConnection:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch, begun: bytes
     ) -> None:
         """A peer that does not finish its request is dropped."""
-        monkeypatch.setattr(server, "HANDSHAKE_TIMEOUT_S", 0.1)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        monkeypatch.setattr(server.Connection, "HANDSHAKE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with running_gateway(platform) as gateway, dialled(gateway) as peer:
             peer.write(begun)
             assert await peer.rest() == []
@@ -5128,7 +5130,7 @@ class TestConnection:
     ) -> None:
         """A peer that does not answer a close frame is cut off after a while."""
         monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             [connection] = gateway.registry.connections.values()
             connection.close(CloseCode.GOING_AWAY)
@@ -5183,9 +5185,9 @@ class TestConnection:
         """The same for a message that had to wait for the forwards before it."""
         go_on = hold_back(stand_in)
         async with peer_of(gateway) as peer:
-            for number in range(server.FORWARDS_IN_FLIGHT + 1):
+            for number in range(server.Connection.FORWARDS_IN_FLIGHT + 1):
                 peer.send(action="forward", type="dev", message_id=f"m{number}")
-            in_flight = server.FORWARDS_IN_FLIGHT
+            in_flight = server.Connection.FORWARDS_IN_FLIGHT
             await eventually(lambda: gateway.metrics.messages_received == in_flight)
             with monkeypatch.context() as patch:
                 patch.setattr(gateway.messages, "handle", lambda *_: 1 / 0)
@@ -5286,22 +5288,27 @@ class TestConnection:
         assert len(bomb) < 400
         go_on = hold_back(stand_in)
         async with peer_of(gateway, deflates=True) as peer:
-            peer.write(forward * server.FORWARDS_IN_FLIGHT + bomb * 10)
+            peer.write(forward * server.Connection.FORWARDS_IN_FLIGHT + bomb * 10)
             [connection] = gateway.registry.connections.values()
             await eventually(lambda: not connection.transport.is_reading())
-            assert connection.in_flight == server.FORWARDS_IN_FLIGHT
+            assert connection.in_flight == server.Connection.FORWARDS_IN_FLIGHT
             assert connection.inbox.held_bytes <= 2 * 262_144
             go_on.set()
-            answers = [await peer.receive() for _ in range(server.FORWARDS_IN_FLIGHT + 10)]
+            answers = [
+                await peer.receive() for _ in range(server.Connection.FORWARDS_IN_FLIGHT + 10)
+            ]
         kinds = Counter(each.get("code", each["type"]) for each in answers)
-        assert kinds == {"forward_confirmed": server.FORWARDS_IN_FLIGHT, "invalid_json": 10}
+        assert kinds == {
+            "forward_confirmed": server.Connection.FORWARDS_IN_FLIGHT,
+            "invalid_json": 10,
+        }
 
     @pytest.mark.parametrize("cut", [False, True], ids=["fragment", "cut frame"])
     async def test_unfinished_for_too_long(
         self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, cut: bool
     ) -> None:
         """A message that is begun has to end some time, whatever else is sent meanwhile."""
-        monkeypatch.setattr(server, "MESSAGE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(server.Sweep, "MESSAGE_TIMEOUT_S", 0.1)
         async with peer_of(gateway) as peer, peer_of(gateway) as other:
             if cut:
                 peer.write(masked(b"x" * 1_000)[:500])
@@ -5354,7 +5361,7 @@ class TestConnection:
     ) -> None:
         """A slow reader that does not even read its close frame is cut off."""
         monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with (
             running_gateway(platform, max_backlog_bytes=65_536) as gateway,
             peer_of(gateway),
@@ -5397,7 +5404,9 @@ class TestConnection:
         async with peer_of(gateway) as peer:
             for number in range(count):
                 peer.send(action="forward", type="dev", message_id=f"m{number}", data=data)
-            await eventually(lambda: gateway.metrics.messages_received >= server.FORWARDS_IN_FLIGHT)
+            await eventually(
+                lambda: gateway.metrics.messages_received >= server.Connection.FORWARDS_IN_FLIGHT
+            )
             async with peer_of(gateway) as other:
                 for _ in range(20):  # many turns of the loop, in which more could be read
                     assert await other.is_answered()
@@ -5413,16 +5422,16 @@ class TestConnection:
         """A violation behind many forwards closes the connection once it is reached."""
         go_on = hold_back(stand_in)
         async with peer_of(gateway) as peer:
-            for number in range(server.FORWARDS_IN_FLIGHT):
+            for number in range(server.Connection.FORWARDS_IN_FLIGHT):
                 peer.send(action="forward", type="dev", message_id=f"m{number}")
             peer.send_frame(b"\xff")
-            in_flight = server.FORWARDS_IN_FLIGHT
+            in_flight = server.Connection.FORWARDS_IN_FLIGHT
             await eventually(lambda: gateway.metrics.messages_received == in_flight)
             go_on.set()
             assert await peer.close_code() == CloseCode.INVALID_DATA
             peer.end()
             await eventually(lambda: not gateway.registry.pending)
-        assert len(set(sent_ids(stand_in))) == server.FORWARDS_IN_FLIGHT
+        assert len(set(sent_ids(stand_in))) == server.Connection.FORWARDS_IN_FLIGHT
 
     @pytest.mark.usefixtures("impatient")
     async def test_forward_of_one_who_left(
@@ -6111,7 +6120,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A token's end is announced, and is the session's end unless a fresh one came."""
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         monkeypatch.setattr(server, "TOKEN_LEEWAY_S", 0)
         opening = upgrade(Authorization=f"Bearer {token_of(valid_s=2)}")
         async with (
@@ -6134,7 +6143,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A token signed with a new key is good once the keys were read again."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
         async with (
             running_issuer() as issuer,
             running_gateway(platform, auth_first_message=True, **issuer.settings) as gateway,
@@ -6157,7 +6166,7 @@ class TestGateway:
         leaves: bool,
     ) -> None:
         """A peer that goes on, or away, while the keys are read for it is forgotten."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
         monkeypatch.setattr(server, "CALL_TIMEOUT_S", 0.5)
         async with (
             running_issuer() as issuer,
@@ -6182,7 +6191,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody comes in for whom keys were still read when the drain began."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
         monkeypatch.setattr(server, "CALL_TIMEOUT_S", 0.5)
         async with (
             running_issuer() as issuer,
@@ -6200,7 +6209,7 @@ class TestGateway:
     ) -> None:
         """A task is not ready before it has keys, and reads them again every so often."""
         monkeypatch.setattr(server, "full_jitter_s", lambda *_: 0.01)
-        monkeypatch.setattr(server, "KEYS_LIFETIME_S", 0.05)
+        monkeypatch.setattr(server.Keys, "LIFETIME_S", 0.05)
         async with running_issuer() as issuer:
             issuer.answer = b"{}"
             options = settings(platform, **issuer.settings)
@@ -6220,7 +6229,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A key set larger than any is not read to its end; the keys from before stay."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
         async with (
             running_issuer() as issuer,
             running_gateway(platform, **issuer.settings) as gateway,
@@ -6408,7 +6417,7 @@ class TestGateway:
     ) -> None:
         """Who cannot be heard, because of forwards that wait for SQS, is not dropped for it."""
         go_on = hold_back(stand_in)
-        count = server.FORWARDS_IN_FLIGHT + 8
+        count = server.Connection.FORWARDS_IN_FLIGHT + 8
         async with (
             running_gateway(platform, ping_interval_seconds=0.2) as gateway,
             peer_of(gateway) as busy,
@@ -6435,7 +6444,7 @@ class TestGateway:
     ) -> None:
         """Every minute the figures are logged, in a line of their own."""
         minutes = itertools.count(0.0, 61.0)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.01)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.01)
         caplog.set_level(logging.INFO, "gateway.metrics")
         async with running_gateway(platform) as gateway, client_of(gateway):
             with monkeypatch.context() as patch:

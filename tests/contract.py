@@ -721,7 +721,7 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
     ("a message from a client, bytes after inflating", "max_message_bytes", "close 1009"),
     (
         "time from a message's first byte to its last, seconds",
-        int(server.MESSAGE_TIMEOUT_S),
+        int(server.Sweep.MESSAGE_TIMEOUT_S),
         "close 1008",
     ),
     (
@@ -731,7 +731,7 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
     ),
     (
         "forwards of a connection that wait for SQS",
-        server.FORWARDS_IN_FLIGHT,
+        server.Connection.FORWARDS_IN_FLIGHT,
         "nothing is read from it until half of them are settled",
     ),
     ("forwards of all clients that wait for SQS", server.Forwarder.MAX_WAITING, "`overloaded`"),

@@ -79,9 +79,9 @@ ones, of which many connections have many, it keeps pages in which one is still 
 
 LAUNCHER = """
 import sys, server
-assert server.KEYS_REFRESH_S and server.MESSAGE_TIMEOUT_S
-server.KEYS_REFRESH_S = 0.5
-server.MESSAGE_TIMEOUT_S = 4.0
+assert server.Keys.REFRESH_S and server.Sweep.MESSAGE_TIMEOUT_S
+server.Keys.REFRESH_S = 0.5
+server.Sweep.MESSAGE_TIMEOUT_S = 4.0
 sys.exit(server.main())
 """
 """server.py, but for two constants, for attacks that would have to last minutes otherwise."""

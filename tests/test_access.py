@@ -236,7 +236,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The gateway's wall clock, looked at often."""
     clock = Clock()
     monkeypatch.setattr(server, "time", clock)
-    monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+    monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
     return clock
 
 
@@ -726,7 +726,7 @@ class TestFirstMessage:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who sends no token in time is closed with 4401; messages do not gain time."""
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with (
             self.gateway(platform, issuer, auth_deadline_seconds=0.3) as gateway,
             client_of(gateway, token_of()) as inside,
@@ -760,7 +760,7 @@ class TestFirstMessage:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What a client sends right behind its token is done after it, also with a new key."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
         async with self.gateway(platform, issuer) as gateway, client_of(gateway) as client:
             issuer.answer = key_set(public_jwk("key-2"))
             await client.send(action="authenticate", token=token_of(key_id="key-2"))
@@ -957,7 +957,7 @@ class TestKeys:
     @pytest.fixture(autouse=True)
     def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Keys are read again whenever there is a reason to."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
 
     async def starts_after(
         self, platform: aws_standin.Platform, issuer: Issuer, mend: Callable[[], Any]
@@ -1088,7 +1088,7 @@ class TestKeys:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A key that the issuer has withdrawn is believed no longer than its lifetime."""
-        monkeypatch.setattr(server, "KEYS_LIFETIME_S", 0.1)
+        monkeypatch.setattr(server.Keys, "LIFETIME_S", 0.1)
         async with guarded(platform, issuer) as gateway:
             assert await status_of(gateway, token_of()) == 101
             issuer.answer = key_set(public_jwk("key-2"))
@@ -1100,13 +1100,13 @@ class TestKeys:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whoever invents key ids does not have the endpoint read for each."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 60.0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 60.0)
         async with guarded(platform, issuer) as gateway:
             issuer.answer = key_set(public_jwk("key-2"))
             for number in range(5):
                 assert await status_of(gateway, token_of(key_id=f"key-{number}x")) == 401
             assert issuer.reads == 1
-            monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+            monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
             assert await status_of(gateway, token_of(key_id="key-2")) == 101
 
     async def test_read_once_for_many(
@@ -1335,7 +1335,7 @@ class TestLimits:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who had to wait for a new key does not get in over the limit."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
         async with guarded(platform, issuer, max_connections_per_ip=3) as gateway:
             issuer.released.clear()
             issuer.answer = key_set(public_jwk("key-2"))
@@ -1400,7 +1400,7 @@ class TestLimits:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A key that is not among those read for it is a failure like any other."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
         limits = {"max_failed_authentications_per_ip": 3}
         async with guarded(platform, issuer, **limits) as gateway:
             for _ in range(3):

@@ -119,7 +119,7 @@ class TestDocuments:
         text = contract.PROTOCOL.read_text("utf-8")
         assert f"`{server.SUBPROTOCOL}`" in text
         assert f"`{server.BEARER_PREFIX}`" in text
-        for path in server.WEBSOCKET_PATHS:
+        for path in server.Door.PATHS:
             assert f"`{path}`" in text
 
 

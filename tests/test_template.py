@@ -611,10 +611,10 @@ class TestUpdates:
         assert queue["QueueName"] == "agenticai-updates-prod.fifo"
         assert queue["FifoQueue"] is True
         assert queue["ContentBasedDeduplication"] is False
-        assert queue["VisibilityTimeout"] == server.UPDATE_VISIBILITY_S
+        assert queue["VisibilityTimeout"] == server.Intake.VISIBILITY_S
         assert queue["RedrivePolicy"] == {
             "deadLetterTargetArn": "<UpdatesDeadLetterQueue.Arn>",
-            "maxReceiveCount": server.UPDATE_RECEIVES,
+            "maxReceiveCount": server.Intake.RECEIVES,
         }
 
     def test_dead_letters_are_kept_longest(self, bare: Stack) -> None:

@@ -337,7 +337,7 @@ class TestMemory:
         self, kit: LogKit, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A head that is forgotten while others are read is none that is missing."""
-        monkeypatch.setattr(server, "HEADS_REMEMBERED", 2)
+        monkeypatch.setattr(server.EventLog, "HEADS_REMEMBERED", 2)
         log = kit.log()
         await append(log, one_each(["p0", "p1"]))
         stand_in.fault = lambda call: (
@@ -408,7 +408,7 @@ class TestMemory:
 
     async def test_too_many(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beyond what can be remembered, the log is asked, and nothing is logged twice."""
-        monkeypatch.setattr(server, "EVENT_IDS_REMEMBERED", 80)
+        monkeypatch.setattr(server.RecentIds, "REMEMBERED", 80)
         log = kit.log()
         for number in range(300):
             await append(log, [ProjectAppend("p", entries(number))])

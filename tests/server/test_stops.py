@@ -132,7 +132,7 @@ class TestStop:
         item = await stop_item(gateway, "p", "m")
         assert item is not None
         assert before - 1 <= float(item["stopped_at"]["N"]) <= time.time() + 1
-        assert int(item["expires_at"]["N"]) >= int(before) + server.STOP_KEPT_S
+        assert int(item["expires_at"]["N"]) >= int(before) + server.EventLog.STOP_KEPT_S
 
     async def test_repeated(self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
         """A repetition is confirmed and tells nobody; a later stop stops what was taken since."""
@@ -146,7 +146,7 @@ class TestStop:
                 await next_of(client, "stop_confirmed")
             assert len(await stops_logged(gateway)) == 1
             assert await stop_item(gateway, "p", "m") == first
-            monkeypatch.setattr(server, "STOP_SKEW_S", -1.0)
+            monkeypatch.setattr(server.EventLog, "STOP_SKEW_S", -1.0)
             await stop(client)
         assert len(await stops_logged(gateway)) == 2
         assert await stop_item(gateway, "p", "m") != first

@@ -90,7 +90,7 @@ class TestTokens:
 
     async def test_new_key(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
         """A token with a key that is not known waits for the keys; then its failure counts."""
-        monkeypatch.setattr(server, "KEYS_REFRESH_S", 0.0)
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
         token = token_of("ada", key_id="key-2", key=private_key("key-2"))
         assert desk.ask(token) is None
         await asyncio.sleep(0.01)
@@ -111,7 +111,7 @@ class TestTokens:
 
     async def test_memory_is_bounded(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only so many are remembered, and never the tokens themselves."""
-        monkeypatch.setattr(server, "TOKENS_REMEMBERED", 3)
+        monkeypatch.setattr(server.Tokens, "REMEMBERED", 3)
         for number in range(5):
             desk.ask(token_of(str(number)))
         assert len(desk.tokens._known) == 3

@@ -81,7 +81,7 @@ class TestAccount:
 
     def test_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who has been quiet costs no memory; who has a connection open is not forgotten."""
-        monkeypatch.setattr(server, "FORGOTTEN_AT_ONCE", 10)
+        monkeypatch.setattr(server.Accounts, "FORGOTTEN_AT_ONCE", 10)
         accounts = Accounts(1, window_s=2)
         for number in range(95):
             accounts.of(str(number)).charge(3 if number % 2 else 1, 0.0)
@@ -95,7 +95,7 @@ class TestAccount:
 
     def test_bookkeeping_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A million addresses are not remembered, and the last ones are."""
-        monkeypatch.setattr(server, "ACCOUNTS_REMEMBERED", 3)
+        monkeypatch.setattr(server.Accounts, "REMEMBERED", 3)
         accounts = Accounts(1, window_s=2)
         first = accounts.of("0")
         found = [accounts.of(str(number)) for number in range(1, 5)]
@@ -462,7 +462,7 @@ class TestLedger:
     ) -> None:
         """Who reads nothing is ended after a while, whatever it goes on sending."""
         monkeypatch.setattr(server, "STALLED_AFTER_S", 0.3)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.05)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
         async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             narrow(gateway)
             [connection] = gateway.registry.connections.values()
@@ -481,7 +481,7 @@ class TestLedger:
     ) -> None:
         """Who reads slowly and steadily stays, though its backlog grows."""
         monkeypatch.setattr(server, "STALLED_AFTER_S", 0.4)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.05)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
         async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             narrow(gateway)
             [connection] = gateway.registry.connections.values()
@@ -516,8 +516,8 @@ class TestHolds:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """While a client is not read from, what it has to send may come later."""
-        monkeypatch.setattr(server, "MESSAGE_TIMEOUT_S", 0.2)
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
+        monkeypatch.setattr(server.Sweep, "MESSAGE_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with (
             running_gateway(platform, ping_interval_seconds=0.3) as gateway,
             peer_of(gateway) as peer,
@@ -553,8 +553,8 @@ class TestBusy:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who asked for it is told every two seconds that it is not read from; nobody else is."""
-        monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.02)
-        monkeypatch.setattr(server, "BUSY_EVERY_S", 0.1)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
+        monkeypatch.setattr(server.Sweep, "BUSY_EVERY_S", 0.1)
         async with (
             running_gateway(platform) as gateway,
             client_of(gateway, busy=1) as asked,
@@ -578,7 +578,7 @@ class TestBusy:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It is not said while anything waits to be written, nor to a client that is closing."""
-        monkeypatch.setattr(server, "BUSY_EVERY_S", 0.0)
+        monkeypatch.setattr(server.Sweep, "BUSY_EVERY_S", 0.0)
         async with running_gateway(platform) as gateway, client_of(gateway, busy=1):
             [connection] = gateway.registry.connections.values()
             said: list[bytes] = []
