@@ -759,7 +759,8 @@ class TestRoles:
     def test_only_tasks_of_this_account_may_be_it(self, full: Stack, role: str) -> None:
         (statement,) = full.resources[role]["AssumeRolePolicyDocument"]["Statement"]
         assert statement["Principal"] == {"Service": "ecs-tasks.amazonaws.com"}
-        assert statement["Condition"]["StringEquals"] == {"aws:SourceAccount": "123456789012"}
+        tasks = "arn:aws:ecs:us-east-1:123456789012:*"
+        assert statement["Condition"] == {"ArnLike": {"aws:SourceArn": tasks}}
 
     @pytest.mark.parametrize("role", ["TaskRole", "ExecutionRole"])
     def test_statements_have_a_sid_and_no_wildcard_action(self, full: Stack, role: str) -> None:
