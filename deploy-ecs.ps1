@@ -22,56 +22,6 @@ that go into the image differ from that revision, a hash of their content is par
 Needs the AWS CLI (version 1 or 2), signed in, and Docker with Linux containers. Runs on Windows
 PowerShell 5.1 and PowerShell 7. With -WhatIf it reads, and says what it would do, without Docker.
 
-.PARAMETER Environment
-Name of the environment; part of the names of the cluster, the service and everything else.
-
-.PARAMETER AwsRegion
-Region to deploy to.
-
-.PARAMETER AwsProfile
-Profile of the AWS CLI to use, also where there are keys in the environment.
-
-.PARAMETER StackName
-CloudFormation stack of the gateway. Each environment needs its own.
-
-.PARAMETER MainStackName
-CloudFormation stack of the platform, whose outputs name the table and the agents' queues.
-
-.PARAMETER CertificateArn
-ACM certificate for wss:// on port 443. An empty string takes TLS away again.
-
-.PARAMETER DomainName
-Name the clients connect to. The default is the certificate's own name.
-
-.PARAMETER HostedZoneId
-Route 53 zone to keep the domain's record in. Without it you keep the record yourself.
-
-.PARAMETER CpuArchitecture
-Processor of the tasks, X86_64 or ARM64; the image is built for it.
-
-.PARAMETER VpcId
-VPC to deploy to. The default is the region's default VPC, or the only one there is.
-
-.PARAMETER LoadBalancerSubnetId
-Public subnets of the load balancer, in two zones or more. Needs VpcId. Found unless given.
-
-.PARAMETER TaskSubnetId
-Subnets of the tasks, in the same zones. Needs VpcId. The default is private subnets with a NAT
-route where there are two, and otherwise the load balancer's.
-
-.PARAMETER ParameterOverride
-Any further parameters of ecs-template.yaml, such as @{ MaxTasks = 8; LogLevel = 'DEBUG' }.
-
-.PARAMETER AccessToken
-Token for the final round trip, where the gateway asks for one. The default is $env:AGENTICAI_TOKEN.
-
-.PARAMETER Rebuild
-Build the image anew on the newest base image, although this revision's image was pushed before.
-Later runs on the same revision use the newest.
-
-.PARAMETER TimeoutMinutes
-How long to wait for each stack operation, and for the service to become stable.
-
 .EXAMPLE
 ./deploy-ecs.ps1
 
@@ -94,34 +44,52 @@ Turns on TLS under the certificate's name, authentication and the origin check.
 #>
 [CmdletBinding(SupportsShouldProcess = $true)]
 param(
+    # Name of the environment; part of the names of the cluster, the service and everything else.
     [ValidatePattern('(?-i)^[a-z][a-z0-9]{0,11}$')]
     [string]$Environment = 'prod',
+    # Region to deploy to.
     [ValidatePattern('(?-i)^[a-z]{2}(-[a-z]+)+-\d$')]
     [string]$AwsRegion = 'us-east-1',
+    # Profile of the AWS CLI to use, also where there are keys in the environment.
     [ValidateNotNullOrEmpty()]
     [string]$AwsProfile,
+    # CloudFormation stack of the gateway. Each environment needs its own.
     [ValidatePattern('^[A-Za-z][A-Za-z0-9-]{0,127}$')]
     [string]$StackName = 'agenticai-websocket-stack',
+    # CloudFormation stack of the platform, whose outputs name the table and the agents' queues.
     [ValidatePattern('^[A-Za-z][A-Za-z0-9-]{0,127}$')]
     [string]$MainStackName = 'agenticai-stack',
+    # ACM certificate for wss:// on port 443. An empty string takes TLS away again.
     [ValidatePattern('^(arn:aws[a-z-]*:acm:[a-z0-9-]+:\d{12}:certificate/[A-Za-z0-9-]+)?$')]
     [string]$CertificateArn,
+    # Name the clients connect to. The default is the certificate's own name.
     [ValidatePattern('^([A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+)?$')]
     [string]$DomainName,
+    # Route 53 zone to keep the domain's record in. Without it you keep the record yourself.
     [ValidatePattern('(?-i)^(Z[A-Z0-9]{1,31})?$')]
     [string]$HostedZoneId,
+    # Processor of the tasks, X86_64 or ARM64; the image is built for it.
     [ValidateSet('X86_64', 'ARM64')]
     [string]$CpuArchitecture,
+    # VPC to deploy to. The default is the region's default VPC, or the only one there is.
     [ValidatePattern('^vpc-[0-9a-f]+$')]
     [string]$VpcId,
+    # Public subnets of the load balancer, in two zones or more. Needs VpcId. Found unless given.
     [ValidatePattern('^subnet-[0-9a-f]+$')]
     [string[]]$LoadBalancerSubnetId,
+    # Subnets of the tasks, in the same zones. Needs VpcId. The default is private subnets with a
+    # NAT route where there are two, and otherwise the load balancer's.
     [ValidatePattern('^subnet-[0-9a-f]+$')]
     [string[]]$TaskSubnetId,
+    # Any further parameters of ecs-template.yaml, such as @{ MaxTasks = 8; LogLevel = 'DEBUG' }.
     [ValidateNotNull()]
     [hashtable]$ParameterOverride = @{},
+    # Token for the final round trip; $env:AGENTICAI_TOKEN unless given.
     [string]$AccessToken = $env:AGENTICAI_TOKEN,
+    # Build the image anew on the newest base image, although this revision's image was pushed
+    # before. Later runs on the same revision use the newest.
     [switch]$Rebuild,
+    # How long to wait for each stack operation, which ends when the service is stable.
     [ValidateRange(5, 180)]
     [int]$TimeoutMinutes = 30
 )
@@ -256,10 +224,20 @@ function Get-TemplateBody {
     [regex]::Replace($text, '(?m)^\s*#.*\n|  +# .*$|^\n', '')
 }
 
+# Writes a text into the run's own folder and returns what names it on a command line of the AWS
+# CLI. Windows PowerShell strips the quotes from JSON on a command line, and writes a byte order
+# mark, which the AWS CLI cannot read, with its own cmdlets.
+function New-CliFile {
+    [CmdletBinding()] param([string]$Name, [string]$Text)
+    $path = Join-Path -Path $RunFolder -ChildPath $Name
+    [System.IO.File]::WriteAllText($path, $Text)
+    "file://$path"
+}
+
 # Returns the template's parameters as a hashtable of name and default.
 function Get-TemplateParameter {
-    [CmdletBinding()] param([string]$TemplateFile)
-    $arguments = 'cloudformation', 'get-template-summary', '--template-body', "file://$TemplateFile"
+    [CmdletBinding()] param()
+    $arguments = 'cloudformation', 'get-template-summary', '--template-body', $TemplateBody
     $answer = Invoke-AwsCli -ArgumentList ($arguments + @('--query', '{Parameters:Parameters[].[ParameterKey,DefaultValue]}'))
     ConvertTo-Table -Pair $answer.Parameters
 }
@@ -327,16 +305,14 @@ function Get-VpcSubnet {
 # same zones: those with a NAT route where both zones have one, else the public ones.
 function Select-Subnet {
     [CmdletBinding()] param([object[]]$Subnet)
-    $public = @{}
-    $nat = @{}
+    $first = @{ Public = @{}; Nat = @{}; None = @{} }
     foreach ($one in $Subnet) {
-        if ($one.Kind -eq 'Public' -and -not $public.ContainsKey($one.Zone)) {
-            $public[$one.Zone] = $one.Id
-        }
-        if ($one.Kind -eq 'Nat' -and -not $nat.ContainsKey($one.Zone)) {
-            $nat[$one.Zone] = $one.Id
+        if (-not $first[$one.Kind].ContainsKey($one.Zone)) {
+            $first[$one.Kind][$one.Zone] = $one.Id
         }
     }
+    $public = $first['Public']
+    $nat = $first['Nat']
     $zones = @($public.Keys | Sort-Object)
     if ($zones.Count -lt 2) {
         throw "The load balancer needs public subnets in two zones, and there are $($zones.Count) (with a route to an internet gateway). Add one, name another VPC with -VpcId, or name subnets with -LoadBalancerSubnetId."
@@ -663,7 +639,7 @@ function Wait-QueueName {
 # Asks CloudFormation what would change. Returns Id, StackId and Changes, or nothing when nothing
 # would; throws with the reasons when it does not accept the change.
 function New-ChangeSet {
-    [CmdletBinding()] param([string]$Name, [bool]$Exists, [hashtable]$Resolved, [string]$TemplateFile)
+    [CmdletBinding()] param([string]$Name, [bool]$Exists, [hashtable]$Resolved)
     $unchanged = 'No updates are to be performed|contain changes'
     $type = 'CREATE'
     if ($Exists) {
@@ -678,21 +654,13 @@ function New-ChangeSet {
             ConvertTo-Json -Compress -InputObject @{ ParameterKey = $key; ParameterValue = [string]$Resolved[$key].Value }
         }
     }
-    # By file: Windows PowerShell strips the quotes from JSON on a command line, and writes a byte
-    # order mark, which the AWS CLI cannot read, with its own cmdlets.
-    $file = [System.IO.Path]::GetTempFileName()
-    try {
-        [System.IO.File]::WriteAllText($file, '[' + ($entries -join ',') + ']')
-        $arguments = @(
-            'cloudformation', 'create-change-set', '--stack-name', $StackName, '--change-set-name', $Name,
-            '--change-set-type', $type, '--template-body', "file://$TemplateFile",
-            '--parameters', "file://$file", '--capabilities', 'CAPABILITY_IAM', '--query', 'Id'
-        )
-        $id = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern $unchanged
-    }
-    finally {
-        [System.IO.File]::Delete($file)
-    }
+    $parameters = New-CliFile -Name 'parameters.json' -Text ('[' + ($entries -join ',') + ']')
+    $arguments = @(
+        'cloudformation', 'create-change-set', '--stack-name', $StackName, '--change-set-name', $Name,
+        '--change-set-type', $type, '--template-body', $TemplateBody,
+        '--parameters', $parameters, '--capabilities', 'CAPABILITY_IAM', '--query', 'Id'
+    )
+    $id = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern $unchanged
     if (-not $id) {
         return
     }
@@ -756,11 +724,12 @@ function Show-Change {
     }
 }
 
-# Creates or updates the stack; throws with the reasons when the operation fails.
+# Creates or updates the stack, which is done when its service is stable; throws with the reasons
+# when the operation fails.
 function Publish-Stack {
-    [CmdletBinding()] param([bool]$Exists, [hashtable]$Resolved, [string]$TemplateFile, [string]$ClusterName)
+    [CmdletBinding()] param([bool]$Exists, [hashtable]$Resolved, [string]$ClusterName)
     $token = 'deploy-' + [guid]::NewGuid()
-    $changeSet = New-ChangeSet -Name $token -Exists $Exists -Resolved $Resolved -TemplateFile $TemplateFile
+    $changeSet = New-ChangeSet -Name $token -Exists $Exists -Resolved $Resolved
     Show-Change -ChangeSet $changeSet
     if (-not $changeSet) {
         return
@@ -781,14 +750,8 @@ function Get-ContentHash {
     $lines = foreach ($one in $Name) {
         "$one $((Get-FileHash -LiteralPath (Join-Path -Path $Root -ChildPath $one) -Algorithm SHA256).Hash)"
     }
-    $sha = [System.Security.Cryptography.SHA256]::Create()
-    try {
-        $digest = $sha.ComputeHash([System.Text.Encoding]::UTF8.GetBytes($lines -join ' '))
-    }
-    finally {
-        $sha.Dispose()
-    }
-    [BitConverter]::ToString($digest).Replace('-', '').Substring(0, 12).ToLowerInvariant()
+    $stream = [System.IO.MemoryStream]::new([System.Text.Encoding]::UTF8.GetBytes($lines -join ' '))
+    (Get-FileHash -InputStream $stream -Algorithm SHA256).Hash.Substring(0, 12).ToLowerInvariant()
 }
 
 # Returns the tag of the image that the files here make: REVISION-ARCH when they are those of the
@@ -886,47 +849,13 @@ function Add-DeployedTag {
         return
     }
     $repository = $RepositoryUri.Substring($RepositoryUri.IndexOf('/') + 1)
-    $manifest = Invoke-AwsCli -ArgumentList 'ecr', 'batch-get-image', '--repository-name', $repository, '--image-ids', "imageDigest=$($Image.Digest)", '--query', 'images[0].imageManifest'
-    $file = [System.IO.Path]::GetTempFileName()
-    try {
-        [System.IO.File]::WriteAllText($file, $manifest)
-        $arguments = 'ecr', 'put-image', '--repository-name', $repository, '--image-manifest', "file://$file", '--image-tag', "deployed-$(@($Image.Tags)[0])"
-        $null = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ImageAlreadyExistsException'
-    }
-    finally {
-        [System.IO.File]::Delete($file)
-    }
+    $text = Invoke-AwsCli -ArgumentList 'ecr', 'batch-get-image', '--repository-name', $repository, '--image-ids', "imageDigest=$($Image.Digest)", '--query', 'images[0].imageManifest'
+    $manifest = New-CliFile -Name 'manifest.json' -Text $text
+    $arguments = 'ecr', 'put-image', '--repository-name', $repository, '--image-manifest', $manifest, '--image-tag', "deployed-$(@($Image.Tags)[0])"
+    $null = Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ImageAlreadyExistsException'
 }
 
 # --- The service ----------------------------------------------------------------------------------
-
-# Waits until the service runs all its tasks and its rollout is complete, showing its progress.
-function Wait-Service {
-    [CmdletBinding()] param([string]$ClusterName)
-    $deadline = [datetime]::UtcNow.AddMinutes($TimeoutMinutes)
-    $shown = ''
-    while ($true) {
-        $state = Get-ServiceState -ClusterName $ClusterName -ServiceName $ServiceName
-        if (-not $state) {
-            throw "The service $ServiceName is not in the cluster $ClusterName. Run this script again to have it made anew."
-        }
-        if ($state.Text -ne $shown) {
-            $shown = $state.Text
-            Write-Step -Message "  service: $shown"
-        }
-        if ($state.Stable) {
-            return
-        }
-        $said = @($state.Events | Select-Object -First 1) -join ''
-        if ($state.Failed) {
-            throw "The rollout failed: $said"
-        }
-        if ([datetime]::UtcNow -ge $deadline) {
-            throw "The service is not stable after $TimeoutMinutes minutes ($shown): $said"
-        }
-        Start-Sleep -Seconds 5
-    }
-}
 
 # Returns the two tasks that stopped last for any other reason than scaling and replacement.
 function Get-StoppedTask {
@@ -967,20 +896,6 @@ function Show-RolloutFailure {
     }
 }
 
-# Deploys the stack with the image and waits until the service is stable; a failed rollout is
-# explained before it throws.
-function Publish-Service {
-    [CmdletBinding()] param([hashtable]$Resolved, [string]$TemplateFile, [string]$ClusterName)
-    try {
-        Publish-Stack -Exists $true -Resolved $Resolved -TemplateFile $TemplateFile -ClusterName $ClusterName
-        Wait-Service -ClusterName $ClusterName
-    }
-    catch {
-        Show-RolloutFailure -ClusterName $ClusterName
-        throw
-    }
-}
-
 # --- The deployment -------------------------------------------------------------------------------
 
 # Runs test-connection.ps1 against the stack and throws when a check fails.
@@ -1011,13 +926,13 @@ function Test-Deployment {
 # Says what a deployment would do: by a change set that is deleted again, or, as that would make
 # the stack, from the template for a new one.
 function Show-Plan {
-    [CmdletBinding()] param([AllowNull()][object]$Stack, [hashtable]$Resolved, [string]$TemplateFile)
+    [CmdletBinding()] param([AllowNull()][object]$Stack, [hashtable]$Resolved)
     if (-not $Stack -or $Stack.Status -notmatch '^(CREATE|UPDATE|UPDATE_ROLLBACK|IMPORT)_COMPLETE$') {
         if ($Stack -and $Stack.Status -ne 'REVIEW_IN_PROGRESS') {
             Write-Step -Message "  would first bring the stack, which is $($Stack.Status), into order"
         }
         $pattern = '(?m)^  (?<name>\w+):\n    Type: (?<type>AWS::\S+)$(\n    Condition: (?<if>\w+)$)?'
-        foreach ($match in [regex]::Matches([System.IO.File]::ReadAllText($TemplateFile), $pattern)) {
+        foreach ($match in [regex]::Matches((Get-TemplateBody), $pattern)) {
             $line = "  would create $($match.Groups['name'].Value) ($($match.Groups['type'].Value))"
             if ($match.Groups['if'].Success) {
                 $line += " if $($match.Groups['if'].Value)"
@@ -1040,7 +955,7 @@ function Show-Plan {
     $Resolved['ContainerImage'] = [pscustomobject]@{ Value = $reference; Source = 'built here' }
     $name = 'whatif-' + [guid]::NewGuid()
     try {
-        Show-Change -ChangeSet (New-ChangeSet -Name $name -Exists $true -Resolved $Resolved -TemplateFile $TemplateFile)
+        Show-Change -ChangeSet (New-ChangeSet -Name $name -Exists $true -Resolved $Resolved)
     }
     finally {
         # Also after Ctrl-C, in the middle of either call.
@@ -1065,7 +980,7 @@ function Show-Summary {
 
 # Does everything the script's help says, in that order.
 function Invoke-Deployment {
-    [CmdletBinding(SupportsShouldProcess = $true)] param([string]$TemplateFile)
+    [CmdletBinding(SupportsShouldProcess = $true)] param()
     if ($StackName -eq $MainStackName) {
         throw "-StackName and -MainStackName are both '$StackName'. The gateway needs a stack of its own."
     }
@@ -1079,7 +994,7 @@ function Invoke-Deployment {
 
     Write-Step -Message "2 of 7  Reading the stacks $MainStackName and $StackName"
     $mainOutput = Get-MainStackOutput
-    $template = Get-TemplateParameter -TemplateFile $TemplateFile
+    $template = Get-TemplateParameter
     $stack = Wait-StackIdle
     $deleted = $null
     if ($stack -and $stack.Status -ne 'REVIEW_IN_PROGRESS') {
@@ -1103,7 +1018,7 @@ function Invoke-Deployment {
     Show-Security -Value $values
     if (-not $PSCmdlet.ShouldProcess("stack $StackName", 'deploy ecs-template.yaml and the image')) {
         if ($WhatIfPreference) {
-            Show-Plan -Stack $stack -Resolved $resolved -TemplateFile $TemplateFile
+            Show-Plan -Stack $stack -Resolved $resolved
         }
         Write-Step -Message 'Nothing was changed.'
         return
@@ -1122,7 +1037,7 @@ function Invoke-Deployment {
     }
     if (-not $exists -or -not $stack.Output['WebSocketRepositoryUri']) {
         $resolved['ContainerImage'] = [pscustomobject]@{ Value = ''; Source = 'no image yet' }
-        Publish-Stack -Exists $exists -Resolved $resolved -TemplateFile $TemplateFile
+        Publish-Stack -Exists $exists -Resolved $resolved
         $stack = Get-Stack -Name $StackName
         foreach ($name in $stack.Parameter.Keys) {
             $resolved[$name] = [pscustomobject]@{ Value = $stack.Parameter[$name]; Source = 'the stack' }
@@ -1136,7 +1051,14 @@ function Invoke-Deployment {
     $reference = '{0}@{1}' -f $repositoryUri, $image.Digest
     Write-Step -Message "6 of 7  Deploying $reference"
     $resolved['ContainerImage'] = [pscustomobject]@{ Value = $reference; Source = 'built here' }
-    Publish-Service -Resolved $resolved -TemplateFile $TemplateFile -ClusterName $stack.Output['ECSClusterName']
+    $cluster = $stack.Output['ECSClusterName']
+    try {
+        Publish-Stack -Exists $true -Resolved $resolved -ClusterName $cluster
+    }
+    catch {
+        Show-RolloutFailure -ClusterName $cluster
+        throw
+    }
     Add-DeployedTag -RepositoryUri $repositoryUri -Image $image
 
     Write-Step -Message '7 of 7  Testing'
@@ -1152,11 +1074,12 @@ if ($MyInvocation.InvocationName -ne '.') {
     $variables = Get-AwsEnvironment
     # Plain images: attestations would come as entries of their own that ECR cannot scan or expire.
     $variables['BUILDX_NO_DEFAULT_ATTESTATIONS'] = '1'
+    $RunFolder = Join-Path -Path ([System.IO.Path]::GetTempPath()) -ChildPath "deploy-ecs-$([guid]::NewGuid())"
+    $null = [System.IO.Directory]::CreateDirectory($RunFolder)
     $environmentBefore = Set-ProcessEnvironment -Value $variables
-    $templateFile = [System.IO.Path]::GetTempFileName()
     try {
-        [System.IO.File]::WriteAllText($templateFile, (Get-TemplateBody))
-        Invoke-Deployment -TemplateFile $templateFile
+        $TemplateBody = New-CliFile -Name 'template.yaml' -Text (Get-TemplateBody)
+        Invoke-Deployment
     }
     catch {
         $Host.UI.WriteErrorLine("deploy-ecs: $($_.Exception.Message)")
@@ -1167,7 +1090,7 @@ if ($MyInvocation.InvocationName -ne '.') {
         exit 1
     }
     finally {
-        [System.IO.File]::Delete($templateFile)
+        [System.IO.Directory]::Delete($RunFolder, $true)
         $null = Set-ProcessEnvironment -Value $environmentBefore
     }
     exit 0

@@ -145,7 +145,7 @@ function ConvertTo-Table {
     $table
 }
 
-# Returns Stable, Failed, Text (one line for people) and Events (newest first) of an ECS service;
+# Returns Stable, Text (one line for people) and Events (newest first) of an ECS service;
 # nothing when there is none.
 function Get-ServiceState {
     [CmdletBinding()] param([string]$ClusterName, [string]$ServiceName)
@@ -157,7 +157,6 @@ function Get-ServiceState {
         $full = $service.Desired -gt 0 -and $service.Running -eq $service.Desired
         [pscustomobject]@{
             Stable = $full -and @($service.Deployments).Count -eq 1 -and $rollout -eq 'COMPLETED'
-            Failed = $rollout -eq 'FAILED'
             Text   = "$($service.Running) of $($service.Desired) tasks running, $($service.Pending) pending, rollout $rollout"
             Events = @($service.Events | Where-Object { $_ })
         }

@@ -15,39 +15,6 @@ Every check gives one object with the properties Check, Passed, Detail and NextS
 one line, or returned with -PassThru. The exit code is 0 when all passed and 1 otherwise.
 Nothing is changed. Needs the AWS CLI (version 1 or 2), signed in.
 
-.PARAMETER StackName
-The gateway's CloudFormation stack.
-
-.PARAMETER AwsRegion
-The region the stack is in.
-
-.PARAMETER AwsProfile
-Profile of the AWS CLI to use, also where there are keys in the environment.
-
-.PARAMETER Check
-Which checks to run; all of them unless told.
-
-.PARAMETER Endpoint
-Address to test instead of the stack's own WebSocketEndpoint, such as wss://ws.example.com.
-
-.PARAMETER AccessToken
-Token to connect with where the gateway asks for one. The default is $env:AGENTICAI_TOKEN.
-
-.PARAMETER Origin
-Origin header to connect with. The default is the first of the origins the stack allows.
-
-.PARAMETER LogMinutes
-How far back to look for log lines.
-
-.PARAMETER TimeoutSeconds
-How long one request or one answer may take.
-
-.PARAMETER WaitSeconds
-How long to repeat checks that fail before giving up. 0 tries each once.
-
-.PARAMETER PassThru
-Return the result objects instead of showing lines.
-
 .EXAMPLE
 ./test-connection.ps1
 
@@ -65,24 +32,35 @@ Returns only what failed, for another script.
 #>
 [CmdletBinding()]
 param(
+    # The gateway's CloudFormation stack.
     [ValidatePattern('^[A-Za-z][A-Za-z0-9-]{0,127}$')]
     [string]$StackName = 'agenticai-websocket-stack',
+    # The region the stack is in.
     [ValidatePattern('(?-i)^[a-z]{2}(-[a-z]+)+-\d$')]
     [string]$AwsRegion = 'us-east-1',
+    # Profile of the AWS CLI to use, also where there are keys in the environment.
     [ValidateNotNullOrEmpty()]
     [string]$AwsProfile,
+    # Which checks to run; all of them unless told.
     [ValidateSet('Health', 'Service', 'Targets', 'Logs', 'WebSocket')]
     [string[]]$Check = @('Health', 'Service', 'Targets', 'Logs', 'WebSocket'),
+    # Address to test instead of the stack's own WebSocketEndpoint, such as wss://ws.example.com.
     [ValidatePattern('^wss?://[^/\s]+(/\S*)?$')]
     [string]$Endpoint,
+    # Token to connect with; $env:AGENTICAI_TOKEN unless given.
     [string]$AccessToken = $env:AGENTICAI_TOKEN,
+    # Origin header to connect with. The default is the first of the origins the stack allows.
     [string]$Origin,
+    # How far back to look for log lines.
     [ValidateRange(1, 1440)]
     [int]$LogMinutes = 10,
+    # How long one request or one answer may take.
     [ValidateRange(1, 300)]
     [int]$TimeoutSeconds = 10,
+    # How long to repeat checks that fail before giving up. 0 tries each once.
     [ValidateRange(0, 3600)]
     [int]$WaitSeconds = 0,
+    # Return the result objects instead of showing lines.
     [switch]$PassThru
 )
 
@@ -115,7 +93,9 @@ function Test-Health {
         $detail = "$uri answered $($answer.StatusCode) $content"
     }
     catch {
-        $detail = "$($uri): $($_.Exception.GetBaseException().Message) $($_.ErrorDetails)".Trim()
+        # The details are what the server answered, or the message once more.
+        $said = $_.Exception.GetBaseException().Message, [string]$_.ErrorDetails | Select-Object -Unique
+        $detail = "$($uri): $($said -join ' ')".Trim()
     }
     $nextStep = 'If the Targets check passes, look at DNS, the certificate and AllowedCidr; otherwise at the logs.'
     ConvertTo-CheckResult -Check 'Health' -Passed $passed -Detail $detail -NextStep $nextStep
@@ -123,10 +103,7 @@ function Test-Health {
 
 function Test-EcsService {
     [CmdletBinding()] param([string]$ClusterName, [string]$ServiceName)
-    $state = $null
-    if ($ServiceName) {
-        $state = Get-ServiceState -ClusterName $ClusterName -ServiceName $ServiceName
-    }
+    $state = Get-ServiceState -ClusterName $ClusterName -ServiceName $ServiceName
     if (-not $state) {
         $nextStep = 'Run deploy-ecs.ps1 to build the image and start the service.'
         return ConvertTo-CheckResult -Check 'Service' -Passed $false -Detail 'There is no service yet.' -NextStep $nextStep
@@ -266,13 +243,14 @@ function Get-CheckTarget {
     if (-not $requestOrigin) {
         $requestOrigin = ([string]$parameters['AllowedOrigins'] -split ',')[0].Trim()
     }
+    $service = "agenticai-websocket-$($parameters['Environment'])"
     @{
         Address          = $address
         RequestOrigin    = $requestOrigin
         ClusterName      = $outputs['ECSClusterName']
-        ServiceName      = $outputs['WebSocketServiceName']
+        ServiceName      = $service
         TargetGroupArn   = $outputs['TargetGroupArn']
-        LogGroupName     = "/ecs/agenticai-websocket-$($parameters['Environment'])"
+        LogGroupName     = "/ecs/$service"
         AuthenticationOn = [bool]$parameters['AuthJwksUrl']
     }
 }

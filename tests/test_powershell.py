@@ -52,10 +52,10 @@ CMDLETS = {
     "ConvertTo-Json": "InputObject Compress",
     "ForEach-Object": "Process",
     "Get-Command": "Name ErrorAction",
-    "Get-FileHash": "LiteralPath Algorithm",
+    "Get-FileHash": "LiteralPath InputStream Algorithm",
     "Invoke-WebRequest": "Uri UseBasicParsing TimeoutSec",
     "Join-Path": "Path ChildPath",
-    "Select-Object": "First Last",
+    "Select-Object": "First Last Unique",
     "Set-StrictMode": "Version",
     "Sort-Object": "Property Descending",
     "Start-Sleep": "Seconds",
@@ -210,6 +210,10 @@ class Script:
         return [command for command in self.commands if command.name in names]
 
 
+EDITIONS = ("pwsh", "powershell")
+"""PowerShell 7, and on Windows also Windows PowerShell 5.1."""
+
+
 def parameters_of(node: Node) -> dict[str, Parameter]:
     """The parameters of the first ``param`` block that is the node's own."""
     blocks = find(node, "param_block")
@@ -332,9 +336,22 @@ class TestHelp:
 
     @each_script
     def test_parameters(self, script: Script) -> None:
-        """Every parameter is described, in order, and none that is not there."""
-        described = re.findall(r"^\.PARAMETER (\w+)\n\S", script.main.help, re.MULTILINE)
-        assert described == [each.name for each in script.main.parameters.values()]
+        """Every parameter is described by the comment above it, where Get-Help finds it."""
+        lines = script.source.decode("ascii").splitlines()
+        for each in find(find(script.root, "param_block")[0], "script_parameter"):
+            above = lines[each.start_point.row - 1]
+            assert re.fullmatch(r"    # .+\.", above), position(each)
+
+    @each_script
+    @pytest.mark.parametrize("edition", EDITIONS)
+    def test_shown(self, edition: str, script: Script) -> None:
+        """Get-Help shows a description of every parameter."""
+        command = (
+            f"(Get-Help ./{script.path.name} -Full).parameters.parameter | ForEach-Object"
+            " { if ($_.PSObject.Properties['description']) { $_.name } }"
+        )
+        shown = powershell(edition, command).stdout.split()
+        assert shown == [each.name for each in script.main.parameters.values()]
 
     @each_script
     def test_examples(self, script: Script) -> None:
@@ -440,7 +457,8 @@ class TestNames:
 
         The script's own parameters can be read everywhere, and so can what its end assigns.
         """
-        own = set(script.main.parameters) | {"calledwith", "servicename"}
+        own = set(script.main.parameters)
+        own |= {"calledwith", "runfolder", "servicename", "templatebody"}
         for function in [script.main, *script.functions.values()]:
             known = own | assigned(function) | set(function.parameters) | AUTOMATIC_VARIABLES
             for node in find(function.node, "variable"):
@@ -697,7 +715,8 @@ class TestTemplate:
         (container,) = TEMPLATE["Resources"]["TaskDefinition"]["Properties"]["ContainerDefinitions"]
         prefix = container["LogConfiguration"]["Options"]["awslogs-stream-prefix"]
         assert f'"{prefix}/{container["Name"]}/$id"'.encode() in DEPLOY.source
-        assert b"\"/ecs/agenticai-websocket-$($parameters['Environment'])\"" in CONNECTION.source
+        assert b"\"agenticai-websocket-$($parameters['Environment'])\"" in CONNECTION.source
+        assert b'"/ecs/$service"' in CONNECTION.source
 
 
 def index_keys(script: Script, *holders: str) -> set[str]:
@@ -723,10 +742,6 @@ def all_keys(body: Node, variable: str) -> set[str]:
 
 
 # --- By PowerShell itself -------------------------------------------------------------------------
-
-
-EDITIONS = ("pwsh", "powershell")
-"""PowerShell 7, and on Windows also Windows PowerShell 5.1."""
 
 
 def powershell(edition: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -147,7 +147,8 @@ Describe 'Test-EcsService' {
     }
 
     It 'fails before the first image was deployed' {
-        (Test-EcsService -ClusterName 'c' -ServiceName '').Detail | Should -BeLike '*no service yet*'
+        Add-FakeAnswer -Like 'aws ecs describe-services*' -Text '[]'
+        (Test-EcsService -ClusterName 'c' -ServiceName 's').Detail | Should -BeLike '*no service yet*'
     }
 }
 
