@@ -60,6 +60,7 @@ SERVICES = {  # name in the signature: name of the model
     "ecs": "ecs",
     "ecr": "ecr",
     "elasticloadbalancing": "elbv2",
+    "application-autoscaling": "application-autoscaling",
     "ec2": "ec2",
     "acm": "acm",
     "logs": "logs",
@@ -437,7 +438,7 @@ class Cloud:
                 raise fault.error
         time.sleep(self.latency_s.get(call.operation, 0))
         handler: Callable[[Json], Any] | None = getattr(
-            self, f"{call.service}_{xform_name(call.operation)}", None
+            self, f"{call.service.replace('-', '_')}_{xform_name(call.operation)}", None
         )
         if handler is None:
             raise AwsError("InvalidAction", f"{call.service} {call.operation} is not simulated")
@@ -1270,6 +1271,9 @@ class Cloud:
                 for task, status in health
             ]
         }
+
+    def application_autoscaling_describe_scaling_activities(self, _: Json) -> Json:
+        return {"ScalingActivities": []}
 
     def logs_filter_log_events(self, _: Json) -> Json:
         lines = [
