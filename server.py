@@ -24,6 +24,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import difflib
 import errno
 import hashlib
 import heapq
@@ -58,7 +59,7 @@ from enum import Enum, StrEnum
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
 
@@ -185,7 +186,6 @@ SESSION_WITHOUT_END_S = 2**31 - 1
 TOKEN_MAX_CHARS = 16_384
 FIRST_MESSAGE_MAX_BYTES = TOKEN_MAX_CHARS + 1_024
 SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
-AWS_REGION_NAME = r"[a-z]{2,4}(?:-[a-z]+)+-[0-9]{1,2}"
 OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 PLAIN_IPV4 = rf"{OCTET}(?:\.{OCTET}){{3}}"
 
@@ -471,30 +471,48 @@ class Dependency:
 # One frozen object out of a mapping, all faults at once. Knows no os.environ.
 
 
-def text(value: str) -> str:
-    return value
+def shaped(pattern: str, like: str) -> Callable[[str], str]:
+    """A parser of values that match a pattern; ``like`` says in words what they must be."""
+
+    def parse(value: str) -> str:
+        if not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError(f"must be {like}")
+        return value
+
+    return parse
+
+
+def number(low: T, high: T) -> Callable[[str], T]:
+    """A parser of numbers from ``low`` to ``high``: of whole ones, unless these are fractions."""
+    kind: Any = type(low)
+    word, pattern = "number", r"[0-9]{1,9}(\.[0-9]{1,6})?"
+    if kind is int:
+        word, pattern = "whole number", "[0-9]{1,18}"
+
+    def parse(value: str) -> T:
+        if not re.fullmatch(pattern, value) or not low <= kind(value) <= high:
+            raise ValueError(f"must be a {word} from {low} to {high}")
+        return cast("T", kind(value))
+
+    return parse
+
+
+def listed(parse_one: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated lists."""
+
+    def parse(value: str) -> tuple[str, ...]:
+        found = tuple(parse_one(each.strip()) for each in value.split(",") if each.strip())
+        if not found:
+            raise ValueError("must be a comma-separated list")
+        return found
+
+    return parse
 
 
 def url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.netloc or len(parts.path) < 2:
         raise ValueError("must be a URL like https://sqs.us-east-1.amazonaws.com/123456789012/name")
-    return value
-
-
-def topic_arn(value: str) -> str:
-    if not re.fullmatch(r"(?a)arn:[\w-]+:sns:[\w-]+:\d{12}:[\w-]{1,256}", value):
-        raise ValueError("must be a topic's ARN like arn:aws:sns:us-east-1:123456789012:name")
-    return value
-
-
-def target_group(value: str) -> str:
-    shape = r"arn:[\w-]+:elasticloadbalancing:[\w-]+:\d{12}:targetgroup/[\w-]{1,32}/[0-9a-f]{16}"
-    if not re.fullmatch(shape, value):
-        raise ValueError(
-            "must be a target group's ARN like arn:aws:elasticloadbalancing:us-east-1:123456789012"
-            ":targetgroup/name/0123456789abcdef"
-        )
     return value
 
 
@@ -506,37 +524,20 @@ def keys_url(value: str) -> str:
     return value
 
 
-def names(value: str) -> tuple[str, ...]:
-    found = tuple(name.strip() for name in value.split(",") if name.strip())
-    if not found:
-        raise ValueError("must be a comma-separated list")
-    return found
-
-
 def origin(value: str) -> str:
     """An origin as browsers write it: lower case, without the default port (RFC 6454, 6.2)."""
     if not value.isascii():  # Python's own IDNA would make another domain of some
         raise ValueError("must have hosts in ASCII: write the xn-- form that browsers send")
     found = re.fullmatch(
-        r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", value.lower()
+        r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?", value.lower()
     )
-    if not found or int((found[3] or ":0")[1:]) > 65_535:
+    if not found or int(found[3] or 0) > 65_535:
         raise ValueError("must be a comma-separated list of origins like https://app.example")
-    scheme, host, port = found[1], found[2], int((found[3] or ":0")[1:])
+    scheme, host, port = found[1], found[2], int(found[3] or 0)
     if host[0] == "[":
         host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
     default = {"http": 80, "https": 443}.get(scheme)
     return f"{scheme}://{host}" if port in (0, default) else f"{scheme}://{host}:{port}"
-
-
-def origins(value: str) -> tuple[str, ...]:
-    return tuple(origin(name) for name in names(value))
-
-
-def algorithms(value: str) -> tuple[str, ...]:
-    if not set(names(value)) <= {"RS256", "ES256", "EdDSA"}:  # never one with a shared secret
-        raise ValueError("must be a comma-separated list out of RS256, ES256 and EdDSA")
-    return names(value)
 
 
 def switch(value: str) -> bool:
@@ -546,27 +547,7 @@ def switch(value: str) -> bool:
 
 
 def level(value: str) -> str:
-    if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
-    return value.upper()
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", value) or not low <= int(value) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(value)
-
-    return parse
-
-
-def seconds(low: float, high: float) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
-        return float(value)
-
-    return parse
+    return shaped("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")(value.upper())
 
 
 def setting(
@@ -577,155 +558,127 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def region_in(name: str, value: str) -> str | None:
-    """The region that a queue's URL or a topic's ARN says it is in; not every URL has one."""
-    if name == "UPDATES_TOPIC_ARN":
-        return value.split(":")[3]
-    labels = (urlsplit(value).hostname or "").split(".") if name.startswith("SQS_") else []
-    return next((each for each in labels if re.fullmatch(AWS_REGION_NAME, each)), None)
-
-
 def letters_apart(one: str, other: str) -> int:
-    """How many letters are to be added, left out or replaced; 3 if it is more (Levenshtein)."""
-    if abs(len(one) - len(other)) > 2:
-        return 3
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        before, row[0] = row[:], i
-        for j, its in enumerate(other, 1):
-            row[j] = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != its))
-        if min(row) > 2:
-            return 3
-    return row[-1]
-
-
-def mistaken_for(name: str, known: Iterable[str]) -> str | None:
-    """Which of ``known`` differs from an unknown name by one or two letters, or in their case."""
-    return next((each for each in known if letters_apart(name.upper(), each) <= 2), None)
+    """How many letters are to be added, left out or replaced to make one word of another."""
+    steps = difflib.SequenceMatcher(None, one, other).get_opcodes()
+    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in steps if tag != "equal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the operator decides; each field is the environment variable of its name in capitals."""
 
+    REGION: ClassVar[str] = (
+        r"(?:arn:[^:]+:\w+:|https?://(?:[^/]+\.)?)([a-z]{2,4}(?:-[a-z]+)+-[0-9]{1,2})[.:]"
+    )
+
     sqs_queue_url_pm: str = setting(url, "URL of the PM agent's queue; it may be a FIFO queue")
     sqs_queue_url_dev: str = setting(url, "URL of the Dev agent's queue, likewise")
     sqs_queue_url_qa: str = setting(url, "URL of the QA agent's queue, likewise")
     sqs_queue_url_ops: str = setting(url, "URL of the Ops agent's queue, likewise")
-    dynamodb_table_name: str = setting(
-        text, "name of the platform's table, which holds the state of projects"
-    )
-    sqs_queue_url_updates: str | None = setting(
-        url, "URL of the queue to which agents send updates", None
-    )
+    dynamodb_table_name: str = setting(str, "name of the platform's table, with projects' state")
+    sqs_queue_url_updates: str | None = setting(url, "URL of the queue of agents' updates", None)
     updates_topic_arn: str | None = setting(
-        topic_arn, "ARN of the topic that connects the tasks; without it, run one task only", None
+        shaped(r"arn:[\w-]+:sns:[\w-]+:\d{12}:[\w-]{1,256}", "the ARN of an SNS topic"),
+        "ARN of the topic that connects the tasks; without it, run one task only",
+        None,
     )
     events_table_name: str | None = setting(
-        text, "name of the event log's table; the default is `DYNAMODB_TABLE_NAME`", None
+        str, "name of the event log's table; the default is `DYNAMODB_TABLE_NAME`", None
     )
-    aws_region: str = setting(text, "region of the queues, the topic and the tables", "us-east-1")
-    websocket_host: str = setting(text, "address to listen on", "0.0.0.0")  # noqa: S104
-    websocket_port: int = setting(whole(0, 65_535), "port to listen on; 0 takes a free one", 8080)
+    aws_region: str = setting(str, "region of the queues, the topic and the tables", "us-east-1")
+    websocket_host: str = setting(str, "address to listen on", "0.0.0.0")  # noqa: S104
+    websocket_port: int = setting(number(0, 65_535), "port to listen on; 0 takes a free one", 8080)
     event_retention_hours: int = setting(
-        whole(1, 8_760), "how long missed events can be had", 24, "sqs_queue_url_updates"
+        number(1, 8_760), "how long missed events can be had", 24, "sqs_queue_url_updates"
     )
     max_message_bytes: int = setting(
-        whole(1_024, 1_048_576),
-        "largest message from a client; over it the close code is 1009",
-        262_144,
+        number(1_024, 1_048_576), "largest message of a client; close code 1009 above it", 262_144
     )
     max_backlog_bytes: int = setting(
-        whole(65_536, 1_073_741_824),
-        "unread bytes after which a client is closed with 1013",
-        1_048_576,
+        number(65_536, 2**30), "unread bytes above which a client is closed with 1013", 1_048_576
     )
-    max_connections: int = setting(whole(0, 1_000_000), "beyond it 503; 0 is no limit", 20_000)
+    max_connections: int = setting(number(0, 1_000_000), "beyond it 503; 0 is no limit", 20_000)
     max_handshakes_per_second: int = setting(
-        whole(0, 100_000), "beyond it 503 and `Retry-After`; 0 is no limit", 0
+        number(0, 100_000), "beyond it 503 and `Retry-After`; 0 is no limit", 0
     )
-    max_subscriptions_per_connection: int = setting(whole(0, 10_000), "0 is no limit", 100)
+    max_subscriptions_per_connection: int = setting(number(0, 10_000), "0 is no limit", 100)
     memory_budget_mb: int | None = setting(
-        whole(16, 1_000_000),
+        number(16, 1_000_000),
         "megabytes that clients may hold in all; by default two fifths of the container's limit, "
         "or 512 where it has none",
         None,
     )
     max_connections_per_ip: int = setting(
-        whole(0, 1_000_000), "beyond it 429; 0 is no limit", 1_000
+        number(0, 1_000_000), "beyond it 429; 0 is no limit", 1_000
     )
     max_handshakes_per_second_per_ip: int = setting(
-        whole(0, 100_000), "twice that in a burst, beyond it 429; 0 is no limit", 100
+        number(0, 100_000), "twice that in a burst, beyond it 429; 0 is no limit", 100
     )
     max_failed_authentications_per_ip: int = setting(
-        whole(0, 100_000), "a minute, beyond it 429; 0 is no limit", 30, "auth_jwks_url"
+        number(0, 100_000), "a minute, beyond it 429; 0 is no limit", 30, "auth_jwks_url"
     )
     trusted_proxy_hops: int = setting(
-        whole(0, 10), "proxies whose `X-Forwarded-For` entries are believed", 1
+        number(0, 10), "proxies whose `X-Forwarded-For` entries are believed", 1
     )
     allowed_origins: tuple[str, ...] = setting(
-        origins,
-        "comma-separated; pages of other origins get 403. Without any, every page may connect",
-        (),
+        listed(origin), "comma-separated; other pages get 403. Without any, all may connect", ()
     )
     auth_jwks_url: str | None = setting(
         keys_url, "keys of the tokens' issuer. Without it, everybody may do everything", None
     )
-    auth_issuer: str | None = setting(text, "`iss` of the tokens; needed with keys", None)
-    auth_audience: str | None = setting(text, "whom the tokens are for; needed with keys", None)
+    auth_issuer: str | None = setting(str, "`iss` of the tokens; needed with keys", None)
+    auth_audience: str | None = setting(str, "whom the tokens are for; needed with keys", None)
     auth_audience_claim: str = setting(
-        text, "claim with the audience; `client_id` for Cognito's access tokens", "aud"
+        str, "claim with the audience; `client_id` for Cognito's access tokens", "aud"
     )
-    auth_algorithms: tuple[str, ...] = setting(
-        algorithms, "comma-separated, of RS256, ES256 and EdDSA", ("RS256",)
+    auth_algorithms: tuple[str, ...] = setting(  # never one with a shared secret
+        listed(shaped("RS256|ES256|EdDSA", "a comma-separated list of RS256, ES256 and EdDSA")),
+        "comma-separated, of RS256, ES256 and EdDSA",
+        ("RS256",),
     )
     auth_projects_claim: str = setting(
-        text, "claim with the projects a client may use, `*` for all; `a.b` is nested", "projects"
+        str, "claim with the projects a client may use, `*` for all; `a.b` is nested", "projects"
     )
     auth_first_message: bool = setting(
         switch, "let clients connect without a token and send it as the first message", False
     )
     auth_deadline_seconds: float = setting(
-        seconds(0.1, 300), "how long such a client may take", 5.0, "auth_first_message"
+        number(0.1, 300.0), "how long such a client may take", 5.0, "auth_first_message"
     )
     compression: bool = setting(
-        switch, "offer `permessage-deflate`, each event deflated once", True
+        switch, "offer `permessage-deflate`; an event is deflated once", True
     )
     forward_timeout_seconds: float = setting(
-        seconds(0.1, 300),
-        "seconds after which a forward that SQS has not accepted is an error",
-        10.0,
+        number(0.1, 300.0), "seconds in which SQS must accept a forward, else it is an error", 10.0
     )
     ping_interval_seconds: float = setting(
-        seconds(0.1, 3_600),
-        "silence before a ping, and again before the connection is dropped",
-        25.0,
+        number(0.1, 3_600.0), "silence before a ping, and again before a connection is cut", 25.0
     )
     drain_seconds: float = setting(
-        seconds(0, 110), "seconds over which a shutdown spreads the closing of connections", 30.0
+        number(0.0, 110.0), "seconds over which a shutdown spreads the closing of connections", 30.0
     )
     target_group_arn: str | None = setting(
-        target_group,
+        shaped(
+            r"arn:[\w-]+:elasticloadbalancing:[\w-]+:\d{12}:targetgroup/[\w-]{1,32}/[0-9a-f]{16}",
+            "the ARN of a target group",
+        ),
         "ARN of the target group to which this task belongs; the task drains as soon as the load "
         "balancer drains its target. Without it, a drain begins at SIGTERM",
         None,
     )
     task_heartbeat_seconds: float = setting(
-        seconds(0.2, 3_600),
+        number(0.2, 3_600.0),
         "seconds between two signs of life on the task's own queue; other tasks remove the queue "
         "after five that are missing",
         60.0,
         "updates_topic_arn",
     )
     audit_interval_seconds: float = setting(
-        seconds(0.2, 3_600),
-        "seconds between two comparisons of what was delivered with the log",
-        30.0,
+        number(0.2, 3_600.0), "seconds between comparisons of what was delivered with the log", 30.0
     )
-    environment: str = setting(text, "value of the metrics' dimension `Environment`", "local")
-    log_level: str = setting(
-        level, "lowest level that is logged: DEBUG, INFO, WARNING or ERROR", "INFO"
-    )
+    environment: str = setting(str, "value of the metrics' dimension `Environment`", "local")
+    log_level: str = setting(level, "lowest that is logged: DEBUG, INFO, WARNING or ERROR", "INFO")
     ecs_container_metadata_uri_v4: str | None = setting(
         url, "ECS sets it; the task reads its own id and address there", None
     )
@@ -739,72 +692,60 @@ class Settings:
         Raises:
             SettingsError: with every fault, not just the first.
         """
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        given = {name: value.strip() for name, value in values.items() if value.strip()}
+        needed = ["AUTH_ISSUER", "AUTH_AUDIENCE"] if "AUTH_JWKS_URL" in given else []
         found: dict[str, Any] = {}
         faults: list[str] = []
-        for field in dataclasses.fields(cls):
-            name = field.name.upper()
-            value = values.get(name, "").strip()
-            if not value:
-                if field.default is dataclasses.MISSING:
+        for name, field in fields.items():
+            if name not in given:
+                if field.default is dataclasses.MISSING or name in needed:
                     faults.append(f"{name} is missing: {field.metadata['doc']}")
                 continue
             try:
-                found[field.name] = field.metadata["parse"](value)
+                found[field.name] = field.metadata["parse"](given[name])
             except ValueError as exc:
-                faults.append(f"{name} {exc}, not {value[:80]!r}")
-        faults += cls._half_open(values)
-        own_region = found.get("aws_region", cls.aws_region)
-        for name in ("updates_topic_arn", *(each for each in found if each.startswith("sqs_"))):
-            region = name in found and region_in(name.upper(), found[name])
-            if region and region != own_region:
-                faults.append(f"AWS_REGION is {own_region}, but {name.upper()} is in {region}")
+                faults.append(f"{name} {exc}, not {given[name][:80]!r}")
+        faults += [sentence for sentence, opens in cls._in_vain(given, found) if opens]
+        region = found.get("aws_region", cls.aws_region)
+        for name in fields:
+            if name.endswith("_ARN") or name.startswith("SQS_"):
+                shown = re.match(cls.REGION, found.get(name.lower(), ""))
+                if shown and shown[1] != region:
+                    faults.append(f"AWS_REGION is {region}, but {name} is in {shown[1]}")
         if faults:
             raise SettingsError(faults)
         return cls(**found)
 
-    @classmethod
-    def _half_open(cls, values: Mapping[str, str]) -> Iterator[str]:
-        """What would leave the doors open, or shut, against the will of who sets tokens up."""
-        given = {name for name, value in values.items() if value.strip()}
-        known = {field.name.upper() for field in dataclasses.fields(cls)}
-        own = sorted(name for name in known if name.startswith("AUTH_"))
-        if "AUTH_JWKS_URL" in given:
-            for name in (each for each in ("AUTH_ISSUER", "AUTH_AUDIENCE") if each not in given):
-                yield f"{name} is missing: it is needed with AUTH_JWKS_URL"
-        else:
-            for name in sorted(given.intersection(own)):
-                yield f"{name} is set, but AUTH_JWKS_URL is not: everybody could do everything"
-        for name in sorted(given - known):
-            meant = mistaken_for(name, own) if name.upper().startswith("AUTH_") else None
-            if meant:
-                yield f"{name} is no setting: {meant} is meant, it seems"
-
     def doubts(self, values: Mapping[str, str]) -> list[str]:
         """What in the environment has no effect, though somebody may think it has."""
-        fields = {field.name.upper(): field for field in dataclasses.fields(self)}
-        found = []
-        for name, value in values.items():
-            field = fields.get(name)
-            if field is None:
-                meant = mistaken_for(name, fields)
-                if meant or name.startswith("AUTH_"):
-                    hint = f", unlike {meant}" if meant else ""
-                    found.append(f"{name} is no setting of this server{hint}")
-            elif value.strip() and (needs := field.metadata["needs"]):
-                changed = getattr(self, field.name) != field.default
-                if changed and not getattr(self, needs):
-                    found.append(f"{name} has no effect without {needs.upper()}")
-        return found
+        return [sentence for sentence, opens in self._in_vain(values, vars(self)) if not opens]
+
+    @classmethod
+    def _in_vain(
+        cls, values: Mapping[str, str], found: Mapping[str, Any]
+    ) -> Iterator[tuple[str, bool]]:
+        """What has no effect, and whether that opens doors that somebody means to have shut."""
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        for name in (each for each, value in values.items() if value.strip()):
+            if field := fields.get(name):
+                needs = field.metadata["needs"]
+                if name.startswith("AUTH_") and not values.get("AUTH_JWKS_URL", "").strip():
+                    yield f"{name} has no effect without AUTH_JWKS_URL", True
+                elif needs and found.get(field.name) != field.default and not found.get(needs):
+                    yield f"{name} has no effect without {needs.upper()}", False
+                continue
+            near = (each for each in fields if abs(len(each) - len(name)) <= 2)
+            meant = next((each for each in near if letters_apart(name.upper(), each) <= 2), "")
+            if meant or name.startswith("AUTH_"):
+                hint = f", unlike {meant}" if meant else ""
+                yield f"{name} is no setting of this server{hint}", meant.startswith("AUTH_")
 
     @property
     def queue_urls(self) -> dict[str, str]:
         """Agent to queue URL."""
-        return {
-            "pm": self.sqs_queue_url_pm,
-            "dev": self.sqs_queue_url_dev,
-            "qa": self.sqs_queue_url_qa,
-            "ops": self.sqs_queue_url_ops,
-        }
+        agents = ("pm", "dev", "qa", "ops")
+        return {agent: getattr(self, f"sqs_queue_url_{agent}") for agent in agents}
 
     @property
     def log_table(self) -> str:

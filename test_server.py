@@ -681,8 +681,8 @@ class TestSettings:
         with pytest.raises(SettingsError) as caught:
             Settings.from_mapping(keys)
         assert caught.value.faults == (
-            "AUTH_ISSUER is missing: it is needed with AUTH_JWKS_URL",
-            "AUTH_AUDIENCE is missing: it is needed with AUTH_JWKS_URL",
+            "AUTH_ISSUER is missing: `iss` of the tokens; needed with keys",
+            "AUTH_AUDIENCE is missing: whom the tokens are for; needed with keys",
         )
         values = {
             **keys,
