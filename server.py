@@ -289,51 +289,29 @@ class UpstreamLost(GatewayError):
     """AWS refuses in a way that waiting will not mend: a table, a queue or a right is missing."""
 
 
-UNREADABLE_ANSWERS = (KeyError, ResponseParserError, UnicodeDecodeError)
-"""What the SDK's parsers raise for answers that are not of AWS's making."""
-
-AWS_ERRORS = (ClientError, BotoCoreError, HttpError, OSError, TimeoutError, *UNREADABLE_ANSWERS)
-"""What a call through the SDK raises. Anything else is a fault of this program."""
-
-PASSING_CODES = frozenset({
-    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled",
-    "RequestThrottledException", "TooManyRequestsException", "RequestLimitExceeded",
-    "BandwidthLimitExceeded", "LimitExceededException", "ProvisionedThroughputExceededException",
-    "TransactionInProgressException", "SlowDown", "PriorRequestNotComplete", "RequestTimeout",
-    "RequestTimeoutException", "ExpiredToken", "ExpiredTokenException", "KMS.ThrottlingException",
-    "KMSThrottling", "KMSThrottlingException", "TransactionConflictException", "OverLimit",
-    "KmsThrottled",
-})  # fmt: skip
-"""Error codes that a later attempt may not meet (AWS SDKs' standard retry mode, and SQS's own)."""
-
-PASSING_REASONS = frozenset({
-    "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded",
-})  # fmt: skip
-"""Why DynamoDB cancels a transaction that a later attempt may see through."""
-
-CALLER_CODES = frozenset({
-    "AccessDeniedException", "AccessDenied", "NotAuthorized", "ResourceNotFoundException",
-    "UnrecognizedClientException", "InvalidClientTokenId", "InvalidSignatureException",
-    "SignatureDoesNotMatch", "IncompleteSignature", "IncompleteSignatureException",
-    "MissingAuthenticationToken", "MissingAuthenticationTokenException", "OptInRequired",
-    "SubscriptionRequiredException",
-})  # fmt: skip
-"""Refusals of whoever calls, or for want of a table; they say nothing about what was sent."""
-
-GONE_CODES = frozenset({
-    "AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist", "NotFound", "NotFoundException",
-})  # fmt: skip
-
 PASSING_ERRORS = (
     CredentialRetrievalError,
     HTTPClientError,
     HttpError,
     MetadataRetrievalError,
-    OSError,
+    OSError,  # a timeout too
     SdkConnectionError,  # no connection, or none in time; proxy and TLS errors too
-    TimeoutError,
-    *UNREADABLE_ANSWERS,
+    # The SDK's parsers raise these for answers that are not of AWS's making.
+    KeyError,
+    ResponseParserError,
+    UnicodeDecodeError,
 )
+
+AWS_ERRORS = (ClientError, BotoCoreError, *PASSING_ERRORS)
+"""What a call through the SDK raises. Anything else is a fault of this program."""
+
+PASSING_CODES = frozenset({
+    "BandwidthLimitExceeded", "ExpiredToken", "LimitExceeded", "OverLimit",
+    "PriorRequestNotComplete", "ProvisionedThroughputExceeded", "RequestLimitExceeded",
+    "RequestTimeout", "SlowDown", "TooManyRequests", "TransactionConflict",
+    "TransactionInProgress",
+})  # fmt: skip
+"""What a later attempt may not meet, beside throttling (AWS SDKs' standard retry mode, and SQS)."""
 
 
 def error_code(exc: BaseException) -> str:
@@ -343,11 +321,16 @@ def error_code(exc: BaseException) -> str:
     return type(exc).__name__
 
 
-def cancellation_codes(exc: ClientError) -> list[str]:
+def cancellation_codes(exc: BaseException) -> list[str]:
     """Why a transaction was cancelled, an entry for each of its items: empty for the innocent."""
-    reasons: Any = exc.response.get("CancellationReasons") or ()
-    codes = [str(reason.get("Code") or "None") for reason in reasons]
+    reasons: Any = exc.response.get("CancellationReasons") if isinstance(exc, ClientError) else ()
+    codes = [str(reason.get("Code") or "None") for reason in reasons or ()]
     return ["" if code == "None" else code for code in codes]
+
+
+def code_passes(code: str) -> bool:
+    """Whether an AWS error code, or the reason of a cancellation, is one of the moment."""
+    return "hrottl" in code or code.removesuffix("Exception") in PASSING_CODES
 
 
 def passes(exc: BaseException) -> bool:
@@ -355,16 +338,9 @@ def passes(exc: BaseException) -> bool:
     if not isinstance(exc, ClientError):
         return isinstance(exc, PASSING_ERRORS)
     if reasons := set(cancellation_codes(exc)) - {""}:
-        return reasons <= PASSING_REASONS
+        return all(map(code_passes, reasons))
     status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status >= 500 or status == 429 or error_code(exc) in PASSING_CODES
-
-
-def refuses_content(exc: ClientError) -> bool:
-    """Whether AWS refuses, for good, what it was sent: neither who sent it, nor only for now."""
-    if error_code(exc) == "TransactionCanceledException":
-        return any(cancellation_codes(exc))
-    return not passes(exc) and error_code(exc) not in CALLER_CODES
+    return status >= 500 or status == 429 or code_passes(error_code(exc))
 
 
 def full_jitter_s(attempt: int, *, base_s: float = 0.1, cap_s: float = 5.0) -> float:
@@ -390,23 +366,20 @@ class Dependency:
     def __init__(self, name: str) -> None:
         self.name = name
         self._failures: dict[str, tuple[float, float]] = {}  # operation to first and last failure
-        self._logged: dict[str, float] = {}  # operation to ``first`` of the outage last logged
+        self._logged_at: dict[str, float] = {}
 
     def worked(self, operation: str) -> None:
         first, _ = self._failures.pop(operation, (math.inf, 0.0))
-        if first == self._logged.get(operation):
+        if self._logged_at.get(operation, 0.0) >= first:
             logger.info("%s: %s works again", self.name, operation)
 
     def failed(self, exc: BaseException, operation: str) -> None:
-        """Note a failure; each outage is logged once, and of those in a row one a minute."""
+        """Note a failure; of those of an operation one a minute is logged."""
         now = time.monotonic()
         first, last = self._failures.get(operation, (now, now))
-        if now - last > self.FORGOTTEN_AFTER_S:
-            first = now
-        self._failures[operation] = (first, now)
-        logged = self._logged.get(operation, -math.inf)
-        if logged < first and now - logged > self.FORGOTTEN_AFTER_S:
-            self._logged[operation] = first
+        self._failures[operation] = (now if now - last > self.FORGOTTEN_AFTER_S else first, now)
+        if now - self._logged_at.get(operation, -math.inf) > self.FORGOTTEN_AFTER_S:
+            self._logged_at[operation] = now
             logger.warning("%s: %s failed with %s, retrying", self.name, operation, error_code(exc))
 
     @property
@@ -419,19 +392,21 @@ class Dependency:
         return None
 
     @contextlib.asynccontextmanager
-    async def attempt(self, operation: str) -> AsyncIterator[None]:
-        """Give one call ``CALL_TIMEOUT_S`` seconds, and note whether it worked.
+    async def attempt(self, operation: str, timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Give one call ``timeout_s`` seconds, or ``CALL_TIMEOUT_S``; note whether it worked.
 
         Raises:
             UpstreamLost: AWS's answer is one that waiting does not change. Any other of
                 ``AWS_ERRORS`` is raised as it is: a later attempt may succeed.
         """
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s or CALL_TIMEOUT_S):
                 yield
         except AWS_ERRORS as exc:
             if not passes(exc):
-                raise self.lost(exc, operation) from exc
+                raise UpstreamLost(
+                    f"{self.name}: {operation} failed for good with {error_code(exc)}: {exc}"
+                ) from exc
             self.failed(exc, operation)
             raise
         self.worked(operation)
@@ -441,7 +416,6 @@ class Dependency:
 
         Args:
             operation: AWS's name of the call.
-            call: makes it once.
             members: what an answer must have; one without them is not of AWS's making.
 
         Raises:
@@ -449,22 +423,14 @@ class Dependency:
         """
         attempt = 0
         while True:
-            try:
+            with contextlib.suppress(*AWS_ERRORS):
                 async with self.attempt(operation):
                     result = await call()
-                    if not all(name in cast("Mapping[str, Any]", result) for name in members):
-                        raise ResponseParserError(f"an answer without {', '.join(members)}")
-            except AWS_ERRORS:
-                await asyncio.sleep(full_jitter_s(attempt))
-                attempt += 1
-            else:
+                    if members and not cast("Any", result).keys() >= set(members):
+                        raise KeyError(*members)
                 return result
-
-    def lost(self, exc: BaseException, operation: str) -> UpstreamLost:
-        """The sentence with which the process ends."""
-        return UpstreamLost(
-            f"{self.name}: {operation} failed for good with {error_code(exc)}: {exc}"
-        )
+            await asyncio.sleep(full_jitter_s(attempt))
+            attempt += 1
 
 
 # --- Settings -------------------------------------------------------------------------------
@@ -2396,13 +2362,10 @@ def require_json_object(response_dict: dict[str, Any], **_: Any) -> None:
     """Refuse a successful answer that is not a JSON object, such as the page of a proxy.
 
     The SDK would take it for an answer without members, and a transaction for written.
-
-    Raises:
-        ResponseParserError: a later attempt may be answered by AWS.
     """
     body = response_dict["body"].strip()
-    is_object = body[:1] == b"{" and body[-1:] == b"}"
-    if response_dict["status_code"] < HTTPStatus.MULTIPLE_CHOICES and body and not is_object:
+    is_object = body[:1] + body[-1:] in (b"", b"{}")
+    if response_dict["status_code"] < HTTPStatus.MULTIPLE_CHOICES and not is_object:
         raise ResponseParserError("the answer is not a JSON object")
 
 
@@ -2430,8 +2393,7 @@ async def connect(region: str) -> AsyncIterator[Aws]:
                 session.create_client(service, region_name=region, config=config)
             )
             events: BaseEventHooks = client.meta.events
-            # This handler would decide whether to retry. It also checks DynamoDB's CRC32, which
-            # TLS makes needless.
+            # It would decide about retries, and check DynamoDB's CRC32, which TLS makes needless.
             events.unregister(f"needs-retry.{service}", unique_id=f"retry-config-{service}")
             if client.meta.service_model.resolved_protocol == "json":
                 events.register(f"before-parse.{service}", require_json_object)
@@ -2681,7 +2643,7 @@ class QueueSender:
     ) -> list[PendingForward]:
         """After a call that failed whole, try again, or find the one entry that SQS refuses."""
         lasting = not passes(exc)
-        if lasting or isinstance(exc, SdkConnectionError) or error_code(exc) in PASSING_CODES:
+        if lasting or isinstance(exc, SdkConnectionError) or code_passes(error_code(exc)):
             for forward in batch:  # nothing was sent
                 forward.unanswered_calls -= 1
         if not lasting:
@@ -3470,7 +3432,7 @@ class EventLog:
                         TransactItems=items, ClientRequestToken=token
                     )
             except AWS_ERRORS as exc:
-                if isinstance(exc, ClientError) and refuses_content(exc):
+                if isinstance(exc, ClientError) and self._refuses_content(exc):
                     raise
                 self.dependency.failed(exc, "TransactWriteItems")
                 await asyncio.sleep(full_jitter_s(attempt))
@@ -3478,6 +3440,15 @@ class EventLog:
                 self.dependency.worked("TransactWriteItems")
                 return True
         return False
+
+    @staticmethod
+    def _refuses_content(exc: ClientError) -> bool:
+        """Whether it is about what was sent; whatever else is wrong is waited for."""
+        return any(cancellation_codes(exc)) or error_code(exc) in (
+            "IdempotentParameterMismatchException",
+            "SerializationException",
+            "ValidationException",
+        )
 
     def _after_refusal(self, writes: list[Write], exc: ClientError) -> list[list[ProjectAppend]]:
         """Who is to be written anew: together who had no part in it, each of the others alone."""
@@ -3498,7 +3469,7 @@ class EventLog:
                 self._metrics.append_conflicts += 1
                 cast("Head", append.head).stale = True
                 append.failed(throttled=False)
-            elif found & PASSING_REASONS:
+            elif any(map(code_passes, found)):
                 self.dependency.failed(exc, "TransactWriteItems")
                 append.failed(throttled=True)
             elif found:  # what is said of the head is meant for all that comes with it
@@ -3988,8 +3959,8 @@ class Receiver:
         """
         began_at = time.monotonic()
         batch: list[dict[str, Any]] = []
-        try:
-            async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+        with contextlib.suppress(*AWS_ERRORS):
+            async with self._dependency.attempt("ReceiveMessage", RECEIVE_TIMEOUT_S):
                 answer = await self._sqs.receive_message(
                     QueueUrl=self._url,
                     MaxNumberOfMessages=SQS_BATCH_ENTRIES,
@@ -4000,13 +3971,7 @@ class Receiver:
                         "SentTimestamp",
                     ],
                 )
-        except AWS_ERRORS as exc:
-            if not passes(exc):
-                raise self._dependency.lost(exc, "ReceiveMessage") from exc
-            self._dependency.failed(exc, "ReceiveMessage")
-        else:
-            self._dependency.worked("ReceiveMessage")
-            batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
+                batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
         if batch:
             self._empty_answers = 0
         # An error, or nothing although nobody waited for it: either would spin.
@@ -4022,7 +3987,12 @@ def unless_gone() -> Iterator[None]:
     try:
         yield
     except ClientError as exc:
-        if error_code(exc) not in GONE_CODES:
+        if error_code(exc) not in (
+            "AWS.SimpleQueueService.NonExistentQueue",
+            "QueueDoesNotExist",
+            "NotFound",
+            "NotFoundException",
+        ):
             raise
 
 
