@@ -4120,6 +4120,10 @@ class Relay:
             self.bytes_in_hand -= len(encoded)
             done()
 
+    async def idle(self) -> None:
+        """Return once the topic has all that was published."""
+        await self._unpublished.idle()
+
     def events_of(self, body: bytes) -> Iterator[RelayedEvent]:
         """The events that a message of the topic brings from another task.
 
@@ -4266,13 +4270,15 @@ class Intake:
 
     The order of work for an update: append, deliver here, publish, delete. A crash in between
     repeats it, and a repeat is recognised, so that no step needs to be undone. What is received
-    together is appended together, over all projects. Per project one append at a time is under
-    way, in the order of receipt; projects do not wait for each other.
+    together is appended together, over all projects, and what comes meanwhile is received when that
+    is answered. Per project one append at a time is under way, in the order of receipt; a project
+    that is held up holds up no other.
 
     Attributes:
         bytes_in_hand: of the bodies of updates that were received and not yet deleted.
     """
 
+    ANSWERED_S = 0.1  # a call that takes longer keeps nothing else waiting
     DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
     ROOM_ASKED_FOR_S = 0.1
     UPDATES_IN_HAND = 500
@@ -4329,9 +4335,25 @@ class Intake:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.ROOM_ASKED_FOR_S):
                         await self._room.wait()
-            for message in await receiver.messages(lambda: self._stopping or self._crowded):
+            messages = await receiver.messages(lambda: self._stopping or self._crowded)
+            for message in messages:
                 self._take(message)
-            self._append_waiting()
+            appends = self._append_waiting()
+            if len(messages) < receiver.BACKLOG:
+                await self._answered(appends)
+
+    async def _answered(self, appends: Sequence[asyncio.Task[None]]) -> None:
+        """Wait until DynamoDB and the topic have answered for what was received.
+
+        What comes meanwhile is then received, appended and published together, so that a busy task
+        makes fuller calls rather than more (Nagle's rule, RFC 896), and an idle one never waits.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.ANSWERED_S):
+                if appends:
+                    await asyncio.wait(appends)
+                if self._relay is not None:
+                    await self._relay.idle()
 
     @property
     def _crowded(self) -> bool:
@@ -4375,7 +4397,7 @@ class Intake:
         self._waiting.setdefault(project_id, []).append(stop)
         self._append_waiting()
 
-    def _append_waiting(self) -> None:
+    def _append_waiting(self) -> list[asyncio.Task[None]]:
         """Have what waits appended, of every project that has nothing under way."""
         appends = []
         for project_id in [each for each in self._waiting if each not in self._under_way]:
@@ -4386,8 +4408,7 @@ class Intake:
             else:
                 for update in updates:
                     self._deliver(update)
-        for group in transactions(appends):
-            self._tasks.create_task(self._append(group))
+        return [self._tasks.create_task(self._append(group)) for group in transactions(appends)]
 
     async def _append(self, group: list[ProjectAppend]) -> None:
         again = await self._log.append(group)

@@ -12,9 +12,10 @@ import pytest
 
 import aws_standin
 import server
-from aws_standin import StandIn
+from aws_standin import Call, Fault, StandIn
 from server import EVERYONE, Event, RelayedBatch, RelayedEvent
 from test_server import (
+    DEADLINE_S,
     SERVER_ERROR,
     Listener,
     MemoryLog,
@@ -131,6 +132,61 @@ class TestRelayedEvents:
             assert payload.get("seq") == seq
             assert sent_at > 0
             assert (event_id is None) == (seq is None)
+
+
+class TestRounds:
+    """A busy task makes fuller calls rather than more; one call that hangs stops nobody else."""
+
+    async def test_received_when_answered(
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What comes while calls are under way is received, appended and published together."""
+        monkeypatch.setattr(server.Intake, "ANSWERED_S", DEADLINE_S)
+        receives: list[int] = []
+
+        def fault(call: Call) -> None:
+            if call.operation == "Publish":
+                receives.append(stand_in.calls["sqs", "ReceiveMessage"] - in_vain)
+                if len(receives) == 1:
+                    push(stand_in, *news(2, project_id="q"), *news(3, ephemeral=True), *news(4))
+
+        async with (
+            running_gateway(platform, topic=True) as gateway,
+            client_of(gateway, project_id=["p", "q"]) as client,
+        ):
+            await client.receive_many(2)
+            own = stand_in.queues["agenticai-updates-task-task-1"]
+            await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"] == 2)
+            in_vain = 1  # the poll of the task's own queue, to which its own events do not come
+            stand_in.fault = fault
+            push(stand_in, *news(1))
+            events = await client.receive_many(4)
+            await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
+            assert not own.bodies
+        assert sorted(each["data"] for each in events) == [1, 2, 3, 4]
+        assert receives[:2] == [1, 2]
+        assert stand_in.calls["dynamodb", "TransactWriteItems"] == 2
+
+    async def test_call_that_hangs(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
+        """A log that does not answer keeps updates of other projects waiting for a moment only."""
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation != "TransactWriteItems" or "#slow" not in str(call.request):
+                return None
+            return Fault(silent=True)
+
+        stand_in.fault = fault
+        async with (
+            running_gateway(platform) as gateway,
+            client_of(gateway, project_id=["slow", "fast"]) as client,
+        ):
+            await client.receive_many(2)
+            push(stand_in, *news(1, project_id="slow"))
+            await eventually(lambda: stand_in.calls["dynamodb", "TransactWriteItems"])
+            push(stand_in, *news(2, project_id="fast"))
+            assert (await client.receive())["data"] == 2
+            assert stand_in.calls["dynamodb", "TransactWriteItems"] == 2
+            stand_in.fault = None
 
 
 class TestDeadLetters:
