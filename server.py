@@ -2408,10 +2408,9 @@ async def connect(region: str) -> AsyncIterator[Aws]:
 class Batcher(Generic[T]):
     """Sends items in batches whose size follows the load.
 
-    The items of one turn of the event loop are sent at once if no call is under way; otherwise they
-    wait until a call returns or a batch is full. So an idle system adds no wait, and a busy one
-    makes few calls. Where nobody waits for the result, a batch may wait ``linger_s`` seconds for
-    more items even if no call is under way.
+    A full batch is sent at once. What does not fill one is sent when no call is under way, and
+    when this turn of the event loop has ended, or ``linger_s`` has passed. So an idle system adds
+    no wait, and a busy one makes few calls.
 
     Args:
         send: makes one call; what it raises ends the process.
@@ -2446,34 +2445,17 @@ class Batcher(Generic[T]):
         self._waiting.append((item, size_bytes))
         self._waiting_bytes += size_bytes
         self._idle.clear()
-        if self._linger_s and self._full:
-            self._pump()
-        else:
-            self._pump_later()
+        self._pump()
 
     async def idle(self) -> None:
         """Return once nothing waits and nothing is under way."""
         await self._idle.wait()
 
-    @property
-    def _full(self) -> bool:
-        return len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
-
-    def _pump_later(self) -> None:
-        """Pump at the end of this turn of the loop, or after ``linger_s``."""
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._linger_s, self._pump_now)
-
-    def _pump_now(self) -> None:
-        self._timer = None
-        self._pump(lingered=True)
-
-    def _pump(self, *, lingered: bool = False) -> None:
-        """Begin as many calls as the load calls for and the bound allows."""
+    def _pump(self, *, due: bool = False) -> None:
+        """Begin as many calls as there are full batches; if it is due, send what is left too."""
         while self._waiting and self._calls < self._max_calls:
-            reason = lingered if self._linger_s else not self._calls
-            if not reason and not self._full:
+            full = len(self._waiting) >= self._entries or self._waiting_bytes >= self._size_bytes
+            if not full and not (due and not self._calls):
                 break
             self._calls += 1
             call = self._call(self._take())
@@ -2482,9 +2464,12 @@ class Batcher(Generic[T]):
             except RuntimeError:  # The task group is ending for another reason, which is reported.
                 call.close()
                 return
-        if not self._waiting and self._timer is not None:
+        if self._timer is not None and (due or self._calls):
             self._timer.cancel()
             self._timer = None
+        if self._timer is None and self._waiting and not self._calls:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._linger_s, partial(self._pump, due=True))
 
     def _take(self) -> list[T]:
         batch: list[T] = []
@@ -2503,9 +2488,7 @@ class Batcher(Generic[T]):
         await self._send(batch)
         self._calls -= 1
         self._pump()
-        if self._waiting:
-            self._pump_later()
-        elif not self._calls:
+        if not self._waiting and not self._calls:
             self._idle.set()
 
 
@@ -2520,7 +2503,7 @@ class PendingForward:
     Attributes:
         entry: its SendMessageBatchRequestEntry without the ``Id``; empty once it is settled.
         size_bytes: the size of body and attributes, as SQS counts them.
-        submitted_at, deadline: seconds of the monotonic clock.
+        submitted_at: seconds of the monotonic clock.
         unanswered_calls: the number of calls that contained it, were not answered, and may have
             taken effect.
     """
@@ -2528,28 +2511,32 @@ class PendingForward:
     entry: dict[str, Any]
     size_bytes: int
     submitted_at: float
-    deadline: float
     confirm: Confirm
+    deadline: asyncio.TimerHandle | None = None
     unanswered_calls: int = 0
 
-    def too_late(self) -> BadMessage:
-        """The error that the client gets at the deadline."""
-        if self.unanswered_calls:
-            return BadMessage(
-                ErrorCode.TIMEOUT,
-                "The agent's queue did not answer in time. The message may have arrived; "
-                "send it again with the same message_id.",
-                retryable=True,
-            )
-        return BadMessage(
-            ErrorCode.UNAVAILABLE,
-            "The agent's queue did not accept the message in time; send it again later.",
-            retryable=True,
-        )
+
+class AgentQueue:
+    """The queue of one agent, and what is on its way there."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        name: str,
+        url: str,
+        send: Callable[[AgentQueue, list[PendingForward]], Awaitable[None]],
+    ) -> None:
+        self.url = url
+        self.fifo = url.endswith(".fifo")
+        # For the log alone: where a queue fails, it fails for every task, and events still flow.
+        self.dependency = Dependency(f"{name} queue")
+        # Two calls at once may overtake each other, which a queue that promises order must not see.
+        # (Entries of one call that SQS itself throttles are still sent after those it accepted.)
+        self.batcher = Batcher(tasks, partial(send, self), calls=1 if self.fifo else 16)
 
 
 def fifo_id(value: str) -> str:
-    """``value`` as a MessageGroupId or MessageDeduplicationId, hashed where SQS would refuse it."""
+    """``value`` as a MessageGroupId, hashed where SQS would refuse it."""
     if re.fullmatch("[!-~]{1,128}", value):
         return value
     return hashlib.sha256(value.encode()).hexdigest()
@@ -2564,103 +2551,6 @@ def deduplication_id(message: AgentMessage) -> str:
     of_whom = (message.user, message.client_id, message.project_id)
     parts = (*of_whom, message.type.lower(), message.message_id)
     return hashlib.sha256(encode(parts)).hexdigest()
-
-
-class QueueSender:
-    """Sends forwards to one agent's queue.
-
-    Every forward has its own deadline, which the forwarder watches. A call may take until the
-    latest deadline in its batch, so that an old forward never has fresh ones sent twice.
-    """
-
-    def __init__(
-        self,
-        tasks: asyncio.TaskGroup,
-        sqs: SQSClient,
-        name: str,
-        queue_url: str,
-        still_waiting: Callable[[list[PendingForward]], list[PendingForward]],
-        settle: Callable[[PendingForward, str | None, BadMessage | None], None],
-    ) -> None:
-        self._sqs = sqs
-        self._url = queue_url
-        self._still_waiting = still_waiting
-        self._settle = settle
-        self.fifo = queue_url.endswith(".fifo")
-        # For the log alone: where a queue fails, it fails for every task, and events still flow.
-        self._dependency = Dependency(f"{name} queue")
-        # Two calls at once may overtake each other, which a queue that promises order must not see.
-        # (Entries of one call that SQS itself throttles are still sent after those it accepted.)
-        self.batcher = Batcher(tasks, self._deliver, calls=1 if self.fifo else 16)
-
-    async def _deliver(self, batch: list[PendingForward]) -> None:
-        """Send until every forward is confirmed, refused or past its deadline."""
-        attempt = 0
-        while batch := self._still_waiting(batch):
-            latest = max(forward.deadline for forward in batch)
-            batch = await self._attempt(batch, min(time.monotonic() + CALL_TIMEOUT_S, latest))
-            if batch:
-                patience_s = max(0.0, latest - time.monotonic())
-                await asyncio.sleep(min(full_jitter_s(attempt), patience_s))
-            attempt += 1
-
-    async def _attempt(self, batch: list[PendingForward], until: float) -> list[PendingForward]:
-        """Make one call, settle the forwards it decides, and return those to be tried again."""
-        for forward in batch:
-            forward.unanswered_calls += 1
-        try:
-            async with asyncio.timeout(until - time.monotonic()):
-                answer = await self._sqs.send_message_batch(
-                    QueueUrl=self._url,
-                    Entries=[
-                        cast("Any", {"Id": str(i), **forward.entry})
-                        for i, forward in enumerate(batch)
-                    ],
-                )
-            confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
-            failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
-        except AWS_ERRORS as exc:
-            return await self._after_error(batch, exc)
-        except (AttributeError, TypeError):
-            return await self._after_error(batch, ResponseParserError("SQS does not answer so"))
-        self._dependency.worked("SendMessageBatch")
-        again = []
-        for i, forward in enumerate(batch):
-            if sqs_message_id := confirmed.get(str(i)):
-                self._settle(forward, sqs_message_id, None)
-                continue
-            failure = failed.get(str(i))
-            if failure is not None:
-                forward.unanswered_calls -= 1
-            if failure is not None and failure.get("SenderFault"):
-                self._settle(forward, None, self._refused(str(failure.get("Code"))))
-            else:
-                again.append(forward)
-        return again
-
-    async def _after_error(
-        self, batch: list[PendingForward], exc: BaseException
-    ) -> list[PendingForward]:
-        """After a call that failed whole, try again, or find the one entry that SQS refuses."""
-        lasting = not passes(exc)
-        if lasting or isinstance(exc, SdkConnectionError) or code_passes(error_code(exc)):
-            for forward in batch:  # nothing was sent
-                forward.unanswered_calls -= 1
-        if not lasting:
-            self._dependency.failed(exc, "SendMessageBatch")
-            return batch
-        if len(batch) == 1:
-            logger.error("%s: a message was refused with %s", self._dependency.name, exc)
-            self._settle(batch[0], None, self._refused(error_code(exc)))
-        else:
-            for forward in batch:
-                await self._deliver([forward])
-        return []
-
-    def _refused(self, code: str) -> BadMessage:
-        return BadMessage(
-            ErrorCode.REJECTED, f"The agent's queue refused the message ({code}).", retryable=False
-        )
 
 
 class Forwarder:
@@ -2682,16 +2572,13 @@ class Forwarder:
         timeout_s: float,
         metrics: Metrics,
     ) -> None:
+        self._sqs = sqs
         self._timeout_s = timeout_s
         self._metrics = metrics
-        # All forwards may wait equally long, so that this is in the order of their deadlines, and
-        # one timer is enough.
-        self._waiting: dict[PendingForward, None] = {}
+        self._waiting: set[PendingForward] = set()
         self._waiting_bytes = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._senders = {
-            name: QueueSender(tasks, sqs, name, queue_url, self._still_waiting, self._settle)
-            for name, queue_url in queue_urls.items()
+        self._queues = {
+            name: AgentQueue(tasks, name, url, self._send) for name, url in queue_urls.items()
         }
 
     def submit(self, queue: str, message: AgentMessage, confirm: Confirm) -> None:
@@ -2700,41 +2587,36 @@ class Forwarder:
         Raises:
             BadMessage: it cannot be sent at all, or too much is waiting; ``confirm`` is not called.
         """
-        self._refuse_unsendable(bytes(message.data))
         body = sendable(encode(message))
-        attributes = {"MessageType": message.type, "Timestamp": message.timestamp}
-        size = len(body) + sum(len(k) + len("String") + len(v) for k, v in attributes.items())
-        self._check(size)
-        sender = self._senders[queue]
+        named = len("MessageType" + "String" + "Timestamp" + "String")
+        size = len(body) + named + len(message.type) + len(message.timestamp)
+        self._check(bytes(message.data), size)
+        to = self._queues[queue]
         entry: dict[str, Any] = {
             "MessageBody": body.decode(),
             "MessageAttributes": {
-                name: {"DataType": "String", "StringValue": value}
-                for name, value in attributes.items()
+                "MessageType": {"DataType": "String", "StringValue": message.type},
+                "Timestamp": {"DataType": "String", "StringValue": message.timestamp},
             },
         }
-        if sender.fifo:
+        if to.fifo:
             entry["MessageGroupId"] = fifo_id(message.project_id or message.client_id)
             entry["MessageDeduplicationId"] = deduplication_id(message)
-        now = time.monotonic()
-        forward = PendingForward(entry, size, now, now + self._timeout_s, confirm)
-        self._waiting[forward] = None
+        forward = PendingForward(entry, size, time.monotonic(), confirm)
+        loop = asyncio.get_running_loop()
+        forward.deadline = loop.call_later(self._timeout_s, self._too_late, forward)
+        self._waiting.add(forward)
         self._waiting_bytes += size
-        if self._timer is None:
-            self._expire_at_deadlines()
-        sender.batcher.add(forward, size)
+        to.batcher.add(forward, size)
 
-    def _refuse_unsendable(self, data: bytes) -> None:
-        """``data`` go out as they came, so that what SQS refuses in them is refused here."""
-        for character in () if data.isascii() else UNSENDABLE:
+    def _check(self, data: bytes, size: int) -> None:
+        """Refuse a message that SQS would not accept, or for which there is no room here."""
+        for character in () if data.isascii() else UNSENDABLE:  # they go out as they came
             if character.encode() in data:
                 sentence = (
                     f"SQS takes no U+{ord(character):04X} in data; write it as a JSON escape."
                 )
                 raise BadMessage(ErrorCode.INVALID_CHARACTER, sentence)
-
-    def _check(self, size: int) -> None:
-        """Refuse a message that SQS would not accept, or for which there is no room here."""
         if size > SQS_BATCH_BYTES:
             sentence = f"With its envelope the message exceeds SQS's {SQS_BATCH_BYTES} bytes."
             raise BadMessage(ErrorCode.TOO_LARGE, sentence)
@@ -2744,34 +2626,85 @@ class Forwarder:
             sentence = "Too many messages are waiting; send it again later."
             raise BadMessage(ErrorCode.OVERLOADED, sentence, retryable=True)
 
-    def _expire(self) -> None:
-        """Answer the forwards whose deadline has passed with an error."""
-        now = time.monotonic()
-        overdue = itertools.takewhile(lambda forward: forward.deadline <= now, self._waiting)
-        for forward in tuple(overdue):
-            self._settle(forward, None, forward.too_late())
+    async def _send(self, to: AgentQueue, batch: list[PendingForward]) -> None:
+        """Send until every forward is confirmed, refused or past its deadline."""
+        for attempt in itertools.count():
+            batch = [forward for forward in batch if forward in self._waiting]
+            if batch:
+                batch = await self._attempt(to, batch)
+            if not batch:
+                return
+            await asyncio.sleep(full_jitter_s(attempt, cap_s=1.0))
 
-    def _expire_at_deadlines(self) -> None:
-        """Expire forwards now, and again at the next deadline."""
-        self._expire()
-        self._timer = None
-        if self._waiting:
-            left_s = next(iter(self._waiting)).deadline - time.monotonic()
-            self._timer = asyncio.get_running_loop().call_later(left_s, self._expire_at_deadlines)
+    async def _attempt(self, to: AgentQueue, batch: list[PendingForward]) -> list[PendingForward]:
+        """Make one call, settle the forwards it decides, and return those to be tried again."""
+        for forward in batch:
+            forward.unanswered_calls += 1
+        entries: Any = [{"Id": str(i), **forward.entry} for i, forward in enumerate(batch)]
+        try:
+            async with asyncio.timeout(min(CALL_TIMEOUT_S, self._timeout_s)):
+                answer = await self._sqs.send_message_batch(QueueUrl=to.url, Entries=entries)
+            confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
+            failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
+        except (*AWS_ERRORS, AttributeError, TypeError) as exc:  # or the answer is not SQS's
+            return await self._after_error(to, batch, exc)
+        to.dependency.worked("SendMessageBatch")
+        again = []
+        for i, forward in enumerate(batch):
+            failure = failed.get(str(i))
+            if failure is not None:
+                forward.unanswered_calls -= 1
+            if sqs_message_id := confirmed.get(str(i)):
+                self._settle(forward, sqs_message_id)
+            elif failure is not None and failure.get("SenderFault"):
+                self._refuse(forward, str(failure.get("Code")))
+            else:
+                again.append(forward)
+        return again
 
-    def _still_waiting(self, batch: list[PendingForward]) -> list[PendingForward]:
-        """The forwards of ``batch`` that are not settled and whose deadline has not passed."""
-        self._expire()
-        return [forward for forward in batch if forward in self._waiting]
+    async def _after_error(
+        self, to: AgentQueue, batch: list[PendingForward], exc: Exception
+    ) -> list[PendingForward]:
+        """After a call that failed whole, try again, or find the one entry that SQS refuses."""
+        lasting = isinstance(exc, ClientError) and not passes(exc)
+        if lasting or isinstance(exc, SdkConnectionError) or code_passes(error_code(exc)):
+            for forward in batch:  # nothing was sent
+                forward.unanswered_calls -= 1
+        if not lasting:
+            to.dependency.failed(exc, "SendMessageBatch")
+            return batch
+        if len(batch) == 1:
+            logger.error("%s: a message was refused with %s", to.dependency.name, exc)
+            self._refuse(batch[0], error_code(exc))
+        else:
+            for forward in batch:
+                await self._send(to, [forward])
+        return []
+
+    def _refuse(self, forward: PendingForward, code: str) -> None:
+        sentence = f"The agent's queue refused the message ({code})."
+        self._settle(forward, None, BadMessage(ErrorCode.REJECTED, sentence, retryable=False))
+
+    def _too_late(self, forward: PendingForward) -> None:
+        code = ErrorCode.UNAVAILABLE
+        sentence = "The agent's queue did not accept the message in time; send it again later."
+        if forward.unanswered_calls:
+            code = ErrorCode.TIMEOUT
+            sentence = (
+                "The agent's queue did not answer in time. The message may have arrived; "
+                "send it again with the same message_id."
+            )
+        self._settle(forward, None, BadMessage(code, sentence, retryable=True))
 
     def _settle(
-        self, forward: PendingForward, sqs_message_id: str | None, error: BadMessage | None
+        self, forward: PendingForward, sqs_message_id: str | None, error: BadMessage | None = None
     ) -> None:
         """Tell the client what became of its forward, unless it was told so at the deadline."""
         if forward not in self._waiting:
             return
-        del self._waiting[forward]
+        self._waiting.remove(forward)
         self._waiting_bytes -= forward.size_bytes
+        cast("asyncio.TimerHandle", forward.deadline).cancel()
         forward.entry = {}  # A batcher may hold an expired forward until a call has returned.
         if error is None:
             self._metrics.forwarded(time.monotonic() - forward.submitted_at)
@@ -2781,8 +2714,8 @@ class Forwarder:
 
     async def idle(self) -> None:
         """Return once every forward is settled and no call is under way."""
-        for sender in self._senders.values():
-            await sender.batcher.idle()
+        for queue in self._queues.values():
+            await queue.batcher.idle()
 
 
 # --- Event log ------------------------------------------------------------------------------
