@@ -3035,6 +3035,10 @@ class EventLog:
         Unless ``consistent``, at half the price, they may lag by a moment.
         """
         items = await self._head_items(project_ids, consistent=consistent)
+        if consistent:  # who opens a project will see it appended to
+            for project_id in project_ids:
+                self._heads.setdefault(project_id, self._head_of(items.get(project_id)))
+            self._forget_heads()
         return {project_id: int(item["seq"]["N"]) for project_id, item in items.items()}
 
     async def _head_items(
@@ -3192,12 +3196,15 @@ class EventLog:
             name = append.project_id
             append.head = self._heads.pop(name, append.head) or self._head_of(items.get(name))
             self._heads[name] = append.head
-        while len(self._heads) > self.HEADS_REMEMBERED:
-            del self._heads[next(iter(self._heads))]
+        self._forget_heads()
         if behind := [append for append in group if self._has_to_read(append)]:
             await asyncio.gather(*map(self._read_up, behind))
         for append in group:
             await self._recognise(append)
+
+    def _forget_heads(self) -> None:
+        while len(self._heads) > self.HEADS_REMEMBERED:
+            del self._heads[next(iter(self._heads))]
 
     def _head_of(self, item: dict[str, Any] | None) -> Head:
         """A head as it was just read: if the last event is old, then there are no newer ids."""

@@ -27,6 +27,7 @@ from test_server import (
     news,
     office_of,
     push,
+    received_in_order,
     running_gateway,
 )
 
@@ -166,6 +167,22 @@ class TestRounds:
         assert sorted(each["data"] for each in events) == [1, 2, 3, 4]
         assert receives[:2] == [1, 2]
         assert stand_in.calls["dynamodb", "TransactWriteItems"] == 2
+
+    async def test_open_projects_are_known(
+        self, stand_in: StandIn, platform: aws_standin.Platform
+    ) -> None:
+        """The head that was read for a viewer is not read again for the first append."""
+        for number in range(2):  # once where the log is empty, once where it is not
+            async with (
+                running_gateway(platform) as gateway,
+                client_of(gateway, project_id="p") as client,
+            ):
+                assert (await client.receive())["seq"] == number
+                reads = stand_in.calls["dynamodb", "BatchGetItem"]
+                push(stand_in, *news(number))
+                await received_in_order(client, number)
+                assert stand_in.calls["dynamodb", "BatchGetItem"] == reads
+                await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
 
     async def test_call_that_hangs(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A log that does not answer keeps updates of other projects waiting for a moment only."""
