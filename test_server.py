@@ -894,7 +894,7 @@ class TestWire:
     @hypothesis_settings(max_examples=60)
     def test_deflate(self, payload: bytes) -> None:
         """A deflated frame is what the library inflates to the same message, twice over."""
-        data = server.frame(server.deflate(payload), server.TEXT_DEFLATED)
+        data = server.frame(server.deflate(payload), 0xC1)
         assert texts(data + data, client_protocol(deflates=True)) == [payload, payload]
 
     def test_frames_in_a_row(self) -> None:
@@ -939,7 +939,7 @@ class TestWire:
             "none": None,
             "raw": "AA==",
         }
-        with pytest.raises(NotImplementedError, match="Event"):
+        with pytest.raises(TypeError, match="Event"):
             server.Encoders.snapshot.encode(server.ProjectSnapshot("p", event(1)))
 
     def test_update_defaults(self) -> None:

@@ -512,7 +512,6 @@ MESSAGES = (*CLIENT_MESSAGES, *SERVER_MESSAGES, *AGENT_MESSAGES)
 INTERNAL = {
     server.Asking,
     server.Answer,
-    server.DataWithoutD,
     server.RelayedBatch,
     server.RelayedEvent,
 }
@@ -544,7 +543,7 @@ ERRORS = {
         "the text is not JSON",
         "mend the client",
         error(
-            "The message is not valid JSON: it ends too early.",
+            "The message is not valid JSON: Input data was truncated.",
             ErrorCode.INVALID_JSON,
             action="ping",
         ),
@@ -558,7 +557,7 @@ ERRORS = {
         "a field is missing, or is not of its kind",
         "mend the client",
         error(
-            'The field "since" must be a whole number of at least 0.',
+            'The field "since" must be a whole number from 0 to 9007199254740991.',
             ErrorCode.INVALID_FIELD,
             action="subscribe",
             project_id="proj_123",
@@ -568,8 +567,8 @@ ERRORS = {
         "the `action` is none of these",
         "mend the client",
         error(
-            'This "action" is not known; use subscribe, unsubscribe, forward, stop, '
-            "ping or authenticate.",
+            'The field "action" must be subscribe, unsubscribe, forward, stop, ping or '
+            "authenticate.",
             ErrorCode.UNKNOWN_ACTION,
             action="publish",
             project_id="proj_123",

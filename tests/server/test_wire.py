@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -348,32 +348,25 @@ class TestRelayed:
             server.decode_relayed(line.encode())
 
 
+PROJECT_ID = 'The field "project_id" must be a string of 1 to 256 characters.'
+SINCE = 'The field "since" must be a whole number from 0 to 9007199254740991.'
+ACTION = 'The field "action" must be subscribe, unsubscribe, forward, stop, ping or authenticate.'
+
+
 @pytest.mark.parametrize(
     ("payload", "sentence"),
     [
-        ('{"action":"subscribe"}', 'The field "project_id" is missing.'),
-        ('{"action":"subscribe","project_id":""}', 'The field "project_id" is empty.'),
-        (
-            '{"action":"subscribe","project_id":"%s"}' % ("x" * 257),
-            'The field "project_id" has more than 256 characters.',
-        ),
-        (
-            '{"action":"subscribe","project_id":7}',
-            'The field "project_id" must be a string, not a whole number.',
-        ),
-        (
-            '{"action":"subscribe","project_id":"p","since":-1}',
-            'The field "since" must be a whole number of at least 0.',
-        ),
-        (
-            '{"action":"subscribe","project_id":"p","since":[]}',
-            'The field "since" must be a whole number or null, not an array.',
-        ),
-        (
-            '{"action":"subscribe","project_id":"p","since":1e400}',
-            'Number out of range in "since".',
-        ),
-        ('{"action":"ping"', "The message is not valid JSON: it ends too early."),
+        ('{"action":"subscribe"}', PROJECT_ID),
+        ('{"action":"subscribe","project_id":""}', PROJECT_ID),
+        ('{"action":"subscribe","project_id":"%s"}' % ("x" * 257), PROJECT_ID),
+        ('{"action":"subscribe","project_id":7}', PROJECT_ID),
+        ('{"action":"subscribe","project_id":"p","since":-1}', SINCE),
+        ('{"action":"subscribe","project_id":"p","since":[]}', SINCE),
+        ('{"action":"subscribe","project_id":"p","since":1e400}', SINCE),
+        ('{"project_id":"p"}', ACTION),
+        ('{"action":"dance"}', ACTION),
+        ("[1]", "The message must be a JSON object."),
+        ('{"action":"ping"', "The message is not valid JSON: Input data was truncated."),
         ("hello", "The message is not valid JSON: invalid character (byte 0)."),
     ],
 )
@@ -382,3 +375,32 @@ def test_refusal_is_a_sentence(payload: str, sentence: str) -> None:
     with pytest.raises(server.BadMessage) as caught:
         server.decode_message(payload.encode())
     assert str(caught.value) == sentence
+
+
+def test_fields_in_words() -> None:
+    """What a refusal says of a field is what the field's type says."""
+    written: dict[str, Any] = {}
+    for message in (*get_args(server.ClientMessage), server.Update):
+        written |= get_type_hints(message, include_extras=True)
+    for name, hint in written.items():
+        bound = next((each for each in walk(hint) if isinstance(each, msgspec.Meta)), None)
+        complaint = msgspec.ValidationError(f"Anything - at `$.{name}`")
+        sentence = str(server.explain(complaint))
+        if bound and bound.le is not None:
+            assert sentence.endswith(f"a whole number from {bound.ge} to {bound.le}.")
+        elif bound:
+            lengths = (
+                f"1 to {bound.max_length}" if bound.min_length else f"at most {bound.max_length}"
+            )
+            assert sentence.endswith(f"a string of {lengths} characters.")
+        elif hint is bool:
+            assert sentence.endswith("true or false.")
+        else:
+            assert name in {"ref", "data", "type"}  # of any kind, or looked up
+
+
+def walk(hint: Any) -> Iterator[Any]:
+    """A type hint and everything in it."""
+    yield hint
+    for inner in (*get_args(hint), *getattr(hint, "__metadata__", ())):
+        yield from walk(inner)
