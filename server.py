@@ -2839,6 +2839,8 @@ class ProjectAppend:
         pending: in order; in the end each of them has its event or its refusal.
         others: other tasks' events that were met on the way, in order.
         head: ``None`` until it was looked up.
+        seq: up to which ``pending`` was looked for in the log. What this task learns meanwhile is
+            beyond it, and makes the transaction fail: some of that may be in ``pending``.
         at_most: how many events the next transaction may have.
         attempts: how many transactions have failed for this project since the last success.
         pause_s: to wait before the next transaction.
@@ -2849,6 +2851,7 @@ class ProjectAppend:
         self.pending = pending
         self.others: list[Event] = []
         self.head: Head | None = None
+        self.seq = 0
         self.at_most = TRANSACTION_EVENTS
         self.attempts = 0
         self.pause_s = 0.0
@@ -2863,7 +2866,7 @@ class ProjectAppend:
 
     def next_events(self) -> list[tuple[PendingEvent, EventMessage]]:
         """As much of what waits as one transaction takes, with the next numbers."""
-        seq, stamp = cast("Head", self.head).seq, timestamp()
+        seq, stamp = self.seq, timestamp()
         size = items = 0
         chosen: dict[str, tuple[PendingEvent, EventMessage]] = {}
         for each in self.waiting:
@@ -3203,6 +3206,7 @@ class EventLog:
 
     async def _recognise(self, append: ProjectAppend) -> None:
         """Settle what is in the log already: what it says there is what happened."""
+        append.seq = cast("Head", append.head).seq
         met = {event.seq: event for event in append.others}
         for pending in append.waiting:
             seq = self._recent_ids.find(append.project_id, pending.event_id)

@@ -288,6 +288,28 @@ class TestLearning:
         assert [places(each.pending) for each in appends] == [[2, 3]] * 10
         assert kit.metrics.append_conflicts == 0
 
+    async def test_told_in_between(self, kit: LogKit, stand_in: StandIn) -> None:
+        """Word of an event that comes while others are looked up does not hide the event itself."""
+        log, other = kit.log(), kit.log()
+        await append(log, one_each(["p", "q"]))
+        await append(other, one_each(["p"], 2))
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation == "TransactGetItems":  # for what is known of q
+                log.learn("p", 2, "p-2")
+            return None
+
+        stand_in.fault = fault
+        lately = time.time() - 60
+        appends = [
+            ProjectAppend("p", [entry(2, "p-2", lately, project_id="p")]),
+            ProjectAppend("q", [entry(1, "q-1", lately, project_id="q")]),
+        ]
+        await append(log, appends)
+        assert stand_in.calls["dynamodb", "TransactGetItems"] > 0
+        assert [places(each.pending) for each in appends] == [[2], [1]]
+        assert await log.head("p") == 2
+
     @pytest.mark.parametrize("told", [(3, "p-3"), (2, None)])
     async def test_gap(self, kit: LogKit, told: tuple[int, str | None]) -> None:
         """Who has missed an event, or its id, reads the log before it appends."""
