@@ -118,6 +118,7 @@ class Batch:
             try:
                 order = Order(self, record)
                 if order.stopped():
+                    order.supersede_streams()
                     order.cancelled()
                     self.settle(record)
                     continue
@@ -261,17 +262,24 @@ class Order:
         """
         if name in self._streams:
             raise StreamError(f"the order has a stream {name!r} already")
+        stream_id = self.supersede_streams(name)
+        stream = self._streams[name] = Stream(self, stream_id)
+        return stream
+
+    def supersede_streams(self, name: str = "") -> str:
+        """End what earlier attempts have streamed under a name; return this attempt's stream id.
+
+        One that was killed in the middle has not ended its stream itself.
+        """
         of_order = digest(self._id, self.sqs_message_id, name)[:24]
-        first = max(1, self.attempt - ATTEMPTS_SUPERSEDED)
-        for attempt in range(first, self.attempt):
+        for attempt in range(max(1, self.attempt - ATTEMPTS_SUPERSEDED), self.attempt):
             superseded = {"stream": f"{of_order}.{attempt}", "at": 0, "text": ""}
             self.send(
                 "stream",
                 {**superseded, "state": "superseded"},
                 event_id=digest(of_order, attempt, "superseded"),
             )
-        stream = self._streams[name] = Stream(self, f"{of_order}.{self.attempt}")
-        return stream
+        return f"{of_order}.{self.attempt}"
 
     def send(
         self, kind: str, data: Any, *, event_id: str | None = None, ephemeral: bool = False

@@ -252,12 +252,14 @@ class TestStream:
 
     def test_next_attempt(self, platform: Platform) -> None:
         """Another attempt is another stream; those before it end as superseded."""
-        for attempt in (1, 2, 3):
-            order = only(body(), attempt=attempt)
-            order.stream().write(f"text {attempt}")
-            if attempt == 3:
-                order.done()
+        attempts = [only(body(), attempt=attempt) for attempt in (1, 2, 3)]
+        streams = [order.stream() for order in attempts]
+        for stream in streams:
+            stream.write(f"text {stream.id[-1]}")
+        attempts[-1].done()
         pieces = logged(sent(platform))
+        for stream in streams:
+            stream.close()  # its thread would send into the next test's queue
         states = {p["stream"]: p["state"] for p in pieces if p.get("state")}
         assert sorted(states.values()) == ["done", "superseded", "superseded"]
 
@@ -279,6 +281,15 @@ class TestStopped:
         assert list(batch) == []
         assert batch.failures() == {"batchItemFailures": []}
         assert [u["data"]["status"] for u in sent(platform)] == ["cancelled"]
+
+    def test_text_of_a_killed_attempt(self, platform: Platform) -> None:
+        """Who refuses to begin ends what an earlier attempt may have left in the middle."""
+        killed = only(body()).stream()
+        write_stop(platform, body(), time.time())
+        assert list(orders({"Records": [record(body(), attempt=2)]})) == []
+        [end] = logged(sent(platform))
+        killed.close()
+        assert (end["stream"], end["state"]) == (killed.id, "superseded")
 
     def test_used_again(self, platform: Platform) -> None:
         """A stop is for what was taken before it; the same id is another order later."""
