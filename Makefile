@@ -24,7 +24,7 @@ AWS_CLI_INSTALLED := $(VENV)/aws-cli/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: run image test lint audit chaos rehearsal deployments hostile conformance fuzz bench bench-quick requirements clean help
+.PHONY: run image test lint audit chaos streams rehearsal deployments hostile conformance fuzz bench bench-quick requirements clean help
 
 ##@ Run it
 
@@ -52,6 +52,9 @@ audit: $(INSTALLED) ## Look for known vulnerabilities in the packages and the co
 
 chaos: $(INSTALLED) ## Kill, cut and disturb three tasks, and count every event (SEEDS=100)
 	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),100) --faults mixed
+
+streams: $(INSTALLED) $(CLIENT_INSTALLED) ## Have texts grow while tasks, agents and pages die, and look at each (SEEDS=30)
+	$(BIN)/python -m tests.streams --seeds $(or $(SEEDS),30)
 
 rehearsal: $(INSTALLED) ## Replace a task behind a real proxy under 500 clients (ARGS="--trigger sigterm")
 	$(BIN)/python -m tests.rehearsal $(ARGS)

@@ -380,7 +380,7 @@ def _all_projects(plan: Plan) -> list[str]:
     return [*project_names(plan.scale), EVERYONE]
 
 
-def _quicken(platform: Platform, visibility_timeout_seconds: int) -> None:
+def quicken(platform: Platform, visibility_timeout_seconds: int) -> None:
     """Make the updates queue give back what a killed task held, soon and however often it takes."""
     sqs = platform.client("sqs")
     queue = platform.queue_urls["updates"]
@@ -413,7 +413,7 @@ async def run_on_stand_in(plan: Plan) -> Outcome:
 async def run(plan: Plan, platform: Platform) -> Outcome:
     """Run a plan on an empty platform. Raises ChaosError with the whole report."""
     started = time.monotonic()
-    await asyncio.to_thread(_quicken, platform, plan.scale.visibility_timeout_seconds)
+    await asyncio.to_thread(quicken, platform, plan.scale.visibility_timeout_seconds)
     faults = FaultPlan(plan.seed, ROUGH_DAY if plan.faults else NO_FAULTS)
     async with FaultProxy(platform.endpoint_url, faults) as proxy, task_metadata() as metadata_url:
         environment = server_environment(platform, proxy.endpoint_url)
