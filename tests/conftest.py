@@ -1,21 +1,14 @@
-"""One moto for the whole run, and a platform of its own for each test."""
+"""A platform of each test's own, in the one moto of the whole run."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 
 from tests.moto_aws import MotoAws, Platform
 
 prefixes = (f"test{number}" for number in itertools.count(1))
-
-
-@pytest.fixture(scope="session")
-def moto_aws() -> Iterator[MotoAws]:
-    with MotoAws.start() as aws:
-        yield aws
 
 
 @pytest.fixture

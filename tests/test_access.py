@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, cast
@@ -28,14 +28,12 @@ from hypothesis import strategies as st
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.typing import Subprotocol
 
 import aws_standin
 import server
 from aws_standin import StandIn
 from server import (
     EVERYONE,
-    Admission,
     Gateway,
     Keys,
     NotAuthenticated,
@@ -45,19 +43,6 @@ from server import (
     bearer_token,
     client_address,
     projects_in,
-)
-from test_server import (
-    DEADLINE_S,
-    Client,
-    Json,
-    aws_clients,
-    eventually,
-    impatient,
-    platform,
-    running_gateway,
-    settings,
-    stand_in,
-    task_group,
 )
 from tests.hostile import CLOSE, frame
 from tests.issuer import (
@@ -69,111 +54,34 @@ from tests.issuer import (
     key_set,
     private_key,
     public_jwk,
-    running_issuer,
     token_of,
 )
+from tests.server.aws import Json
+from tests.server.fixtures import platform
+from tests.server.gateways import (
+    DEADLINE_S,
+    eventually,
+    running_gateway,
+    settings,
+)
+from tests.server.guarded import (
+    admission_with,
+    authorization,
+    client_of,
+    closed_with,
+    guarded,
+    refusal_of,
+    starting,
+    status_of,
+    url_of,
+)
 
-__all__ = ["impatient", "platform", "stand_in"]
+__all__ = ["platform"]
 
 FORGED = forged_tokens()
 each_forged_token = pytest.mark.parametrize("token", FORGED.values(), ids=FORGED)
 
 # --- Clients --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def issuer() -> AsyncIterator[Issuer]:
-    async with running_issuer() as issuer:
-        yield issuer
-
-
-def guarded(
-    platform: aws_standin.Platform, issuer: Issuer, **overrides: Any
-) -> contextlib.AbstractAsyncContextManager[Gateway]:
-    """A gateway that wants this issuer's tokens."""
-    return running_gateway(platform, **{**issuer.settings, **overrides})
-
-
-@contextlib.asynccontextmanager
-async def starting(
-    platform: aws_standin.Platform, issuer: Issuer, **overrides: Any
-) -> AsyncIterator[Gateway]:
-    """The same from its first moment on, when it may not be ready yet."""
-    async with aws_clients(platform) as aws, task_group() as tasks:
-        everything = {"drain_seconds": 0.0, **issuer.settings, **overrides}
-        gateway = Gateway(settings(platform, **everything), tasks, aws, "task-1")
-        running = tasks.create_task(gateway.run())
-        await eventually(lambda: gateway.address[1])
-        yield gateway
-        gateway.drain.wanted.set()
-        gateway.drain.hurry.set()
-        await running
-
-
-def url_of(address: tuple[str, int], path: str = "/ws") -> str:
-    return f"ws://{address[0]}:{address[1]}{path}"
-
-
-def authorization(token: str | None) -> dict[str, str]:
-    return {} if token is None else {"Authorization": f"Bearer {token}"}
-
-
-@contextlib.asynccontextmanager
-async def client_of(
-    gateway: Gateway,
-    token: str | None = None,
-    path: str = "/ws",
-    *,
-    offers: Sequence[str] = (),
-    **headers: str,
-) -> AsyncIterator[Client]:
-    """A greeted client; ``X_Name="value"`` becomes a header."""
-    fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    async with connect_websocket(
-        url_of(gateway.address, path),
-        proxy=None,
-        subprotocols=[Subprotocol(offer) for offer in offers] or None,
-        additional_headers={**authorization(token), **fields},
-    ) as socket:
-        async with asyncio.timeout(DEADLINE_S):
-            greeting = json.loads(await socket.recv())
-        assert greeting["type"] == "connected"
-        yield Client(socket, greeting)
-
-
-async def refusal_of(
-    gateway: Gateway, token: str | None = None, path: str = "/ws", **options: Any
-) -> tuple[int, Headers, str]:
-    """The status, headers and body with which a handshake is refused."""
-    with pytest.raises(InvalidStatus) as refused:
-        async with client_of(gateway, token, path, **options):
-            pass
-    response = refused.value.response
-    return response.status_code, response.headers, bytes(response.body or b"").decode()
-
-
-async def status_of(gateway: Gateway, token: str | None = None, **options: Any) -> int:
-    """The status of a handshake: 101, or that with which it is refused."""
-    try:
-        async with client_of(gateway, token, **options):
-            return 101
-    except InvalidStatus as exc:
-        return exc.response.status_code
-
-
-Closed = tuple[int | None, str | None]
-
-
-async def closed_with(
-    client: Client, answers: list[Json] | None = None
-) -> tuple[int | None, str | None]:
-    """Code and reason with which the gateway closes; what it says before goes to ``answers``."""
-    with contextlib.suppress(ConnectionClosed):
-        while True:
-            answer = await client.receive()
-            if answers is not None:
-                answers.append(answer)
-    return client.socket.close_code, client.socket.close_reason
 
 
 async def get(address: tuple[str, int], path: str, **headers: str) -> bytes:
@@ -288,18 +196,6 @@ class TestClientAddress:
     def test_any_text(self, forwarded_for: list[str], hops: int) -> None:
         """Nothing that a header may hold is an error, or makes a long address."""
         assert len(client_address("192.0.2.1", forwarded_for, hops)) <= 43
-
-
-def admission_with(**limits: int) -> Admission:
-    """An admission in which no limit but these is on."""
-    off: dict[str, Any] = {
-        "max_connections": 0,
-        "max_connections_per_ip": 0,
-        "max_handshakes_per_second": 0,
-        "max_handshakes_per_second_per_ip": 0,
-        "max_failed_authentications_per_ip": 0,
-    }
-    return Admission(settings(**{**off, **limits}))
 
 
 class TestAdmission:

@@ -29,10 +29,12 @@ import tests.moto_aws
 from aws_standin import Fault as AwsFault
 from aws_standin import StandIn
 from server import ErrorCode, Gateway
-from test_server import THROTTLED, always, running_gateway, stand_in
 from tests import contract
 from tests.contract import ERRORS, MESSAGES, PROMISES, ROOT, Json, Message, message_of
 from tests.issuer import running_issuer, token_of
+from tests.server.aws import THROTTLED, always
+from tests.server.fixtures import stand_in
+from tests.server.gateways import running_gateway
 
 __all__ = ["stand_in"]
 

@@ -1,5 +1,23 @@
-"""The fixtures of `test_server.py`: a stand-in for AWS of each test's own, and what runs on it."""
+"""The fixtures of `test_server.py` are those of its sections' further tests, too."""
 
-from test_server import aws, either_platform, gateway, impatient, platform, stand_in
+from tests.server.fixtures import (
+    aws,
+    either_platform,
+    gateway,
+    impatient,
+    issuer,
+    platform,
+    stand_in,
+    standing,
+)
 
-__all__ = ["aws", "either_platform", "gateway", "impatient", "platform", "stand_in"]
+__all__ = [
+    "aws",
+    "either_platform",
+    "gateway",
+    "impatient",
+    "issuer",
+    "platform",
+    "stand_in",
+    "standing",
+]

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import dataclasses
+import functools
+import hmac
+import ipaddress
 import json
 import time
 from typing import Any
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import aws_standin
 import server
@@ -21,11 +32,11 @@ from server import (
     UnknownKey,
     Verifier,
 )
-from test_server import REQUIRED, dialled, fetch, peer_of, running_gateway, settings, upgrade
 from tests.issuer import AUDIENCE, ISSUER, Issuer, key_set, private_key, public_jwk, token_of
-from tests.test_access import admission_with, client_of, closed_with, guarded, issuer, status_of
-
-__all__ = ["issuer"]
+from tests.server.aws import Json
+from tests.server.gateways import REQUIRED, running_gateway, settings
+from tests.server.guarded import admission_with, client_of, closed_with, guarded, status_of
+from tests.server.peers import dialled, fetch, peer_of, upgrade
 
 
 async def verifier_of(*members: Any, algorithms: tuple[str, ...] = ("RS256",)) -> Verifier:
@@ -377,3 +388,241 @@ class TestNetworks:
             ]
         assert statuses.count(101) >= 2 * server.SITE_ADDRESSES
         assert 429 in statuses
+
+
+class TestAccess:
+    @given(octets=st.lists(st.sampled_from(["0", "00", "7", "10", "99", "249", "256", "", "1\n"])))
+    @example(octets=["255", "250", "199", "0"])
+    def test_plain_addresses(self, octets: list[str]) -> None:
+        """What is taken as an IPv4 address without being parsed is one, in its only spelling."""
+        claimed = ".".join(octets)
+        try:
+            expected = str(ipaddress.IPv4Address(claimed.strip()))
+        except ValueError:
+            expected = "10.0.0.1"
+        assert server.client_address("10.0.0.1", [claimed], 1) == expected
+
+    def test_client_address_of_an_odd_socket(self) -> None:
+        """A peer without an address of its own still has limits."""
+        assert server.client_address("", [], 1) == ""
+
+    def test_projects_in_nested_claim(self) -> None:
+        """A claim may be nested, or have dots in its name."""
+        url = "https://x.example/projects"
+        assert server.projects_in({"a": {"b": ["p"]}}, "a.b") == frozenset("p")
+        assert server.projects_in({url: ["p"]}, url) == frozenset("p")
+        assert server.projects_in({"a": "b"}, "a.b") == frozenset()
+
+
+class Signer:
+    """Signs tokens, and publishes the keys for them.
+
+    Attributes:
+        document: what is read as the key set; an exception is raised.
+    """
+
+    def __init__(self, **keys: Any) -> None:
+        self.keys = keys
+        self.reads = 0
+        self.document: bytes | Exception = json.dumps({
+            "keys": [
+                {**jwt.get_algorithm_by_name(alg(key)).to_jwk(key.public_key(), as_dict=True),
+                 "kid": key_id, "alg": alg(key)}
+                for key_id, key in keys.items()
+            ]
+        }).encode()  # fmt: skip
+
+    async def fetch(self) -> bytes:
+        self.reads += 1
+        await asyncio.sleep(0)
+        if isinstance(self.document, Exception):
+            raise self.document
+        return self.document
+
+    def token(self, key_id: str = "rsa", header: Json | None = None, **changes: Any) -> str:
+        """A good token, but for ``changes``; a claim that is ``None`` is left out."""
+        claims = {
+            "sub": "ada",
+            "iss": "https://issuer.example",
+            "aud": "gateway",
+            "exp": int(time.time()) + 600,
+            "projects": ["p"],
+            **changes,
+        }
+        claims = {name: value for name, value in claims.items() if value is not None}
+        key = self.keys[key_id]
+        return jwt.encode(claims, key, alg(key), headers={"kid": key_id, **(header or {})})
+
+
+def alg(key: Any) -> str:
+    """The algorithm that a private key is for."""
+    if isinstance(key, rsa.RSAPrivateKey):
+        return "RS256"
+    return "ES256" if isinstance(key, ec.EllipticCurvePrivateKey) else "EdDSA"
+
+
+@functools.cache
+def rsa_key(number: int) -> rsa.RSAPrivateKey:
+    """Keys are dear: tests share them."""
+    return rsa.generate_private_key(65_537, 2_048 + 8 * number)
+
+
+class TestVerifier:
+    @pytest.fixture
+    def issuer(self) -> Signer:
+        return Signer(rsa=rsa_key(0))
+
+    @pytest.fixture
+    def auth(self) -> Settings:
+        return settings(
+            auth_jwks_url="https://issuer.example/keys",
+            auth_issuer="https://issuer.example",
+            auth_audience="gateway",
+        )
+
+    @pytest.fixture
+    async def verifier(self, issuer: Signer, auth: Settings) -> server.Verifier:
+        keys = server.Keys(issuer.fetch, auth.auth_algorithms)
+        await keys.read(0.0)
+        return server.Verifier(auth, keys)
+
+    async def test_good(self, verifier: server.Verifier, issuer: Signer) -> None:
+        """A good token says whose it is, what it allows, and until when."""
+        exp = int(time.time()) + 60
+        principal = verifier.verify(issuer.token(exp=exp))
+        assert principal.subject == "ada"
+        assert principal.projects == frozenset("p")
+        assert principal.expires_at == exp + server.TOKEN_LEEWAY_S
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"exp": 1},
+            {"exp": None},
+            {"exp": "soon"},
+            {"exp": 1e400},
+            {"nbf": 2**40},
+            {"iss": "https://other.example"},
+            {"iss": None},
+            {"aud": "other"},
+            {"aud": None},
+            {"sub": None},
+            {"sub": 5},
+        ],
+        ids=str,
+    )
+    async def test_bad_claims(
+        self, verifier: server.Verifier, issuer: Signer, changes: Json
+    ) -> None:
+        """A token that has expired, or is for or from somebody else, is refused."""
+        token = issuer.token(**changes)
+        with pytest.raises(NotAuthenticated) as caught:
+            verifier.verify(token)
+        assert not any(part in str(caught.value) for part in token.split("."))
+
+    async def test_forgeries(self, verifier: server.Verifier, issuer: Signer) -> None:
+        """A token that says itself how it is to be checked gets nowhere."""
+        good = issuer.token()
+        head, body, signature = good.split(".")
+        public = issuer.keys["rsa"].public_key()
+        pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        none = base64.urlsafe_b64encode(b'{"alg":"none","kid":"rsa"}').decode().rstrip("=")
+        as_secret = base64.urlsafe_b64encode(b'{"alg":"HS256","kid":"rsa"}').decode().rstrip("=")
+        mac = hmac.digest(pem, f"{as_secret}.{body}".encode(), "sha256")
+        forged = [
+            "",
+            "a.b.c",
+            f"{none}.{body}.",
+            f"{none}.{body}.{signature}",
+            f"{head}.{body}.",
+            f"{head}.{body}x.{signature}",
+            f"{as_secret}.{body}.{base64.urlsafe_b64encode(mac).decode().rstrip('=')}",
+            Signer(rsa=rsa_key(1)).token(),
+            "\u00e9" * 50,
+            "[" * 10_000,
+        ]
+        for token in forged:
+            with pytest.raises(NotAuthenticated):
+                verifier.verify(token)
+        assert verifier.verify(good).subject == "ada"
+
+    async def test_other_algorithm(self, issuer: Signer, auth: Settings) -> None:
+        """Only the algorithms of the settings count, whatever keys the issuer has."""
+        issuer = Signer(rsa=rsa_key(0), ec=ec.generate_private_key(ec.SECP256R1()))
+        keys = server.Keys(issuer.fetch, auth.auth_algorithms)
+        await keys.read(0.0)
+        with pytest.raises(NotAuthenticated, match="algorithm"):
+            server.Verifier(auth, keys).verify(issuer.token("ec"))
+        both = dataclasses.replace(auth, auth_algorithms=("RS256", "ES256", "EdDSA"))
+        keys = server.Keys(issuer.fetch, both.auth_algorithms)
+        await keys.read(0.0)
+        assert server.Verifier(both, keys).verify(issuer.token("ec")).subject == "ada"
+
+    async def test_other_audience_claim(
+        self, verifier: server.Verifier, issuer: Signer, auth: Settings
+    ) -> None:
+        """The audience may be in another claim, as in Cognito's access tokens."""
+        auth = dataclasses.replace(auth, auth_audience_claim="client_id")
+        cognito = server.Verifier(auth, verifier.keys)
+        assert cognito.verify(issuer.token(aud=None, client_id="gateway")).subject == "ada"
+        for changes in ({"client_id": "other"}, {"client_id": None}, {"client_id": ["gateway"]}):
+            with pytest.raises(NotAuthenticated):
+                cognito.verify(issuer.token(**changes))
+
+    async def test_unknown_key(self, verifier: server.Verifier) -> None:
+        """A key that is not known is another matter than a bad token: it may be new."""
+        with pytest.raises(UnknownKey):
+            verifier.verify(Signer(new=rsa_key(1)).token("new"))
+
+    async def test_no_key_id(self, verifier: server.Verifier, issuer: Signer) -> None:
+        """A token that names no key is checked with the only one there is."""
+        claims = jwt.decode(issuer.token(), options={"verify_signature": False})
+        assert verifier.verify(jwt.encode(claims, issuer.keys["rsa"], "RS256")).subject == "ada"
+
+    async def test_keys_are_read_once_for_all(self, issuer: Signer) -> None:
+        """Those who ask for the keys at the same time wait for one answer."""
+        keys = server.Keys(issuer.fetch, ["RS256"])
+        assert not keys
+        await asyncio.gather(*(keys.read(0.0) for _ in range(10)))
+        assert keys
+        assert issuer.reads == 1
+        assert not keys.may_read_again(server.Keys.REFRESH_S - 1)
+        assert keys.may_read_again(server.Keys.REFRESH_S)
+
+    @pytest.mark.parametrize(
+        "document",
+        [
+            b"",
+            b"<html>",
+            b"[]",
+            b"{}",
+            b'{"keys":5}',
+            b'{"keys":[]}',
+            b'{"keys":[5]}',
+            b'{"keys":[{"kty":"RSA","kid":"rsa","n":"AQAB","e":"!"}]}',
+            b'{"keys":[{"kty":"oct","kid":"rsa","k":"c2VjcmV0"}]}',
+            OSError("unreachable"),
+            TimeoutError(),
+        ],
+        ids=str,
+    )
+    async def test_last_good_keys_stay(
+        self, issuer: Signer, document: bytes | Exception, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An issuer that answers nonsense, or not at all, does not lock everybody out."""
+        keys = server.Keys(issuer.fetch, ["RS256"])
+        await keys.read(0.0)
+        issuer.document = document
+        await keys.read(60.0)
+        assert [key.key_id for key in keys.find("rsa", "RS256")] == ["rsa"]
+        assert "the issuer's keys could not be read" in caplog.text
+
+    async def test_withdrawn_key(self, issuer: Signer) -> None:
+        """A key that the issuer no longer publishes is honoured no longer."""
+        keys = server.Keys(issuer.fetch, ["RS256"])
+        await keys.read(0.0)
+        issuer.document = Signer(new=rsa_key(1)).document
+        await keys.read(60.0)
+        assert [key.key_id for key in keys.find("new", "RS256")] == ["new"]
+        with pytest.raises(UnknownKey):
+            keys.find("rsa", "RS256")

@@ -14,22 +14,16 @@ import aws_standin
 import server
 from aws_standin import Call, Fault, StandIn
 from server import EVERYONE, Event, RelayedBatch, RelayedEvent
-from test_server import (
+from tests.server.aws import SERVER_ERROR, always, bodies, news, push
+from tests.server.feeds import MemoryLog, office_of
+from tests.server.gateways import (
     DEADLINE_S,
-    SERVER_ERROR,
-    Listener,
-    MemoryLog,
-    always,
-    bodies,
     client_of,
-    event,
     eventually,
-    news,
-    office_of,
-    push,
     received_in_order,
     running_gateway,
 )
+from tests.server.listeners import Listener, event
 
 Json = dict[str, Any]
 

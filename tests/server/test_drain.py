@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 
 import pytest
 
 import aws_standin
 import server
 from aws_standin import Fault, StandIn
-from aws_standin.elb import TARGET_GROUP_ARN
 from server import Gateway
-from test_server import (
-    SERVER_ERROR,
-    always,
-    aws_clients,
+from tests.server.aws import SERVER_ERROR, always, aws_clients
+from tests.server.gateways import (
+    ADDRESS,
+    asked_again,
+    balanced_gateway,
     eventually,
-    fetch,
-    peer_of,
+    register,
     settings,
     task_group,
-    task_metadata,
 )
+from tests.server.peers import fetch, peer_of
+from tests.server.processes import task_metadata
 
-ADDRESS = "10.0.0.7"
 DENIED = Fault(status=403, code="AccessDenied")
 
 
@@ -33,30 +30,6 @@ DENIED = Fault(status=403, code="AccessDenied")
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the target is asked for again and again."""
     monkeypatch.setattr(server.TargetHealth, "EVERY_S", 0.01)
-
-
-@contextlib.asynccontextmanager
-async def balanced_gateway(platform: aws_standin.Platform) -> AsyncIterator[Gateway]:
-    """A gateway that is ready, behind the stand-in's load balancer."""
-    async with aws_clients(platform) as aws, task_group() as tasks:
-        options = settings(platform, drain_seconds=0.0, target_group_arn=TARGET_GROUP_ARN)
-        gateway = Gateway(options, tasks, aws, "task-1")
-        running = tasks.create_task(gateway.run(ADDRESS))
-        await eventually(gateway.ready.is_set)
-        yield gateway
-        gateway.drain.wanted.set()
-        gateway.drain.hurry.set()
-        await running
-
-
-async def asked_again(stand_in: StandIn, times: int = 3) -> None:
-    """Return once the target's state was asked for, and answered, ``times`` more."""
-    asked = stand_in.calls["elb", "DescribeTargetHealth"]
-    await eventually(lambda: stand_in.calls["elb", "DescribeTargetHealth"] > asked + times)
-
-
-def register(stand_in: StandIn, gateway: Gateway, state: str) -> None:
-    stand_in.elb.states[ADDRESS, gateway.address[1]] = state
 
 
 class TestTargetHealth:

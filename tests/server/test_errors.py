@@ -7,22 +7,24 @@ import json
 from collections import deque
 
 import pytest
+from botocore.exceptions import (
+    ClientError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    ParamValidationError,
+    ReadTimeoutError,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 
 import aws_standin
 import server
 from aws_standin import StandIn
 from server import Dependency, UpstreamLost
-from test_server import (
-    SERVER_ERROR,
-    always,
-    client_of,
-    deny,
-    eventually,
-    fetch,
-    news,
-    push,
-    running_gateway,
-)
+from tests.server.aws import SERVER_ERROR, always, deny, news, push
+from tests.server.gateways import client_of, eventually, running_gateway
+from tests.server.peers import fetch
 
 
 class Clock:
@@ -199,3 +201,55 @@ class TestHealth:
             stand_in.fault = None
             await eventually(lambda: gateway.health() == {"status": "ok"})
             assert (await fetch(gateway, "/health"))[0] == 200
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            deny("ThrottlingException"),
+            deny("RequestThrottled"),
+            deny("Whatever", status=500),
+            deny("Whatever", status=503),
+            deny("Whatever", status=429),
+            deny("ExpiredToken", status=403),
+            ConnectTimeoutError(endpoint_url="http://localhost"),
+            ReadTimeoutError(endpoint_url="http://localhost"),
+            EndpointConnectionError(endpoint_url="http://localhost"),
+            CredentialRetrievalError(provider="test", error_msg="not now"),
+            ConnectionResetError(),
+            TimeoutError(),
+        ],
+        ids=repr,
+    )
+    def test_passing(self, error: Exception) -> None:
+        """What AWS calls retryable is retried, and so is silence."""
+        assert server.passes(error)
+        assert isinstance(error, server.AWS_ERRORS)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            deny("AccessDeniedException"),
+            deny("ResourceNotFoundException"),
+            deny("AWS.SimpleQueueService.NonExistentQueue"),
+            deny("ValidationException"),
+            ParamValidationError(report="unknown parameter"),
+        ],
+        ids=repr,
+    )
+    def test_lasting(self, error: Exception) -> None:
+        """What waiting does not change is not retried."""
+        assert not server.passes(error)
+
+    def test_error_code(self) -> None:
+        """An error is named by AWS's code, and by its class where AWS did not answer."""
+        assert server.error_code(deny("SlowDown")) == "SlowDown"
+        assert server.error_code(ClientError({}, "Operation")) == "Unknown"
+        assert server.error_code(TimeoutError()) == "TimeoutError"
+
+    @given(attempt=st.integers(0, 10_000), base_s=st.floats(0.001, 1), cap_s=st.floats(0.001, 60))
+    def test_jitter_bounds(self, attempt: int, base_s: float, cap_s: float) -> None:
+        """A retry waits no longer than the doubling bound, and never longer than the cap."""
+        wait_s = server.full_jitter_s(attempt, base_s=base_s, cap_s=cap_s)
+        assert 0 <= wait_s <= min(cap_s, base_s * 2 ** min(attempt, 30))

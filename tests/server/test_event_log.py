@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -19,22 +20,32 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import aws_standin
 import server
-from aws_standin import Call, Fault, StandIn
+from aws_standin import Call, Fault, StandIn, Table
 from aws_standin.dynamodb import DynamoDb
 from aws_standin.model import AwsError
-from server import Aws, EventLog, Metrics, PendingEvent, ProjectAppend, Registry
-from test_server import (
-    SILENT_AFTER,
+from server import (
+    Aws,
+    EventLog,
+    Metrics,
+    PendingEvent,
+    ProjectAppend,
+    Registry,
+    Update,
+    UpstreamLost,
+)
+from tests.server.aws import CUT_BEFORE, SILENT_AFTER, Platform, always, aws_clients, faults
+from tests.server.event_logs import (
     LogKit,
-    always,
+    append,
+    append_all,
     entries,
     entry,
-    eventually,
-    faults,
     places,
-    settle,
+    seqs,
     whole_log,
 )
+from tests.server.feeds import settle
+from tests.server.gateways import DEADLINE_S, eventually
 
 Json = dict[str, Any]
 
@@ -57,7 +68,7 @@ def one_each(projects: Sequence[str], number: int = 1) -> list[ProjectAppend]:
     ]
 
 
-async def append(log: EventLog, appends: Sequence[ProjectAppend]) -> None:
+async def append_groups(log: EventLog, appends: Sequence[ProjectAppend]) -> None:
     """Append as `Intake` does: groups side by side, each as often as it takes."""
 
     async def write(group: list[ProjectAppend]) -> None:
@@ -80,7 +91,7 @@ class TestTransactions:
         """What comes together costs one read of all heads and one transaction, then only that."""
         for number in (1, 2):
             stand_in.calls.clear()
-            await append(log, one_each(names(50), number))
+            await append_groups(log, one_each(names(50), number))
             cold = {("dynamodb", "BatchGetItem"): 1} if number == 1 else {}
             assert stand_in.calls == {**cold, ("dynamodb", "TransactWriteItems"): 1}
         assert await log.heads(names(50)) == dict.fromkeys(names(50), 2)
@@ -88,7 +99,7 @@ class TestTransactions:
     @pytest.mark.parametrize("count", [51, 120])
     async def test_as_many_as_it_takes(self, log: EventLog, stand_in: StandIn, count: int) -> None:
         """What one transaction cannot hold goes in several, side by side."""
-        await append(log, one_each(names(count)))
+        await append_groups(log, one_each(names(count)))
         assert stand_in.calls["dynamodb", "TransactWriteItems"] == -(-count // 50)
         assert await log.heads(names(count)) == dict.fromkeys(names(count), 1)
 
@@ -104,7 +115,7 @@ class TestTransactions:
             )
             for name in names(6)
         ]
-        await append(log, appends)
+        await append_groups(log, appends)
         for each in appends:
             assert places(each.pending) == list(range(1, 8))
 
@@ -114,8 +125,8 @@ class TestTransactions:
         The others do not wait for it.
         """
         log, other = kit.log(), kit.log()
-        await append(log, one_each(names(5)))
-        await append(other, one_each(["p3"], 7))
+        await append_groups(log, one_each(names(5)))
+        await append_groups(other, one_each(["p3"], 7))
         stand_in.calls.clear()
         waiting: list[Call] = []
 
@@ -127,7 +138,7 @@ class TestTransactions:
 
         stand_in.fault = fault
         appends = one_each(names(5), 2)
-        running = asyncio.create_task(append(log, appends))
+        running = asyncio.create_task(append_groups(log, appends))
         await eventually(lambda: all_but(appends, 3))
         await eventually(lambda: waiting)
         assert appends[3].pending[0].event is None
@@ -135,7 +146,7 @@ class TestTransactions:
         running.cancel()
         stand_in.fault = None
         again = one_each(["p3"], 2)
-        await append(log, again)
+        await append_groups(log, again)
         assert places(again[0].pending) == [3]
         assert [event.seq for event in again[0].others] == [2]
 
@@ -144,7 +155,7 @@ class TestTransactions:
         """A call without an answer is repeated, and not done twice; nothing is read for it."""
         stand_in.fault = faults("TransactWriteItems", SILENT_AFTER, SILENT_AFTER)
         appends = one_each(names(20))
-        await append(log, appends)
+        await append_groups(log, appends)
         assert {each.pending[0].event.seq for each in appends if each.pending[0].event} == {1}
         assert stand_in.calls["dynamodb", "TransactWriteItems"] == 3
         assert stand_in.calls["dynamodb", "Query"] == 0
@@ -159,7 +170,7 @@ class TestTransactions:
             else None
         )
         appends = one_each(names(8))
-        running = asyncio.create_task(append(log, appends))
+        running = asyncio.create_task(append_groups(log, appends))
         await eventually(lambda: all_but(appends, 3))
         stand_in.fault = None
         await running
@@ -190,7 +201,7 @@ class TestRefusals:
             )
             for number in range(20)
         ]
-        await append(
+        await append_groups(
             log,
             [
                 ProjectAppend(name, [each for each in events if each.project_id == name])
@@ -218,7 +229,7 @@ class TestRefusals:
             ),
         )
         appends = one_each(names(4))
-        await append(log, appends)
+        await append_groups(log, appends)
         assert [each.pending[0].refusal for each in appends] == [
             None,
             "ValidationError",
@@ -236,7 +247,7 @@ class TestRefusals:
         """What is wrong with this task's rights is nothing that an update must pay for."""
         stand_in.fault = always("TransactWriteItems", Fault(status=400, code=code))
         appends = one_each(names(3))
-        running = asyncio.create_task(append(log, appends))
+        running = asyncio.create_task(append_groups(log, appends))
         await eventually(lambda: stand_in.calls["dynamodb", "TransactWriteItems"] >= 3)
         stand_in.fault = None
         await running
@@ -244,7 +255,8 @@ class TestRefusals:
 
     async def test_given_back(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """What the log refuses goes to the dead-letter queue, and all around it to clients."""
-        from test_server import bodies, client_of, news, push, running_gateway
+        from tests.server.aws import bodies, news, push
+        from tests.server.gateways import client_of, running_gateway
 
         stand_in.fault = lambda call: (
             Fault(status=400, code="ValidationException")
@@ -267,8 +279,8 @@ class TestLearning:
     async def test_next_event(self, kit: LogKit, stand_in: StandIn) -> None:
         """Who is told what another task appends goes on after it, and recognises it."""
         log, other = kit.log(), kit.log()
-        await append(log, one_each(names(10)))
-        await append(other, one_each(names(10), 2))
+        await append_groups(log, one_each(names(10)))
+        await append_groups(other, one_each(names(10), 2))
         for name in names(10):
             log.learn(name, 2, f"{name}-2")
         stand_in.calls.clear()
@@ -282,7 +294,7 @@ class TestLearning:
             )
             for name in names(10)
         ]
-        await append(log, appends)
+        await append_groups(log, appends)
         assert stand_in.calls["dynamodb", "TransactWriteItems"] == 1
         assert stand_in.calls["dynamodb", "Query"] == 0
         assert [places(each.pending) for each in appends] == [[2, 3]] * 10
@@ -291,8 +303,8 @@ class TestLearning:
     async def test_told_in_between(self, kit: LogKit, stand_in: StandIn) -> None:
         """Word of an event that comes while others are looked up does not hide the event itself."""
         log, other = kit.log(), kit.log()
-        await append(log, one_each(["p", "q"]))
-        await append(other, one_each(["p"], 2))
+        await append_groups(log, one_each(["p", "q"]))
+        await append_groups(other, one_each(["p"], 2))
 
         def fault(call: Call) -> Fault | None:
             if call.operation == "TransactGetItems":  # for what is known of q
@@ -305,7 +317,7 @@ class TestLearning:
             ProjectAppend("p", [entry(2, "p-2", lately, project_id="p")]),
             ProjectAppend("q", [entry(1, "q-1", lately, project_id="q")]),
         ]
-        await append(log, appends)
+        await append_groups(log, appends)
         assert stand_in.calls["dynamodb", "TransactGetItems"] > 0
         assert [places(each.pending) for each in appends] == [[2], [1]]
         assert await log.head("p") == 2
@@ -314,23 +326,23 @@ class TestLearning:
     async def test_gap(self, kit: LogKit, told: tuple[int, str | None]) -> None:
         """Who has missed an event, or its id, reads the log before it appends."""
         log, other = kit.log(), kit.log()
-        await append(log, one_each(["p"]))
+        await append_groups(log, one_each(["p"]))
         for number in (2, 3):
-            await append(other, one_each(["p"], number))
+            await append_groups(other, one_each(["p"], number))
         log.learn("p", *told)
         again = entry(2, "p-2", time.time() - 60)
         appends = [ProjectAppend("p", [again, entry(4)])]
-        await append(log, appends)
+        await append_groups(log, appends)
         assert places(appends[0].pending) == [2, 4]
         assert kit.metrics.append_conflicts == 0
 
     async def test_old_news(self, kit: LogKit) -> None:
         """Word of what is known already, or of a project without appends here, changes nothing."""
         log = kit.log()
-        await append(log, one_each(["p"]))
+        await append_groups(log, one_each(["p"]))
         log.learn("p", 1, "p-1")
         log.learn("q", 7, "q-7")
-        await append(log, appends := one_each(["p", "q"], 2))
+        await append_groups(log, appends := one_each(["p", "q"], 2))
         assert [places(each.pending) for each in appends] == [[2], [1]]
 
 
@@ -341,18 +353,18 @@ class TestMemory:
         for start in range(0, 20_000, 5_000):
             stand_in.calls.clear()
             numbers = range(start, start + 5_000)
-            await append(log, [ProjectAppend("p", entries(*numbers, look_back_to=window))])
+            await append_groups(log, [ProjectAppend("p", entries(*numbers, look_back_to=window))])
             reads = {("dynamodb", "BatchGetItem"): 1} if not start else {}
             assert stand_in.calls == {**reads, ("dynamodb", "TransactWriteItems"): 51}
         again = [ProjectAppend("p", entries(0, 19_999, look_back_to=window))]
-        await append(log, again)
+        await append_groups(log, again)
         assert places(again[0].pending) == [1, 20_000]
 
     async def test_many_projects(self, log: EventLog, stand_in: StandIn) -> None:
         """Projects in rotation, far more than a few hundred, are read once."""
-        await append(log, one_each(names(1_000)))
+        await append_groups(log, one_each(names(1_000)))
         stand_in.calls.clear()
-        await append(log, one_each(names(1_000), 2))
+        await append_groups(log, one_each(names(1_000), 2))
         assert stand_in.calls == {("dynamodb", "TransactWriteItems"): 20}
 
     async def test_forgotten_meanwhile(
@@ -361,14 +373,14 @@ class TestMemory:
         """A head that is forgotten while others are read is none that is missing."""
         monkeypatch.setattr(server.EventLog, "HEADS_REMEMBERED", 2)
         log = kit.log()
-        await append(log, one_each(["p0", "p1"]))
+        await append_groups(log, one_each(["p0", "p1"]))
         stand_in.fault = lambda call: (
             Fault(delay_s=0.1)
             if call.operation == "BatchGetItem" and "#slow" in str(call.request)
             else None
         )
         mixed, others = one_each(["p0", "slow"], 2), one_each(["q0", "q1", "q2"])
-        await asyncio.gather(append(log, mixed), append(log, others))
+        await asyncio.gather(append_groups(log, mixed), append_groups(log, others))
         assert [places(each.pending) for each in mixed] == [[2], [1]]
         assert await log.heads(["p0", "slow", "q2"]) == {"p0": 2, "slow": 1, "q2": 1}
 
@@ -377,15 +389,15 @@ class TestMemory:
         with pytest.MonkeyPatch.context() as patch:
             long_ago = server.timestamp(time.time() - 3_600)
             patch.setattr(server, "timestamp", lambda _at=None: long_ago)
-            await append(kit.log(), one_each(names(40)))
-        await append(kit.log(), one_each(names(3), 2))
+            await append_groups(kit.log(), one_each(names(40)))
+        await append_groups(kit.log(), one_each(names(3), 2))
         stand_in.calls.clear()
         window = time.time() - server.EVENT_ID_WINDOW_S
         appends = [
             ProjectAppend(name, [entry(3, f"{name}-3", window, project_id=name)])
             for name in names(40)
         ]
-        await append(kit.log(), appends)
+        await append_groups(kit.log(), appends)
         assert stand_in.calls == {
             ("dynamodb", "BatchGetItem"): 1,
             ("dynamodb", "Query"): 3,
@@ -395,14 +407,14 @@ class TestMemory:
     async def test_backlog(self, kit: LogKit, stand_in: StandIn) -> None:
         """After an outage longer than ids are kept, a project's log is read back once."""
         old = kit.log()
-        await append(old, [ProjectAppend("p", entries(*range(50)))])
+        await append_groups(old, [ProjectAppend("p", entries(*range(50)))])
         log = kit.log()
         long_ago = time.time() - 3 * server.EVENT_ID_WINDOW_S
         log._recent_ids.since = time.time() - server.EVENT_ID_WINDOW_S
         stand_in.calls.clear()
         for number in range(40, 60):
             pending = entry(number, look_back_to=long_ago + number)
-            await append(log, [ProjectAppend("p", [pending])])
+            await append_groups(log, [ProjectAppend("p", [pending])])
             assert places([pending]) == [number + 1]
         assert stand_in.calls["dynamodb", "Query"] == 1
 
@@ -433,9 +445,9 @@ class TestMemory:
         monkeypatch.setattr(server.RecentIds, "REMEMBERED", 80)
         log = kit.log()
         for number in range(300):
-            await append(log, [ProjectAppend("p", entries(number))])
+            await append_groups(log, [ProjectAppend("p", entries(number))])
         again = ProjectAppend("p", entries(0, 150, 299, look_back_to=time.time() - 60))
-        await append(log, [again])
+        await append_groups(log, [again])
         assert places(again.pending) == [1, 151, 300]
 
 
@@ -465,7 +477,7 @@ class TestPartOfATransaction:
 
     async def test_read(self, log: EventLog, half_blind: Callable[..., None]) -> None:
         """A hole that is not one is not believed, at the start of a page or at the log's end."""
-        await append(log, [ProjectAppend("p", entries(1, 2, 3))])
+        await append_groups(log, [ProjectAppend("p", entries(1, 2, 3))])
         half_blind(1, 2)
         assert [each.seq for each in await log.read("p", 0, 3)] == [1, 2, 3]
         half_blind(3)
@@ -476,12 +488,12 @@ class TestPartOfATransaction:
         self, kit: LogKit, log: EventLog, half_blind: Callable[..., None], hidden: tuple[int, ...]
     ) -> None:
         """Who reads what another task is writing learns all the ids in it, or none."""
-        await append(log, one_each(["p"]))
+        await append_groups(log, one_each(["p"]))
         both = [entry(2), entry(3)]
-        await append(kit.log(), [ProjectAppend("p", both)])
+        await append_groups(kit.log(), [ProjectAppend("p", both)])
         half_blind(*hidden)
         again = ProjectAppend("p", [*entries(2, 3, look_back_to=time.time() - 60), entry(4)])
-        await append(log, [again])
+        await append_groups(log, [again])
         assert places(again.pending) == [2, 3, 4]
 
     async def test_large_ones(
@@ -490,20 +502,20 @@ class TestPartOfATransaction:
         """However large the events are that a query has left out."""
         size = server.EVENT_MAX_BYTES - 2
         large = [entry(number, size=size) for number in range(30)]
-        await append(kit.log(), [ProjectAppend("p", large)])
+        await append_groups(kit.log(), [ProjectAppend("p", large)])
         half_blind(*range(1, 30), times=100)
         again = ProjectAppend("p", [entry(3, look_back_to=time.time() - 60)])
-        await append(log, [again])
+        await append_groups(log, [again])
         assert places(again.pending) == [4]
 
     async def test_look_back(
         self, kit: LogKit, half_blind: Callable[..., None], log: EventLog
     ) -> None:
         """Nor is an id overlooked by a task that has just started."""
-        await append(kit.log(), [ProjectAppend("p", entries(1, 2, 3, 4))])
+        await append_groups(kit.log(), [ProjectAppend("p", entries(1, 2, 3, 4))])
         half_blind(2, 4)
         again = ProjectAppend("p", entries(2, 4, look_back_to=time.time() - 60))
-        await append(log, [again])
+        await append_groups(log, [again])
         assert places(again.pending) == [2, 4]
 
 
@@ -638,18 +650,18 @@ class LogMachine(RuleBasedStateMachine):
             again = await self.logs[task].append(group)
             for left in again:
                 self.write(task, left, batches)
-            for append in set(group).difference(*again):
-                self.busy[task].pop(append.project_id, None)
-                for update, pending in zip(batches[append.project_id], append.pending, strict=True):
+            for each in set(group).difference(*again):
+                self.busy[task].pop(each.project_id, None)
+                for update, pending in zip(batches[each.project_id], each.pending, strict=True):
                     assert pending.event is not None
                     update.done = True
                     seq = cast("int", pending.event.seq)
-                    self.told.append((1 - task, append.project_id, seq, pending.event_id))
+                    self.told.append((1 - task, each.project_id, seq, pending.event_id))
 
         running = self.loop.create_task(run())
         running.add_done_callback(self.look_at)
-        for append in group:
-            self.busy[task][append.project_id] = running
+        for each in group:
+            self.busy[task][each.project_id] = running
 
     def look_at(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (failure := task.exception()):
@@ -782,3 +794,265 @@ TestLogMachine = LogMachine.TestCase
 TestLogMachine.settings = hypothesis_settings(
     max_examples=150, stateful_step_count=40, suppress_health_check=list(HealthCheck), deadline=None
 )
+
+
+class TestEventLog:
+    @pytest.fixture
+    async def either(self, either_platform: Platform) -> AsyncIterator[LogKit]:
+        """A table in the stand-in, and once more one in moto."""
+        async with aws_clients(either_platform) as aws:
+            yield LogKit(aws, either_platform)
+
+    async def test_data_come_back_as_sent(self, log: EventLog) -> None:
+        """Data are kept byte for byte."""
+        data = '{ "caf\u00e9": [1.50, 1e2], "\\u00e9":"\U0001f600\\n" }'.encode()
+        found = Update("t", "p", msgspec.Raw(data))
+        await append(log, "p", [PendingEvent(found, "e", math.inf, 0.0)])
+        [read] = await log.read("p", 0)
+        assert b'"data":' + data + b"," in read.payload
+
+    async def test_projects_are_apart(self, log: EventLog) -> None:
+        """Every project has numbers of its own, also one that is the start of another's name."""
+        for project_id in ("p", "p1", "*", "caf\u00e9 #|"):
+            appended = entries(1)
+            await append(log, project_id, appended)
+            assert places(appended) == [1]
+            assert await whole_log(log, project_id) == [(1, 1)]
+
+    async def test_heads(self, either: LogKit) -> None:
+        """The heads of many projects are read a hundred a call; an empty log has none."""
+        log = either.log()
+        for number in (1, 2, 3):
+            await append(log, f"p{number}", entries(*range(number)))
+        heads = await log.heads([f"p{number}" for number in range(150)])
+        assert heads == {"p1": 1, "p2": 2, "p3": 3}
+        assert await log.heads([]) == {}
+
+    async def test_heads_left_out(self, log: EventLog, stand_in: StandIn) -> None:
+        """Heads that DynamoDB has left out of its answer are asked for again."""
+        names = [f"p{number}" for number in range(5)]
+        for name in names:
+            await append(log, name, entries(1))
+        stand_in.fault = faults("BatchGetItem", Fault(failed={0: True, 3: True, 4: True}))
+        assert await log.heads(names) == dict.fromkeys(names, 1)
+
+    async def test_meets_what_others_wrote(self, kit: LogKit) -> None:
+        """An append that finds the log longer than it knew returns what came in between."""
+        one, other = kit.log(), kit.log()
+        await append(one, "p", entries(1))
+        await append(other, "p", entries(2, 3))
+        appended = entries(4)
+        assert seqs(await append(one, "p", appended)) == [2, 3]
+        assert places(appended) == [4]
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_no_answer(self, kit: LogKit, stand_in: StandIn) -> None:
+        """A transaction that took effect without an answer is found in the log."""
+        stand_in.fault = faults("TransactWriteItems", SILENT_AFTER, SILENT_AFTER)
+        log, appended = kit.log(), [entries(1, 2), entries(3)]
+        assert await append_all(log, appended) == []
+        assert [places(batch) for batch in appended] == [[1, 2], [3]]
+        assert await whole_log(log) == [(1, 1), (2, 2), (3, 3)]
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("moment", ["Query", "GetItem", "TransactWriteItems"])
+    async def test_late_effect(self, kit: LogKit, stand_in: StandIn, moment: str) -> None:
+        """A transaction that was given up and takes effect late leaves its events in the log once.
+
+        Late is while it is looked for, or just before it is tried again.
+        """
+        late: list[Call] = []
+        log = kit.log()
+        await append(log, "p", entries(0))
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation == "TransactWriteItems" and not late:
+                late.append(call)
+                return CUT_BEFORE
+            if call.operation == moment and len(late) == 1:
+                stand_in.perform(late[0])
+                late.append(late[0])
+            return None
+
+        stand_in.fault = fault
+        appended = entries(1, 2)
+        assert await append(log, "p", appended) == []
+        assert places(appended) == [2, 3]
+        assert await whole_log(log) == [(1, 0), (2, 1), (3, 2)]
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize(
+        "code", ["TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"]
+    )
+    async def test_transaction_cancelled(self, log: EventLog, stand_in: StandIn, code: str) -> None:
+        """A transaction that DynamoDB cancels for a reason that passes is tried again."""
+        reasons = {"CancellationReasons": [{"Code": "None"}, {"Code": code, "Message": "later"}]}
+        cancelled = Fault(status=400, code="TransactionCanceledException", fields=reasons)
+        stand_in.fault = faults("TransactWriteItems", cancelled, cancelled)
+        appended = entries(1)
+        await append(log, "p", appended)
+        assert places(appended) == [1]
+
+    async def test_look_back_over_pages(self, kit: LogKit) -> None:
+        """An event is recognised however many have come after it."""
+        await append(kit.log(), "p", entries(*range(450)))
+        log = kit.log()
+        again = [entry(number, look_back_to=time.time() - 60) for number in (0, 449, 225, 450)]
+        await append(log, "p", again)
+        assert places(again) == [1, 450, 226, 451]
+        assert await log.head("p") == 451
+
+    async def test_look_back_is_bounded(self, kit: LogKit, stand_in: StandIn) -> None:
+        """The log is looked through only as far back as the update can be in it, and once."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server, "timestamp", lambda _at=None: "2025-11-24T12:00:00.000Z")
+            await append(kit.log(), "p", entries(*range(950)))
+        for dated in (True, False):  # a task of an earlier version does not date its appends
+            if not dated:
+                head = stand_in.tables[kit.table].get(("PROJECT#p", "EVENTLOG"))
+                assert head
+                del head["newest"]
+            log = kit.log()
+            stand_in.calls.clear()
+            for number in (1_000, 1_001):
+                again = entry(number, f"{number}{dated}", look_back_to=time.time() - 60)
+                await append(log, "p", [again])
+            assert stand_in.calls["dynamodb", "Query"] == (0 if dated else 1)
+
+    async def test_first_delivery_is_not_looked_for(self, kit: LogKit, stand_in: StandIn) -> None:
+        """A project's second append costs one call, as nothing can have been missed since."""
+        log = kit.log()
+        await append(log, "p", entries(1, look_back_to=time.time() - 60))
+        stand_in.calls.clear()
+        await append(log, "p", entries(2, look_back_to=time.time() - 50))
+        assert stand_in.calls == {("dynamodb", "TransactWriteItems"): 1}
+
+    async def test_forgetful(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A task that cannot keep all event ids in mind recognises an update all the same."""
+        monkeypatch.setattr(server.RecentIds, "REMEMBERED", 5)
+        log = kit.log()
+        await append_all(log, [entries(*range(start, start + 2)) for start in range(0, 20, 2)])
+        for other in (log, kit.log()):
+            again = entries(0, 5, 19, look_back_to=time.time() - 60)
+            await append(other, "p", again)
+            assert places(again) == [1, 6, 20]
+        assert await log.head("p") == 20
+
+    async def test_forgetful_in_a_batch(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was looked up for a batch is kept in mind until all of the batch is in the log."""
+        await append(kit.log(), "p", entries(*range(10)))
+        monkeypatch.setattr(server.RecentIds, "REMEMBERED", 6)
+        batch = entries(0, 10, 1, 11, 12, look_back_to=time.time() - 60)
+        async with asyncio.timeout(DEADLINE_S):
+            await append(kit.log(), "p", batch)
+        assert places(batch) == [1, 11, 2, 12, 13]
+
+    async def test_many_projects(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A task keeps the heads of so many projects in mind, and reads the others again."""
+        monkeypatch.setattr(server.EventLog, "HEADS_REMEMBERED", 2)
+        log = kit.log()
+        for number in range(3):
+            for name in "abcd":
+                appended = entries(number)
+                await append(log, name, appended)
+                assert places(appended) == [number + 1]
+
+    async def test_large_batch(self, either: LogKit) -> None:
+        """A batch that one transaction cannot take goes in several, in order."""
+        log, appended = either.log(), entries(*range(250))
+        await append(log, "p", appended)
+        assert places(appended) == list(range(1, 251))
+        assert await whole_log(log) == [(number + 1, number) for number in range(250)]
+
+    async def test_large_updates(self, either: LogKit) -> None:
+        """Updates of the largest size go as many a transaction as DynamoDB takes."""
+        log = either.log()
+        appended = [entry(number, size=server.EVENT_MAX_BYTES - 2) for number in range(20)]
+        await append(log, "p", appended)
+        assert places(appended) == list(range(1, 21))
+        assert len(await whole_log(log)) == 20
+
+    async def test_expiry(self, kit: LogKit) -> None:
+        """An expired event is not read any more, though DynamoDB deletes it days later."""
+        await append(kit.log(retention_s=-10), "p", entries(*range(1, 302)))
+        log = kit.log()
+        await append(log, "p", entries(302, 303))
+        assert await whole_log(log) == [(302, 302), (303, 303)]
+        assert seqs(await log.read("p", 302)) == [303]
+        assert await log.head("p") == 303
+
+    async def test_all_expired(self, kit: LogKit) -> None:
+        """A log whose events have all expired is empty, and goes on where it was."""
+        await append(kit.log(retention_s=-10), "p", entries(1, 2))
+        log, appended = kit.log(), entries(3)
+        assert (await log.read("p", 0), await log.head("p")) == ([], 2)
+        await append(log, "p", appended)
+        assert places(appended) == [3]
+
+    async def test_deleted_events(self, kit: LogKit, stand_in: StandIn) -> None:
+        """A task that has slept while others' events came and were deleted goes on after them."""
+        log = kit.log()
+        await append(log, "p", entries(1))
+        await append(kit.log(), "p", entries(2, 3))
+        for seq in (1, 2, 3):
+            stand_in.tables[kit.table].delete(("PROJECT#p", server.event_key(seq)))
+        appended = entries(4)
+        assert await append(log, "p", appended) == []
+        assert places(appended) == [4]
+
+    async def test_platforms_own_items(self, kit: LogKit, stand_in: StandIn) -> None:
+        """The platform's items of the same project are no events."""
+        table = stand_in.tables[kit.table]
+        for key in ("METADATA", "EVENT", "EVENTS#1", "AGENT#1"):
+            table.put(("PROJECT#p", key), {"PK": {"S": "PROJECT#p"}, "SK": {"S": key}})
+        log = kit.log()
+        await append(log, "p", entries(1))
+        again = entries(1, 2, look_back_to=0.0)
+        await append(kit.log(), "p", again)
+        assert places(again) == [1, 2]
+        assert await whole_log(log) == [(1, 1), (2, 2)]
+
+    async def test_epoch(self, either: LogKit) -> None:
+        """All tasks of a table have one epoch, also those that start at once."""
+        logs = [either.log() for _ in range(4)]
+        await asyncio.gather(*(log.open() for log in logs))
+        later = either.log()
+        await later.open()
+        assert len({log.epoch for log in (*logs, later)}) == 1
+        assert later.epoch
+
+    async def test_epoch_of_a_wiped_table(self, kit: LogKit, stand_in: StandIn) -> None:
+        """A table that was wiped cannot pass for the old one."""
+        before, after = kit.log(), kit.log()
+        await before.open()
+        stand_in.tables[kit.table] = Table(kit.table)
+        await after.open()
+        assert after.epoch != before.epoch
+
+    async def test_wiped_table(self, log: EventLog, kit: LogKit, stand_in: StandIn) -> None:
+        """A log that went back ends the process, so that it starts with the new epoch."""
+        await append(log, "p", entries(1, 2))
+        stand_in.tables[kit.table] = Table(kit.table)
+        with pytest.raises(UpstreamLost, match=r"went back from seq 2 to 0; the table was wiped"):
+            await append(log, "p", entries(3))
+
+    async def test_lost_table(self, log: EventLog, kit: LogKit, stand_in: StandIn) -> None:
+        """A table that is missing ends the process, whatever is asked of it."""
+        await append(log, "p", entries(1))
+        del stand_in.tables[kit.table]
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            log.open,
+            lambda: append(log, "other", entries(1)),
+            lambda: log.read("p", 0),
+            lambda: log.head("p"),
+            lambda: log.heads(["p"]),
+        ]
+        for call in calls:
+            with pytest.raises(UpstreamLost, match=r"^event log: .*ResourceNotFoundException"):
+                await call()
+
+    async def test_closed_table(self, log: EventLog, stand_in: StandIn) -> None:
+        """A table that this task may not write to ends the process when it starts."""
+        stand_in.fault = always("PutItem", Fault(status=400, code="AccessDeniedException"))
+        with pytest.raises(UpstreamLost, match=r"^event log: PutItem .*AccessDeniedException"):
+            await log.open()

@@ -15,7 +15,8 @@ from websockets.asyncio.client import connect
 
 import aws_standin
 from server import Event, EventMessage, Gateway
-from test_server import DEADLINE_S, append, entry, running_gateway
+from tests.server.event_logs import append, entry
+from tests.server.gateways import DEADLINE_S, running_gateway
 
 CLIENT = Path(__file__).resolve().parent.parent.parent / "client"
 VARIES = {"timestamp", "epoch", "connection_id", "sqs_message_id", "message", "data"}

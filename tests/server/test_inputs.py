@@ -12,17 +12,10 @@ from websockets.exceptions import ConnectionClosed
 import aws_standin
 from aws_standin import StandIn
 from server import Gateway
-from test_server import (
-    DEADLINE_S,
-    bodies,
-    client_of,
-    eventually,
-    peer_of,
-    push,
-    running_gateway,
-    upgrade,
-)
 from tests.inputs import CLOSED, DEAD_LETTER, INPUTS, Case, Input
+from tests.server.aws import bodies, push
+from tests.server.gateways import DEADLINE_S, client_of, eventually, running_gateway
+from tests.server.peers import peer_of, upgrade
 
 FROM_CLIENTS = [each for each in INPUTS if each.client is not None]
 FROM_AGENTS = [each for each in INPUTS if each.agent is not None]

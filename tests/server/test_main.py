@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import aws_standin
-from test_server import SERVER, clean_environment, process_of
+from tests.server.processes import SERVER, clean_environment, process_of
 
 
 async def test_port_in_use_is_a_sentence(platform: aws_standin.Platform) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import aws_standin
 import server
-from test_server import client_of, running_gateway
+from tests.server.gateways import client_of, running_gateway
 
 MESSAGES: list[tuple[dict[str, Any], list[str]]] = [
     ({"action": "ping"}, ["pong"]),

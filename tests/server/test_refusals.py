@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import aws_standin
-from test_server import fetch, running_gateway
 from tests.issuer import Issuer
-from tests.test_access import guarded, issuer
-
-__all__ = ["issuer"]
+from tests.server.gateways import running_gateway
+from tests.server.guarded import guarded
+from tests.server.peers import fetch
 
 EVERYBODY = {"access-control-allow-origin": "*"}
 FROM_ELSEWHERE = {"Origin": "https://elsewhere.example"}

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 import server
 from server import MAX_NESTING, Aws, EventLog, Gateway
-from test_server import (
+from tests.server.aws import Platform, aws_clients
+from tests.server.gateways import (
     DEADLINE_S,
     NO_LIMITS,
     Client,
-    Platform,
-    aws_clients,
     client_of,
     running_gateway,
     settings,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import pytest
 
 import aws_standin
 from server import Settings, SettingsError, letters_apart
-from test_server import AUTHENTICATION, REQUIRED, process_of
+from tests.server.gateways import AUTHENTICATION, REQUIRED
+from tests.server.processes import process_of
 
 
 def faults(**values: str) -> tuple[str, ...]:
@@ -193,3 +197,65 @@ class TestRegions:
 def test_letters_apart(one: str, other: str, apart: int) -> None:
     assert letters_apart(one, other) == letters_apart(other, one) == apart
     assert letters_apart(one + "x" * 9, other) > 2
+
+
+class TestSettings:
+    def test_blank_is_the_default(self) -> None:
+        """An optional setting that is blank has its default: so templates leave parameters out."""
+        values = {**REQUIRED, "UPDATES_TOPIC_ARN": "", "WEBSOCKET_PORT": " "}
+        assert Settings.from_mapping(values) == Settings.from_mapping(REQUIRED)
+
+    def test_authentication(self) -> None:
+        """Who names an issuer's keys has to say for whom its tokens are, too."""
+        keys = {**REQUIRED, "AUTH_JWKS_URL": "https://issuer.example/keys"}
+        with pytest.raises(SettingsError) as caught:
+            Settings.from_mapping(keys)
+        assert caught.value.faults == (
+            "AUTH_ISSUER is missing: `iss` of the tokens; needed with keys",
+            "AUTH_AUDIENCE is missing: whom the tokens are for; needed with keys",
+        )
+        values = {
+            **keys,
+            "AUTH_ISSUER": "https://issuer.example",
+            "AUTH_AUDIENCE": "gateway",
+            "AUTH_ALGORITHMS": "RS256, ES256",
+            "ALLOWED_ORIGINS": "https://app.example,http://localhost:3000 ,http://[::1]:8000",
+        }
+        found = Settings.from_mapping(values)
+        assert found.auth_algorithms == ("RS256", "ES256")
+        assert found.allowed_origins == (
+            "https://app.example",
+            "http://localhost:3000",
+            "http://[::1]:8000",
+        )
+
+    @pytest.mark.parametrize(
+        ("url", "allowed"),
+        [
+            ("https://issuer.example/keys", True),
+            ("http://127.0.0.1:4100/keys", True),
+            ("http://localhost/keys", True),
+            ("http://issuer.example/keys", False),
+            ("https://", False),
+            ("file:///etc/keys", False),
+            ("http://localhost.evil.example/keys", False),
+        ],
+    )
+    def test_keys_url(self, url: str, allowed: bool) -> None:
+        """Keys are read over TLS, or from this machine."""
+        values = {
+            **REQUIRED,
+            "AUTH_ISSUER": "https://issuer.example",
+            "AUTH_AUDIENCE": "gateway",
+            "AUTH_JWKS_URL": url,
+        }
+        expectation = (
+            contextlib.nullcontext() if allowed else pytest.raises(SettingsError, match="https")
+        )
+        with expectation:
+            Settings.from_mapping(values)
+
+    def test_frozen(self) -> None:
+        """Settings do not change while the server runs."""
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Settings.from_mapping(REQUIRED).websocket_port = 1  # type: ignore[misc]

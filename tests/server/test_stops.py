@@ -17,15 +17,9 @@ import aws_standin
 import server
 from aws_standin import Call, Fault, StandIn
 from server import Gateway, Principal, Stop
-from test_server import (
-    Client,
-    LogKit,
-    agents_say,
-    bodies,
-    client_of,
-    faults,
-    running_gateway,
-)
+from tests.server.aws import agents_say, bodies, faults
+from tests.server.event_logs import LogKit
+from tests.server.gateways import Client, client_of, running_gateway
 
 Json = dict[str, Any]
 

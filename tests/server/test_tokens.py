@@ -11,8 +11,8 @@ import pytest
 
 import server
 from server import Keys, NotAuthenticated, Principal, Tokens, Verifier
-from test_server import settings, task_group
 from tests.issuer import AUDIENCE, ISSUER, key_set, private_key, public_jwk, token_of
+from tests.server.gateways import settings, task_group
 
 
 class Counting(Verifier):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import pytest
 from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import server
@@ -19,12 +21,19 @@ from server import (
     AgentMessage,
     BadMessage,
     ErrorCode,
+    Event,
+    EventMessage,
     Forward,
+    RelayedBatch,
     RelayedEvent,
+    Subscribe,
     UnreadableUpdate,
     decode_message,
     decode_update,
 )
+from tests.server.listeners import event, text_messages
+from tests.server.messages import refusal
+from tests.server.peers import client_protocol
 
 HALVES = (r"\ud83d", r"\uD83D", r"\udc00", r"\uDFFF", r"\ud83d\ud83d\ude00", r"\ud83dA")
 
@@ -61,12 +70,6 @@ json_texts = st.recursive(
 def forward(data: str, **fields: Any) -> bytes:
     head = json.dumps({"action": "forward", "type": "dev", "message_id": "m1", **fields})
     return f'{head[:-1]},"data":{data}}}'.encode()
-
-
-def refusal(payload: bytes) -> BadMessage:
-    with pytest.raises(BadMessage) as caught:
-        decode_message(payload)
-    return caught.value
 
 
 class TestHalfSurrogatePairs:
@@ -404,3 +407,61 @@ def walk(hint: Any) -> Iterator[Any]:
     yield hint
     for inner in (*get_args(hint), *getattr(hint, "__metadata__", ())):
         yield from walk(inner)
+
+
+SIZES_AT_LIMITS = [0, 1, 124, 125, 126, 127, 65_534, 65_535, 65_536, 65_537, 300_000]
+
+
+class TestWire:
+    def test_long_ids(self) -> None:
+        """An id has at most 256 characters, and a longer one is not echoed."""
+        message = {"action": "subscribe", "project_id": "\u00e9" * 256}
+        assert isinstance(decode_message(msgspec.json.encode(message)), Subscribe)
+        exc = refusal(msgspec.json.encode({"action": "subscribe", "project_id": "x" * 257}))
+        assert exc.code is ErrorCode.INVALID_FIELD
+        assert exc.context == {"action": "subscribe"}
+        assert "project_id" in str(exc)
+
+    @given(payload=st.binary(max_size=200) | st.sampled_from(SIZES_AT_LIMITS).map(bytes))
+    @hypothesis_settings(max_examples=60)
+    def test_frame(self, payload: bytes) -> None:
+        """A frame is what the library reads as one text message."""
+        assert text_messages(server.frame(payload), client_protocol()) == [payload]
+
+    @given(
+        payload=st.binary(max_size=200)
+        | st.sampled_from(SIZES_AT_LIMITS).map(lambda size: b"ab" * (size // 2) + b"c" * (size % 2))
+        | st.sampled_from(SIZES_AT_LIMITS).map(lambda size: random.Random(size).randbytes(size))
+    )
+    @hypothesis_settings(max_examples=60)
+    def test_deflate(self, payload: bytes) -> None:
+        """A deflated frame is what the library inflates to the same message, twice over."""
+        data = server.frame(server.deflate(payload), 0xC1)
+        assert text_messages(data + data, client_protocol(deflates=True)) == [payload, payload]
+
+    def test_frames_in_a_row(self) -> None:
+        """Frames that are joined come apart again."""
+        payloads = [bytes(size) for size in SIZES_AT_LIMITS]
+        data = b"".join(map(server.frame, payloads))
+        assert text_messages(data, client_protocol()) == payloads
+
+    def test_event_is_deflated_where_that_pays(self) -> None:
+        """An event is deflated once, if that makes it smaller."""
+        long, short = event(1, size=5_000), event(1)
+        noise = Event("p", 1, random.Random(1).randbytes(5_000))
+        assert len(long.deflated) < 200
+        assert long.deflated is long.deflated
+        assert short.deflated is short.frame
+        assert noise.deflated is noise.frame
+
+    def test_largest_update_fits_the_topic(self) -> None:
+        """The largest update, under the ids that take most room, is one message of the topic."""
+        widest = "\x01" * server.ID_MAX_CHARS  # six bytes each in JSON
+        data = '"' + "x" * (server.EVENT_MAX_BYTES - 2) + '"'
+        body = {"type": widest, "project_id": widest, "connection_id": widest}
+        found = decode_update(json.dumps(body)[:-1] + f',"data":{data}}}')
+        message = EventMessage(found.type, widest, found.data, server.SEQ_MAX, server.timestamp())
+        payload = msgspec.Raw(Event.of(message).payload)
+        carried = RelayedEvent(widest, server.SEQ_MAX, found.connection_id, time.time(), payload)
+        carrier = msgspec.json.encode(RelayedBatch("t" * 80, [carried]))
+        assert len(carrier) <= server.SNS_MESSAGE_BYTES

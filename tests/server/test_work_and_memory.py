@@ -17,21 +17,10 @@ import aws_standin
 import server
 from aws_standin import StandIn
 from server import Account, Accounts, Connection, Gateway, Turns, deflate
-from test_server import (
-    DEFLATED,
-    Json,
-    client_of,
-    dialled,
-    event,
-    eventually,
-    fill_log,
-    hold_back,
-    masked,
-    narrow,
-    peer_of,
-    running_gateway,
-    upgrade,
-)
+from tests.server.aws import Json, hold_back
+from tests.server.gateways import client_of, eventually, fill_log, narrow, running_gateway
+from tests.server.listeners import event
+from tests.server.peers import DEFLATED, dialled, masked, peer_of, upgrade
 
 
 class TestAccount:

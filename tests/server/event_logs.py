@@ -1,0 +1,73 @@
+"""Event logs in a table, and events to append to them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import msgspec
+
+from server import Aws, Event, EventLog, Metrics, PendingEvent, ProjectAppend, Registry, Update
+from tests.server.aws import Platform
+
+
+def entry(
+    number: int,
+    event_id: str = "",
+    look_back_to: float = math.inf,
+    size: int = 0,
+    project_id: str = "p",
+) -> PendingEvent:
+    """An update that carries ``number``, or ``size`` bytes, and has never been here before."""
+    data = msgspec.Raw(b'"%s"' % (b"x" * size)) if size else msgspec.Raw(b"%d" % number)
+    found = Update("project_updated", project_id, data)
+    return PendingEvent(found, event_id or f"id{number}", look_back_to, 0.0)
+
+
+def entries(*numbers: int, **fields: Any) -> list[PendingEvent]:
+    return [entry(number, **fields) for number in numbers]
+
+
+def seqs(events: Sequence[Event]) -> list[int | None]:
+    return [event.seq for event in events]
+
+
+def places(appended: Sequence[PendingEvent]) -> list[int | None]:
+    """The seqs that entries have in the log."""
+    return seqs([event for each in appended if (event := each.event)])
+
+
+async def whole_log(log: EventLog, project_id: str = "p", after: int = 0) -> list[tuple[int, Any]]:
+    """Seq and data of everything in a project's log, read page by page."""
+    found: list[tuple[int, Any]] = []
+    while page := await log.read(project_id, found[-1][0] if found else after):
+        found += [(cast("int", each.seq), json.loads(each.payload)["data"]) for each in page]
+    return found
+
+
+async def append(log: EventLog, project_id: str, pending: Sequence[PendingEvent]) -> list[Event]:
+    """Append to one project's log, as often as it takes; return what was met on the way."""
+    append = ProjectAppend(project_id, pending)
+    groups = [[append]]
+    while groups:
+        groups = [left for group in groups for left in await log.append(group)]
+    return append.others
+
+
+async def append_all(log: EventLog, batches: Sequence[Sequence[PendingEvent]]) -> list[Event]:
+    """Append batch after batch; return what was met on the way."""
+    return [event for batch in batches for event in await append(log, "p", batch)]
+
+
+class LogKit:
+    """Makes event logs of one table: another one is what another task, or a new one, has."""
+
+    def __init__(self, aws: Aws, platform: Platform) -> None:
+        self._aws = aws
+        self.table = platform.events_table_name
+        self.metrics = Metrics("test", Registry())
+
+    def log(self, retention_s: int = 3_600) -> EventLog:
+        return EventLog(self._aws.dynamodb, self.table, retention_s, self.metrics)
