@@ -512,10 +512,11 @@ MESSAGES = (*CLIENT_MESSAGES, *SERVER_MESSAGES, *AGENT_MESSAGES)
 INTERNAL = {
     server.Asking,
     server.Answer,
+    server.Dates,
     server.RelayedBatch,
     server.RelayedEvent,
 }
-"""What message types have in common, and those that only the gateway's own tasks see."""
+"""What message types have in common, those that only the gateway's own tasks see, and claims."""
 
 
 # --- Errors and closes ----------------------------------------------------------------------

@@ -135,7 +135,9 @@ class TestKeySets:
 
 class TestTokens:
     @pytest.mark.parametrize("claim", ["exp", "nbf"])
-    @pytest.mark.parametrize("value", ["9999999999", True, float("nan"), float("inf"), [], {}])
+    @pytest.mark.parametrize(
+        "value", ["9999999999", True, float("nan"), float("inf"), float("-inf"), [], {}]
+    )
     async def test_dates_that_are_none(self, claim: str, value: Any) -> None:
         """A date is a number (RFC 7519, section 2), not a string that looks like one."""
         verifier = await verifier_of(GOOD)
@@ -348,7 +350,7 @@ class TestNetworks:
     def test_connections(self) -> None:
         """Many /64s of one /48 have together what some addresses have; others are not concerned."""
         admission = admission_with(max_connections_per_ip=2)
-        inside = self.customers(2 * server.SITE_ADDRESSES)
+        inside = self.customers(2 * server.Admission.SITE_ADDRESSES)
         for address in inside:
             assert admission.refusal(address, 0.0) is None
             admission.entered(address)
@@ -364,12 +366,12 @@ class TestNetworks:
     def test_handshakes(self) -> None:
         admission = admission_with(max_handshakes_per_second_per_ip=1)
         answers = [admission.refusal(address, 0.0) for address in self.customers(64)]
-        assert answers.count(None) == 2 * server.SITE_ADDRESSES
+        assert answers.count(None) == 2 * server.Admission.SITE_ADDRESSES
         assert admission.refusal(self.customers(1, "2001:db8:2")[0], 0.0) is None
 
     def test_failed_authentications(self) -> None:
         admission = admission_with(max_failed_authentications_per_ip=1)
-        for address in self.customers(server.SITE_ADDRESSES):
+        for address in self.customers(server.Admission.SITE_ADDRESSES):
             assert admission.refusal(address, 0.0) is None
             admission.failed(address, 0.0)
         assert admission.refusal(self.customers(99)[-1], 0.0) is not None
@@ -377,16 +379,16 @@ class TestNetworks:
 
     def test_ipv4(self) -> None:
         """An IPv4 address is nobody's but its own."""
-        assert list(server.scopes_of("203.0.113.1")) == [("203.0.113.1", 1)]
-        assert list(server.scopes_of("no address: at all")) == [("no address: at all", 1)]
+        assert list(server.Admission.scopes_of("203.0.113.1")) == [("203.0.113.1", 1)]
+        assert list(server.Admission.scopes_of("no address: at all")) == [("no address: at all", 1)]
 
     async def test_through_a_proxy(self, platform: aws_standin.Platform) -> None:
         async with running_gateway(platform, max_handshakes_per_second_per_ip=1) as gateway:
             statuses = [
                 await status_of(gateway, X_Forwarded_For=f"2001:db8:7:{number:x}::1")
-                for number in range(4 * server.SITE_ADDRESSES)
+                for number in range(4 * server.Admission.SITE_ADDRESSES)
             ]
-        assert statuses.count(101) >= 2 * server.SITE_ADDRESSES
+        assert statuses.count(101) >= 2 * server.Admission.SITE_ADDRESSES
         assert 429 in statuses
 
 
