@@ -557,7 +557,9 @@ class Settings:
         number(1_024, 1_048_576), "largest message of a client; close code 1009 above it", 262_144
     )
     max_backlog_bytes: int = setting(
-        number(65_536, 2**30), "unread bytes above which a client is closed with 1013", 1_048_576
+        number(65_536, 2**30),
+        "unread bytes above which a client that reads no more a second is closed with 1013",
+        1_048_576,
     )
     max_connections: int = setting(number(0, 1_000_000), "beyond it 503; 0 is no limit", 20_000)
     max_handshakes_per_second: int = setting(
@@ -2201,8 +2203,7 @@ class FanOut:
     goes out in the turn it came in.
     """
 
-    def __init__(self, max_backlog_bytes: int, metrics: Metrics, ledger: Ledger) -> None:
-        self._max_backlog_bytes = max_backlog_bytes
+    def __init__(self, metrics: Metrics, ledger: Ledger) -> None:
         self._metrics = metrics
         self._ledger = ledger
         self._dirty: list[Channel] = []
@@ -2239,9 +2240,6 @@ class FanOut:
             if connection.choked:
                 shared = True
                 connection.backlog_bytes += len(data)
-                if self.overdue(connection):
-                    dropped.append(connection)
-                    continue
             try:
                 connection.transport.write(data)
             except Exception:  # what is wrong with one must not keep it from the others
@@ -2251,24 +2249,10 @@ class FanOut:
         for connection in dropped:
             self.give_up(connection)
 
-    def overdue(self, connection: Connection) -> bool:
-        """Whether a client is so slow that keeping what it missed is the log's work, not memory's.
-
-        Asked before a write: what counts is what it left of earlier ones, however much comes now.
-        """
-        return connection.transport.get_write_buffer_size() > self._max_backlog_bytes
-
     def give_up(self, connection: Connection) -> None:
         if connection.progress is Progress.OPEN:
             self._metrics.slow_consumers_closed += 1
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
-
-    def gave_up(self, connection: Connection) -> bool:
-        """Close a client that reads too slowly; whether it was so."""
-        if not self.overdue(connection):
-            return False
-        self.give_up(connection)
-        return True
 
 
 # --- Clients --------------------------------------------------------------------------------
@@ -4677,6 +4661,7 @@ class Connection(asyncio.Protocol):
         account: which its work is charged to: first its socket's peer, then its principal.
         backlog_bytes: what the transport would hold if nothing had moved since the last look.
         charged_bytes: what the ledger has it down for.
+        behind: at the last look it had more unread than a client may have.
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
         deadline: when handshake, authentication or close must be over, by the loop's clock.
         in_flight, in_flight_bytes: forwards that are not settled yet.
@@ -4693,10 +4678,10 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_asked", "_corked", "_drained", "_ended", "_gateway", "_held_input", "_holds",
         "_paused_at", "_private_bytes", "_request_bytes", "_tail", "account", "address",
-        "backlog_bytes", "catch_up_turn", "catching_up", "charged_bytes", "choked", "close_code",
-        "deadline", "deflates", "heard_at", "id", "in_flight", "in_flight_bytes", "inbox",
-        "moved_at", "opened_at", "pinged_at", "principal", "progress", "queued", "said_busy_at",
-        "subscriptions", "transport", "warned",
+        "backlog_bytes", "behind", "catch_up_turn", "catching_up", "charged_bytes", "choked",
+        "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "in_flight_bytes",
+        "inbox", "moved_at", "opened_at", "pinged_at", "principal", "progress", "queued",
+        "said_busy_at", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     account: Account
@@ -4711,7 +4696,7 @@ class Connection(asyncio.Protocol):
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None  # only for those who ever need it
         self.deflates = False
-        self.choked = False
+        self.choked = self.behind = False
         self.queued = False
         self.close_code: int | None = None
         self.in_flight = self.in_flight_bytes = 0
@@ -4764,7 +4749,7 @@ class Connection(asyncio.Protocol):
         self.recount()
 
     def resume_writing(self) -> None:
-        self.choked = False
+        self.choked = self.behind = False
         self.moved_at = self._gateway.now()
         self.recount()
         self._wake()
@@ -4822,14 +4807,23 @@ class Connection(asyncio.Protocol):
         account.users += 1
         self.account = account
 
-    def look(self, now: float) -> None:
-        """See whether the client has read anything since the last look."""
+    def look(self, now: float, max_backlog_bytes: int) -> bool:
+        """See what the client has read since the last look; whether it reads too slowly.
+
+        It does if it had more unread than the bound at both looks, and has not read as much between
+        them: keeping what it missed is then the log's work, not memory's. However much comes at
+        once closes nobody, and who catches up does so at its own pace.
+        """
         size = self.transport.get_write_buffer_size()
-        if not size or size < self.backlog_bytes:
+        read_bytes = self.backlog_bytes - size
+        if not size or read_bytes > 0:
             self.moved_at = now
+        was_behind, self.behind = self.behind, size > max_backlog_bytes
         if size != self.backlog_bytes:
             self.backlog_bytes = size
             self.recount()
+        slow = was_behind and self.behind and read_bytes < max_backlog_bytes
+        return slow and not self.catching_up
 
     # The gateway calls these.
 
@@ -5083,10 +5077,10 @@ class Connection(asyncio.Protocol):
         self._gateway.messages.handle(self, payload)
 
     def _write(self, data: bytes) -> None:
-        """Write what only this client is sent, unless it reads too slowly."""
+        """Write what only this client is sent."""
         if self._corked is not None:
             self._corked.append(data)
-        elif not (self.choked and self._gateway.fan_out.gave_up(self)):
+        else:
             self.transport.write(data)
             self._note_private(len(data))
 
@@ -5109,8 +5103,6 @@ class Connection(asyncio.Protocol):
             self._ended = True
         if self.progress is Progress.OPEN and protocol.state is not State.OPEN:
             self._begin_to_close()
-        elif self.choked and self.progress is Progress.OPEN:
-            self._gateway.fan_out.gave_up(self)  # as one who pings and never reads
 
     def _begin_to_close(self) -> None:
         """Read on, whatever paused it, or the peer's end is not seen; and discard what comes."""
@@ -5776,6 +5768,7 @@ class Sweep:
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self._gateway = gateway
         self._ping_interval_s = settings.ping_interval_seconds
+        self._max_backlog_bytes = settings.max_backlog_bytes
 
     async def run(self) -> NoReturn:
         gateway, interval_s = self._gateway, min(self.INTERVAL_S, self._ping_interval_s / 4)
@@ -5805,10 +5798,13 @@ class Sweep:
     def _look_at(self, connection: Connection) -> None:
         """Close a connection that is over, and ping one that is quiet."""
         now = self._gateway.now()
-        connection.look(now)
+        slow = connection.look(now, self._max_backlog_bytes)
         if now - connection.moved_at > STALLED_AFTER_S:
             self._gateway.metrics.slow_consumers_closed += 1
             connection.end(CloseCode.TRY_AGAIN_LATER, "nothing was read; resume with since")
+            return
+        if slow:
+            self._gateway.fan_out.give_up(connection)
             return
         self._end_session(connection)
         if connection.progress is not Progress.OPEN:
@@ -5872,7 +5868,7 @@ class Gateway:
         self.metrics.work_owed = self.door.work_owed
         self.messages = Messages(self, settings)
         self.sweep = Sweep(self, settings)
-        self.fan_out = FanOut(settings.max_backlog_bytes, self.metrics, self.ledger)
+        self.fan_out = FanOut(self.metrics, self.ledger)
         timeout_s = settings.forward_timeout_seconds
         self.forwarder = Forwarder(tasks, aws.sqs, settings.queue_urls, timeout_s, self.metrics)
         retention_s = settings.event_retention_hours * 3600

@@ -749,7 +749,11 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
         "`invalid_message`; of an agent's update, dead-letter queue",
     ),
     ("how long events are kept, hours", "event_retention_hours", "`recovered` is false"),
-    ("bytes sent to a client and not read yet", "max_backlog_bytes", "close 1013"),
+    (
+        "bytes sent to a client that it neither has read nor reads in a second",
+        "max_backlog_bytes",
+        "close 1013",
+    ),
     ("ids and project names, characters", server.ID_MAX_CHARS, "`invalid_field`"),
     ("a token in `authenticate`, characters", server.TOKEN_MAX_CHARS, "`invalid_field`"),
     ("the opening handshake, bytes", server.HANDSHAKE_MAX_BYTES, "431"),

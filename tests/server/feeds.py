@@ -90,7 +90,7 @@ class Office:
             tasks,
             log,
             self.registry,
-            FanOut(1_000_000, self.metrics, Ledger(self.registry, self.metrics, 10**9)),
+            FanOut(self.metrics, Ledger(self.registry, self.metrics, 10**9)),
             self.metrics,
             self._read_state,
         )

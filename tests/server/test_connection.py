@@ -313,9 +313,10 @@ class TestConnection:
         ids=["messages", "ping frames"],
     )
     async def test_asks_and_never_listens(
-        self, platform: aws_standin.Platform, question: bytes
+        self, platform: aws_standin.Platform, question: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Answers that are not read count as any backlog."""
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with (
             running_gateway(platform, max_backlog_bytes=65_536, **NO_LIMITS) as gateway,
             peer_of(gateway) as peer,

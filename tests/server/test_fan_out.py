@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import pytest
-from websockets.frames import CloseCode
 
 from server import Channel, Event, FanOut, Metrics
 from tests.server.listeners import Listener, Sink, event, new_ledger, new_metrics
@@ -20,7 +19,7 @@ class TestFanOut:
 
     @pytest.fixture
     def fan_out(self, metrics: Metrics) -> FanOut:
-        return FanOut(1_000, metrics, new_ledger(metrics))
+        return FanOut(metrics, new_ledger(metrics))
 
     @pytest.fixture
     def channel(self) -> Channel:
@@ -84,21 +83,6 @@ class TestFanOut:
         fan_out.push(channel, event(1))
         await asyncio.sleep(0)
         assert (channel.pending, metrics.events_delivered) == ([], 0)
-
-    @pytest.mark.parametrize(("buffered", "closed"), [(1_000, False), (1_001, True)])
-    async def test_slow_reader(
-        self, fan_out: FanOut, channel: Channel, metrics: Metrics, buffered: int, closed: bool
-    ) -> None:
-        """Who has left more unread than the bound is closed with 1013, and the others are not."""
-        slow, fast = Listener("slow"), Listener("fast")
-        slow.choked, slow.transport.buffered = True, buffered
-        channel.plain |= {slow, fast}
-        fan_out.push(channel, event(1, size=5_000))
-        await asyncio.sleep(0)
-        assert slow.closed_with == (CloseCode.TRY_AGAIN_LATER if closed else None)
-        assert slow.seqs() == ([] if closed else [1])
-        assert (fast.closed_with, fast.seqs()) == (None, [1])
-        assert metrics.slow_consumers_closed == closed
 
     async def test_broken_transport(self, fan_out: FanOut, channel: Channel) -> None:
         """What is wrong with one listener does not keep an event from the others."""
