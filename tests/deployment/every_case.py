@@ -6,12 +6,13 @@ make deployments ARGS="-k interrupted"
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from tests import issuer, test_docs
 from tests.deployment.cloud import CERTIFICATE, GATEWAY_STACK, SUBNETS, Cloud
-from tests.deployment.person import Person
+from tests.deployment.person import Person, aws_cli_2
 from tests.test_deployment import (  # the fixtures are found by their names
     SECURITY,
     assert_closed,
@@ -324,6 +325,21 @@ class TestCaller:
         assert first.returncode == 0 or second.code == 0, text + second.text
         assert parameters_of(cloud, SECURITY) == SECURITY
         assert_closed(cloud, person.deploy())
+
+
+class TestVersion2:
+    """The other version of the AWS CLI, which has a pager, prompts and an order of its own."""
+
+    def test_first_and_update(self, cloud: Cloud, tmp_path: Path, home: Path) -> None:
+        path = aws_cli_2()
+        if path is None:
+            pytest.skip("no version 2 of the AWS CLI is on the path: apt-get install awscli")
+        person = Person(cloud, tmp_path / "version 2", home, f'exec "{path}"')
+        run = person.deploy(typed(SECURITY), AWS_CLI_AUTO_PROMPT="on", AWS_PAGER="cat >&2")
+        assert_closed(cloud, run)
+        run = person.deploy("-ParameterOverride", "@{ LogLevel = 'DEBUG' }")
+        assert_closed(cloud, run)
+        assert parameters_of(cloud, {"LogLevel": ""}) == {"LogLevel": "DEBUG"}
 
 
 class TestConnection:

@@ -36,6 +36,15 @@ def aws_cli() -> str | None:
     return str(own) if own.exists() else shutil.which("aws")
 
 
+def aws_cli_2() -> str | None:
+    """Version 2 of the AWS CLI, where the path has it."""
+    path = shutil.which("aws")
+    if path is None:
+        return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return path if said.stdout.startswith("aws-cli/2.") else None
+
+
 def lacking() -> str:
     """What a deployment cannot be played through without; empty where all is there."""
     missing = [name for name in ("pwsh", "git") if not shutil.which(name)]
