@@ -883,7 +883,7 @@ function Show-RolloutFailure {
             $id = ($task.Id -split '/')[-1]
             Write-Step -Message "  task $id stopped: $($task.Reason)"
             foreach ($container in $task.Containers) {
-                Write-Step -Message "    container $($container.Name): exit code $($container.Code) $($container.Reason)"
+                Write-Step -Message "    container $($container.Name): exit code $($container.Code) $($container.Reason)".TrimEnd()
             }
             $arguments = 'logs', 'get-log-events', '--log-group-name', "/ecs/$ServiceName", '--log-stream-name', "gateway/websocket/$id", '--limit', '20', '--query', 'events[].message'
             foreach ($line in @(Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ResourceNotFoundException')) {
@@ -939,6 +939,7 @@ function Show-Plan {
             }
             Write-Step -Message $line
         }
+        Write-Step -Message '  HasImage is true from step 6 on; the parameters above decide the other conditions'
         return
     }
     $repositoryUri = $Stack.Output['WebSocketRepositoryUri']
@@ -1024,7 +1025,7 @@ function Invoke-Deployment {
         return
     }
 
-    Write-Step -Message '4 of 7  Deploying everything but the service, unless it stands'
+    Write-Step -Message '4 of 7  Making the stack, still without its service, where it is new'
     $exists = $false
     if ($stack -and $stack.Status -ne 'REVIEW_IN_PROGRESS') {
         $exists = Repair-Stack -Stack $stack

@@ -49,7 +49,7 @@ CERTIFICATE = f"arn:aws:acm:{REGION}:{ACCOUNT}:certificate/1234abcd"
 MAIN_STACK, GATEWAY_STACK = "agenticai-stack", "agenticai-websocket-stack"
 TEMPLATE_BYTES = 51_200
 QUEUE_NAME_REST_S = 60.0  # a deleted queue's name cannot be used again for so long
-HEALTHY_WITHIN_S = 30.0
+HEALTHY_WITHIN_S = 90.0  # many times what a task needs on a machine that is not busy
 NO_CHANGES = (
     "The submitted information didn't contain changes. "
     "Submit different information to create a change set."
@@ -481,14 +481,20 @@ class Cloud:
                 return 401, {}, b"no basic auth credentials"
             if name not in self.repositories:
                 return 404, {}, f"repository {name} does not exist".encode()
-            self.push(name, tag, Path(request["folder"]))
+            try:
+                self.push(name, tag, Path(request["folder"]))
+            except ValueError as refusal:
+                return 400, {}, str(refusal).encode()
             return 200, {}, b"{}"
 
     def push(self, repository: str, tag: str, folder: Path) -> Image:
         """Put an image into a repository, whose tags never change."""
         images = self.repositories[repository]
         if any(tag in image.tags for image in images):
-            raise ValueError(f"the tag {tag} is immutable")
+            raise ValueError(
+                f"tag invalid: The image tag '{tag}' already exists in the '{repository}'"
+                " repository and cannot be overwritten because the repository is immutable."
+            )
         content = b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
         digest = "sha256:" + hashlib.sha256(content + tag.encode()).hexdigest()
         kept = self.folder / digest.removeprefix("sha256:")
