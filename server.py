@@ -718,6 +718,9 @@ class Settings:
 # --- Wire -----------------------------------------------------------------------------------
 # Messages to bytes and back. Pure: knows no asyncio, no sockets, no AWS.
 
+Id = Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+Traceparent = Annotated[str, Meta(max_length=TRACE_MAX_CHARS)]
+
 
 class Asking(Struct, kw_only=True):
     """What every message of a client may carry, and every answer to it repeats."""
@@ -732,7 +735,7 @@ class Answer(Struct, kw_only=True):
 class Subscribe(Asking, tag_field="action", tag="subscribe"):
     """Asks for a project's events; with ``since``, first for those missed after it."""
 
-    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+    project_id: Id
     since: Annotated[int, Meta(ge=0, le=SEQ_MAX)] | None = None
     epoch: Annotated[str, Meta(max_length=ID_MAX_CHARS)] | None = None
     snapshot: bool = False
@@ -741,25 +744,25 @@ class Subscribe(Asking, tag_field="action", tag="subscribe"):
 class Unsubscribe(Asking, tag_field="action", tag="unsubscribe"):
     """Ends a subscription; of one that is not there too."""
 
-    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+    project_id: Id
 
 
 class Forward(Asking, tag_field="action", tag="forward"):
     """Passes ``data``, unread, to the agent that ``type`` names."""
 
     type: str
-    message_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
-    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    message_id: Id | None = None
+    project_id: Id | None = None
     data: Raw = Raw(b"null")
-    client_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
-    traceparent: Annotated[str, Meta(max_length=TRACE_MAX_CHARS)] | None = None
+    client_id: Id | None = None
+    traceparent: Traceparent | None = None
 
 
 class Stop(Asking, tag_field="action", tag="stop"):
     """Asks agents to end their work on a forward, come or yet to come."""
 
-    message_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
-    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    message_id: Id
+    project_id: Id | None = None
 
 
 class Ping(Asking, tag_field="action", tag="ping"):
@@ -872,14 +875,14 @@ class AgentMessage(Struct, tag_field="action", tag="forward"):
 class Update(Struct):
     """The body of a message in the updates queue, as agents write it."""
 
-    type: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
-    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    type: Id
+    project_id: Id | None = None
     data: Raw = Raw(b"null")
-    event_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    event_id: Id | None = None
     ephemeral: bool = False
-    connection_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
-    in_reply_to: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
-    traceparent: Annotated[str, Meta(max_length=TRACE_MAX_CHARS)] | None = None
+    connection_id: Id | None = None
+    in_reply_to: Id | None = None
+    traceparent: Traceparent | None = None
 
     def event(self, seq: int | None, stamp: str) -> EventMessage:
         """What clients get of it."""
@@ -1422,8 +1425,8 @@ class Admission:
     def __init__(self, settings: Settings) -> None:
         in_all, each = settings.max_handshakes_per_second, settings.max_handshakes_per_second_per_ip
         failures = settings.max_failed_authentications_per_ip
-        self._max_connections = settings.max_connections
-        self._max_per_address = settings.max_connections_per_ip
+        self._max_connections = settings.max_connections or math.inf
+        self._max_per_address = settings.max_connections_per_ip or math.inf
         self._handshakes = Account("all", in_all, window_s=2)
         self._handshakes_by_address = Accounts(each, window_s=2)
         self._failures = Accounts(failures / 60, window_s=60)
@@ -1459,11 +1462,9 @@ class Admission:
     def crowded(self, address: str) -> tuple[int, str] | None:
         """The same, for the number of connections alone."""
         inside, most = self._inside_by_address, self._max_per_address
-        if most and any(
-            inside.get(name, 0) >= worth * most for name, worth in self.scopes_of(address)
-        ):
+        if any(inside.get(name, 0) >= worth * most for name, worth in self.scopes_of(address)):
             return 429, "Too many connections from this address."
-        if self._max_connections and self._inside >= self._max_connections:
+        if self._inside >= self._max_connections:
             return 503, "This server is full."
         return None
 
