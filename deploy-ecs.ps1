@@ -883,7 +883,8 @@ function Show-RolloutFailure {
             $id = ($task.Id -split '/')[-1]
             Write-Step -Message "  task $id stopped: $($task.Reason)"
             foreach ($container in $task.Containers) {
-                Write-Step -Message "    container $($container.Name): exit code $($container.Code) $($container.Reason)".TrimEnd()
+                $end = "exit code $($container.Code) $($container.Reason)".TrimEnd()
+                Write-Step -Message "    container $($container.Name): $end"
             }
             $arguments = 'logs', 'get-log-events', '--log-group-name', "/ecs/$ServiceName", '--log-stream-name', "gateway/websocket/$id", '--limit', '20', '--query', 'events[].message'
             foreach ($line in @(Invoke-AwsCli -ArgumentList $arguments -AbsentPattern 'ResourceNotFoundException')) {
