@@ -198,8 +198,6 @@ SQS_BATCH_ENTRIES = 10
 SQS_BATCH_BYTES = 1_048_576
 SNS_MESSAGE_BYTES = 262_144
 EVENT_MAX_BYTES = SNS_MESSAGE_BYTES - 10_240  # one event and its envelope fit one SNS message
-TRANSACTION_EVENTS = 99  # and the head make 100 items
-TRANSACTION_BYTES = 3_500_000
 LONG_POLL_S = 20
 CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
@@ -2643,12 +2641,12 @@ class Forwarder:
 #
 # An append is one transaction over as many projects as it can hold. Of each project it moves the
 # head from the seq that this task knows to the new end of the log, and puts the events in between.
-# Where another task has moved the head first, the transaction fails, for all its projects: those
-# whose heads were right are written at once without the others, and each of the others is read
-# again and written alone. A call without an answer is repeated with the same token, by which
-# DynamoDB recognises for ten minutes what it has done. A refusal that waiting does not change is
-# narrowed down to the event it is for. To fail less often, a task learns the numbers and ids of
-# the events that other tasks publish.
+# A transaction that fails, fails for all its projects, and is split: where DynamoDB says for whom,
+# into those and the others, else into halves. So it comes down to one project, which is read
+# again, as another task may have moved its head, and where a refusal is for good, to one event. A
+# call without an answer is repeated with the same token, by which DynamoDB recognises for ten
+# minutes what it has done. To fail less often, a task learns the numbers and ids of the events
+# that other tasks publish.
 #
 # An update can come again: SQS repeats what was not deleted, and agents repeat their event_id. So
 # this task remembers the ids of all events of the last minutes, of every project whose head it
@@ -2662,17 +2660,8 @@ class Forwarder:
 # call, would need a query a project.
 
 
-EVENT_IDS: Mapping[str, Any] = {
-    "ProjectionExpression": "SK, seq, event_id, #timestamp",
-    "ExpressionAttributeNames": {"#timestamp": "timestamp"},  # a reserved word
-}
-
-HEAD_KEY = "EVENTLOG"
-
 ALREADY_STOPPED = "already stopped"
 """The refusal of a stop that another one, a moment before, has made unnecessary."""
-
-STALE_HEAD_CODES = frozenset({"ConditionalCheckFailed", "TransactionConflict"})
 
 
 def event_key(seq: int) -> str:
@@ -2733,18 +2722,17 @@ class PendingEvent:
     refusal: str | None = None
     stop: dict[str, Any] | None = None
 
-    @property
-    def item_count(self) -> int:
-        return 2 if self.stop else 1
+    BYTES_PER_ITEM = 35_000  # of a transaction's four megabytes, with room for what is not counted
 
     @property
     def project_id(self) -> str:
         return self.update.project_id or EVERYONE
 
     @property
-    def size_bytes(self) -> int:
-        """A bound of what its item takes in a transaction."""
-        return memoryview(self.update.data).nbytes + 1_024
+    def share(self) -> float:
+        """A bound of what it takes of a transaction, in items: their number, or else their size."""
+        size = memoryview(self.update.data).nbytes + 1_024
+        return max(2 if self.stop else 1, size / self.BYTES_PER_ITEM)
 
 
 class RecentIds:
@@ -2752,18 +2740,18 @@ class RecentIds:
 
     Kept in generations that are forgotten whole, so that remembering costs the same however many
     there are: some 130 bytes an id, whatever its length.
-
-    Attributes:
-        since: unix seconds; every id that was added later is here.
     """
 
     REMEMBERED = 400_000  # 800 events a second for the window and the clocks' skew
 
     def __init__(self) -> None:
-        self.since = 0.0
-        self._began_at = time.time()
-        self._newest: dict[bytes, int] = {}
-        self._older: deque[tuple[float, dict[bytes, int]]] = deque()  # with the time of its end
+        # The newest comes last, each with the time of its beginning.
+        self._generations: deque[tuple[float, dict[bytes, int]]] = deque([(0.0, {})])
+
+    @property
+    def since(self) -> float:
+        """Unix seconds; every id that was added later is here."""
+        return self._generations[0][0]
 
     @staticmethod
     def _key(project_id: str, event_id: str) -> bytes:
@@ -2771,30 +2759,30 @@ class RecentIds:
         return hashlib.blake2b(name, digest_size=16).digest()
 
     def add(self, project_id: str, event_id: str, seq: int) -> None:
-        self._newest[self._key(project_id, event_id)] = seq
+        self._generations[-1][1][self._key(project_id, event_id)] = seq
 
     def find(self, project_id: str, event_id: str) -> int | None:
         """The ``seq`` of the event with this id, if it is remembered."""
         key = self._key(project_id, event_id)
-        if key in self._newest:
-            return self._newest[key]
-        return next((ids[key] for _, ids in self._older if key in ids), None)
+        for _, ids in self._generations:
+            if key in ids:
+                return ids[key]
+        return None
 
     def forget(self) -> None:
         """Forget what is older than the window, and the oldest of what is too much."""
-        now = time.time()
-        full = len(self._newest) > self.REMEMBERED // 8
-        if full or now - self._began_at > EVENT_ID_WINDOW_S / 5:
-            self._older.append((now, self._newest))
-            self._newest, self._began_at = {}, now
-        while self._older and (
-            self._older[0][0] < now - EVENT_ID_WINDOW_S - 2 * CLOCK_SKEW_S
-            or len(self) > self.REMEMBERED
+        now, generations = time.time(), self._generations
+        began_at, newest = generations[-1]
+        if len(newest) > self.REMEMBERED // 8 or now - began_at > EVENT_ID_WINDOW_S / 5:
+            generations.append((now, {}))
+        long_ago = now - EVENT_ID_WINDOW_S - 2 * CLOCK_SKEW_S
+        while len(generations) > 1 and (
+            generations[1][0] < long_ago or len(self) > self.REMEMBERED
         ):
-            self.since = self._older.popleft()[0]
+            generations.popleft()
 
     def __len__(self) -> int:
-        return len(self._newest) + sum(len(generation) for _, generation in self._older)
+        return sum(len(ids) for _, ids in self._generations)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2805,7 +2793,7 @@ class Head:
         seq: of the last event that is known.
         known_since: unix seconds; the ids of all events from then on up to ``seq`` are remembered,
             if those are that were remembered at ``read_at``.
-        stale: whether there is known to be an event after ``seq``.
+        stale: whether there may be an event after ``seq``.
     """
 
     seq: int
@@ -2814,29 +2802,45 @@ class Head:
     stale: bool = False
 
 
+def runs(things: Iterable[T], size_of: Callable[[T], float], most: float) -> Iterator[list[T]]:
+    """Lists of consecutive things, of at most ``most`` together; a larger thing is alone."""
+    run: list[T] = []
+    total = 0.0
+    for thing in things:
+        size = size_of(thing)
+        if run and total + size > most:
+            yield run
+            run, total = [], 0.0
+        run.append(thing)
+        total += size
+    if run:
+        yield run
+
+
 class ProjectAppend:
     """What is to be appended to one project's log, and what has come of it.
 
     Attributes:
         pending: in order; in the end each of them has its event or its refusal.
-        others: other tasks' events that were met on the way, in order.
-        head: ``None`` until it was looked up.
-        seq: up to which ``pending`` was looked for in the log. What this task learns meanwhile is
-            beyond it, and makes the transaction fail: some of that may be in ``pending``.
-        at_most: how many events the next transaction may have.
-        attempts: how many transactions have failed for this project since the last success.
-        pause_s: to wait before the next transaction.
+        head: set by each attempt.
+        chosen: what the transaction of this attempt has of it.
+        one_by_one: whether a transaction was refused for one of its events, nobody knows which.
+        failures: of its transactions since the last success.
     """
+
+    TRANSACTION_ITEMS = 100
+    head: Head
 
     def __init__(self, project_id: str, pending: Sequence[PendingEvent]) -> None:
         self.project_id = project_id
         self.pending = pending
-        self.others: list[Event] = []
-        self.head: Head | None = None
-        self.seq = 0
-        self.at_most = TRANSACTION_EVENTS
-        self.attempts = 0
-        self.pause_s = 0.0
+        self.chosen: list[tuple[PendingEvent, EventMessage]] = []
+        self.one_by_one = False
+        self.failures = 0
+
+    @property
+    def share(self) -> float:
+        return 1 + sum(each.share for each in self.pending)  # and the head
 
     @property
     def waiting(self) -> list[PendingEvent]:
@@ -2846,45 +2850,33 @@ class ProjectAppend:
     def look_back_to(self) -> float:
         return min((each.look_back_to for each in self.waiting), default=math.inf)
 
-    def next_events(self) -> list[tuple[PendingEvent, EventMessage]]:
-        """As much of what waits as one transaction takes, with the next numbers."""
-        seq, stamp = self.seq, timestamp()
-        size = items = 0
-        chosen: dict[str, tuple[PendingEvent, EventMessage]] = {}
-        for each in self.waiting:
-            size, items = size + each.size_bytes, items + each.item_count
-            if chosen and (items > self.at_most or size > TRANSACTION_BYTES):
-                break
-            if each.event_id not in chosen:
-                chosen[each.event_id] = each, each.update.event(seq + len(chosen) + 1, stamp)
-        return list(chosen.values())
+    def choose(self, ids: RecentIds) -> dict[PendingEvent, int]:
+        """Give as much of what waits as one transaction takes the next numbers.
 
-    def failed(self, *, throttled: bool) -> None:
-        """Note that a transaction failed for this project, and how long to keep off."""
-        first_conflict = not throttled and not self.attempts  # reading the head again is enough
-        base_s = 0.1 if throttled else 0.01
-        self.pause_s = 0.0 if first_conflict else full_jitter_s(self.attempts, base_s=base_s)
-        self.attempts += 1
+        In the same step it is looked for among the ids: what this task learns later is beyond
+        these numbers, and makes the transaction fail. Returns what is in the log, by its ``seq``.
+        """
+        known: dict[PendingEvent, int] = {}
+        by_id: dict[str, PendingEvent] = {}
+        for each in self.waiting:
+            seq = ids.find(self.project_id, each.event_id)
+            if seq is None:
+                by_id.setdefault(each.event_id, each)
+            else:
+                known[each] = seq
+        room = 0 if self.one_by_one else self.TRANSACTION_ITEMS - 1
+        next_ones = next(runs(by_id.values(), lambda each: each.share, room), [])
+        stamp = timestamp()
+        self.chosen = [
+            (each, each.update.event(seq, stamp))
+            for seq, each in enumerate(next_ones, self.head.seq + 1)
+        ]
+        return known
 
 
 def transactions(appends: Iterable[ProjectAppend]) -> Iterator[list[ProjectAppend]]:
     """Appends in groups that one transaction takes each; one that is larger is alone."""
-    group: list[ProjectAppend] = []
-    items = size = 0
-    for append in appends:
-        its_items = 1 + min(sum(each.item_count for each in append.pending), TRANSACTION_EVENTS)
-        its_size = sum(each.size_bytes for each in append.pending)
-        items, size = items + its_items, size + its_size
-        if group and (items > TRANSACTION_EVENTS + 1 or size > TRANSACTION_BYTES):
-            yield group
-            group, items, size = [], its_items, its_size
-        group.append(append)
-    if group:
-        yield group
-
-
-Write = tuple[ProjectAppend, list[tuple[PendingEvent, EventMessage]]]
-"""What one project has in a transaction."""
+    return runs(appends, lambda append: append.share, ProjectAppend.TRANSACTION_ITEMS)
 
 
 class EventLog:
@@ -2892,6 +2884,12 @@ class EventLog:
 
     SAME_TRANSACTION_ATTEMPTS = 4  # within the ten minutes of its token
     HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
+    HEAD_KEY = "EVENTLOG"  # sorts after all events
+    REFUSAL_CODES = (
+        "IdempotentParameterMismatchException",
+        "SerializationException",
+        "ValidationException",
+    )
     STOP_SKEW_S = 5.0  # a stop is also for orders that a clock so far ahead has dated
     STOP_KEPT_S = 1_209_600  # an order lies in its queue no longer (SQS)
 
@@ -2914,27 +2912,23 @@ class EventLog:
             UpstreamLost: the table is missing, or closed to this task.
         """
         key: Any = {"PK": {"S": "EVENTLOG"}, "SK": {"S": "EPOCH"}}
-        while not self.epoch:
-            answer = await self.dependency.retry(
-                "GetItem",
-                lambda: self._dynamodb.get_item(
-                    TableName=self._table, Key=key, ConsistentRead=True
-                ),
-            )
-            if "Item" in answer:
-                self.epoch = answer["Item"]["epoch"]["S"]
-            else:
-                await self.dependency.retry("PutItem", lambda: self._put_epoch(key))
+        new = {**key, "epoch": {"S": uuid.uuid4().hex}}
+        await self._put({"Item": new, "ConditionExpression": "attribute_not_exists(PK)"})
+        read = partial(self._dynamodb.get_item, TableName=self._table, ConsistentRead=True)
+        answer = await self.dependency.retry("GetItem", partial(read, Key=key), "Item")
+        self.epoch = answer["Item"]["epoch"]["S"]
 
-    async def _put_epoch(self, key: dict[str, Any]) -> None:
-        item = {**key, "epoch": {"S": uuid.uuid4().hex}}
-        try:
-            await self._dynamodb.put_item(
-                TableName=self._table, Item=item, ConditionExpression="attribute_not_exists(PK)"
-            )
-        except ClientError as exc:
-            if error_code(exc) != "ConditionalCheckFailedException":
-                raise
+    async def _put(self, request: dict[str, Any]) -> None:
+        """Write an item, unless its condition says that this is needless."""
+
+        async def put() -> None:
+            try:
+                await self._dynamodb.put_item(TableName=self._table, **request)
+            except ClientError as exc:
+                if error_code(exc) != "ConditionalCheckFailedException":
+                    raise
+
+        await self.dependency.retry("PutItem", put)
 
     # Reading.
 
@@ -2960,7 +2954,7 @@ class EventLog:
         self, project_ids: Sequence[str], *, consistent: bool
     ) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
-        left: list[Any] = [self._key(project_id, HEAD_KEY) for project_id in project_ids]
+        left: list[Any] = [self._key(project_id, self.HEAD_KEY) for project_id in project_ids]
         while left:
             request: Any = {self._table: {"Keys": left[:100], "ConsistentRead": consistent}}
             left = left[100:]
@@ -3005,35 +2999,25 @@ class EventLog:
         return {"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": sort_key}}
 
     async def _pages(
-        self,
-        project_id: str,
-        low: str,
-        high: str,
-        *,
-        forward: bool = True,
-        members: Mapping[str, Any] = {},
+        self, project_id: str, low: str, high: str, **options: Any
     ) -> AsyncIterator[list[dict[str, Any]]]:
         """The items between two sort keys, page by page; bounded, for METADATA comes after."""
+        query = partial(
+            self._dynamodb.query,
+            TableName=self._table,
+            KeyConditionExpression="PK = :project AND SK BETWEEN :low AND :high",
+            ExpressionAttributeValues={
+                ":project": {"S": f"PROJECT#{project_id}"},
+                ":low": {"S": low},
+                ":high": {"S": high},
+            },
+            ConsistentRead=True,
+            Limit=100,
+            **options,
+        )
         start: dict[str, Any] = {}
         while True:
-            answer = await self.dependency.retry(
-                "Query",
-                lambda: self._dynamodb.query(
-                    TableName=self._table,
-                    KeyConditionExpression="PK = :project AND SK BETWEEN :low AND :high",
-                    ExpressionAttributeValues={
-                        ":project": {"S": f"PROJECT#{project_id}"},
-                        ":low": {"S": low},
-                        ":high": {"S": high},
-                    },
-                    ConsistentRead=True,
-                    ScanIndexForward=forward,
-                    Limit=100,
-                    **members,
-                    **start,  # noqa: B023 (called at once)
-                ),
-                "Items",
-            )
+            answer = await self.dependency.retry("Query", partial(query, **start), "Items")
             yield cast("list[dict[str, Any]]", answer["Items"])
             if "LastEvaluatedKey" not in answer:
                 return
@@ -3044,16 +3028,16 @@ class EventLog:
 
         Whatever is not among them does not exist, or no more.
         """
-        keys = [self._key(project_id, event_key(seq)) for seq in seqs]
+        gets: Any = [
+            {"Get": {"TableName": self._table, "Key": self._key(project_id, event_key(seq))}}
+            for seq in seqs
+        ]
         answer = await self.dependency.retry(
             "TransactGetItems",
-            lambda: self._dynamodb.transact_get_items(
-                TransactItems=[{"Get": {"TableName": self._table, "Key": key}} for key in keys]
-            ),
+            partial(self._dynamodb.transact_get_items, TransactItems=gets),
             "Responses",
         )
-        found = [cast("dict[str, Any]", each.get("Item")) for each in answer["Responses"]]
-        return [item for item in found if item]
+        return [cast("dict[str, Any]", each["Item"]) for each in answer["Responses"] if each]
 
     # Appending.
 
@@ -3068,6 +3052,11 @@ class EventLog:
         else:
             head.stale = True
 
+    def known_seq(self, project_id: str) -> int | None:
+        """A ``seq`` that the project's log has reached, if this task knows one."""
+        head = self._heads.get(project_id)
+        return None if head is None else head.seq
+
     async def append(self, group: Sequence[ProjectAppend]) -> list[list[ProjectAppend]]:
         """Make one attempt to write what waits in each of the group, in one transaction for all.
 
@@ -3078,44 +3067,48 @@ class EventLog:
         Raises:
             UpstreamLost: the table is gone, or a log in it went back.
         """
-        if pause_s := max(append.pause_s for append in group):
-            await asyncio.sleep(pause_s)
+        if failures := max(append.failures for append in group):
+            await asyncio.sleep(full_jitter_s(failures - 1, base_s=0.01))
         await self._look_up(group)
-        writes = [(append, events) for append in group if (events := append.next_events())]
-        if not writes:
+        for append in group:
+            for pending, seq in append.choose(self._recent_ids).items():
+                await self._recognise(append.project_id, pending, seq)
+        written = [append for append in group if append.chosen]
+        if not written:
             return []
         try:
-            done = await self._transact([item for write in writes for item in self._items(write)])
-        except ClientError as exc:
-            return self._after_refusal(writes, exc)
-        if not done:
-            return self._halve(writes, "no answer")
-        for append, events in writes:
-            head = cast("Head", append.head)
-            for pending, message in events:
+            await self._transact([item for each in written for _, item in self._items(each)])
+        except AWS_ERRORS as exc:
+            return self._split(written, exc)
+        for append in written:
+            append.failures = 0
+            for pending, message in append.chosen:
                 pending.event = Event.of(message, pending.sent_at)
-                head.seq = max(head.seq, cast("int", message.seq))
-                self._recent_ids.add(append.project_id, pending.event_id, head.seq)
-            append.at_most, append.attempts, append.pause_s = TRANSACTION_EVENTS, 0, 0.0
-        left = [append for append, _ in writes if append.waiting]
+                seq = cast("int", message.seq)
+                append.head.seq = max(append.head.seq, seq)
+                self._recent_ids.add(append.project_id, pending.event_id, seq)
+        left = [append for append in written if append.waiting]
         return [left] if left else []
 
     async def _look_up(self, group: Sequence[ProjectAppend]) -> None:
-        """Know the heads of a group, and recognise what is in their logs already."""
+        """Know the ends of a group's logs, and the ids in them that may be waiting here."""
         self._recent_ids.forget()
-        for append in group:
-            append.head = self._heads.get(append.project_id)
-        cold = [append.project_id for append in group if append.head is None]
-        items = await self._head_items(cold, consistent=True) if cold else {}
+        known = {append.project_id: self._heads.get(append.project_id) for append in group}
+        cold = [project_id for project_id, head in known.items() if head is None]
+        items = await self._head_items(cold, consistent=True)
         for append in group:
             name = append.project_id
-            append.head = self._heads.pop(name, append.head) or self._head_of(items.get(name))
-            self._heads[name] = append.head
+            warm = self._heads.pop(name, None) or known[name]
+            append.head = self._heads[name] = warm or self._head_of(items.get(name))
         self._forget_heads()
-        if behind := [append for append in group if self._has_to_read(append)]:
-            await asyncio.gather(*map(self._read_up, behind))
+        await asyncio.gather(
+            *(self._read_up(append) for append in group if self._is_behind(append))
+        )
         for append in group:
-            await self._recognise(append)
+            for pending in append.waiting:
+                seq = self._recent_ids.find(append.project_id, pending.event_id)
+                if seq is not None:
+                    await self._recognise(append.project_id, pending, seq)
 
     def _forget_heads(self) -> None:
         while len(self._heads) > self.HEADS_REMEMBERED:
@@ -3129,89 +3122,73 @@ class EventLog:
         says_when = newest_seq == item["seq"]["N"]  # else a task that does not write it came after
         return Head(int(item["seq"]["N"]), unix_s(stamp) + 0.001 if says_when else time.time())
 
-    def _known_since(self, head: Head) -> float:
+    def _knows_since(self, head: Head) -> float:
         forgotten = self._recent_ids.since
         return head.known_since if head.read_at > forgotten else max(head.known_since, forgotten)
 
-    def _has_to_read(self, append: ProjectAppend) -> bool:
-        head = cast("Head", append.head)
-        return head.stale or append.look_back_to < self._known_since(head)
+    def _is_behind(self, append: ProjectAppend) -> bool:
+        return append.head.stale or append.look_back_to < self._knows_since(append.head)
 
     async def _read_up(self, append: ProjectAppend) -> None:
-        """Read the log's end: back to where one of the updates may be, or on from where we were."""
-        head, bound, now = cast("Head", append.head), append.look_back_to, time.time()
-        before, head.stale = head.seq, False
-        backward = bound < self._known_since(head)
-        items: list[dict[str, Any]] = []
-        first = 1 if backward else before + 1
-        members = EVENT_IDS if backward else {}
+        """Learn the log's end: down to what is known of it, or to where an update may be in it."""
+        project_id, head, now = append.project_id, append.head, time.time()
+        bound, before = append.look_back_to, head.seq  # more may be learned on the way
+        looks_back = bound < self._knows_since(head)
+        first = 1 if looks_back else before + 1
+        seq, met, head.stale = 0, set[int](), False
         async for page in self._pages(
-            append.project_id, event_key(first), HEAD_KEY, forward=not backward, members=members
+            project_id,
+            event_key(first),
+            self.HEAD_KEY,
+            ScanIndexForward=False,
+            ProjectionExpression="SK, seq, event_id, #timestamp",
+            ExpressionAttributeNames={"#timestamp": "timestamp"},  # a reserved word
         ):
-            items += page
+            for item in page:
+                if "event_id" in item:
+                    met.add(self._remember(project_id, item))
+                elif item["SK"]["S"] == self.HEAD_KEY:
+                    seq = int(item["seq"]["N"])
             last = page[-1] if page else {}
-            if backward and "timestamp" in last and unix_s(last["timestamp"]["S"]) < bound:
-                first = seq_of(last) or 1
+            if looks_back and "timestamp" in last and unix_s(last["timestamp"]["S"]) < bound:
+                first = min(met)
                 break
-        seq = next((int(item["seq"]["N"]) for item in items if item["SK"]["S"] == HEAD_KEY), 0)
         if seq < before:
             raise UpstreamLost(
-                f"event log: {append.project_id!r} went back from seq {before} to {seq}; "
+                f"event log: {project_id!r} went back from seq {before} to {seq}; "
                 "the table was wiped or restored"
             )
-        events = {place: item for item in items if (place := seq_of(item)) is not None}
-        events |= await self._held_back(append.project_id, first, seq, events)
-        for place in sorted(place for place in events if place <= seq):
-            item = events[place]
-            self._recent_ids.add(append.project_id, item["event_id"]["S"], place)
-            if place > before and "data" in item:
-                append.others.append(Event.of(event_message(append.project_id, item)))
+        # From the newest on; where so many are missing indeed, all that is older has expired.
+        missing = (place for place in range(seq, first - 1, -1) if place not in met)
+        while seqs := list(itertools.islice(missing, 16)):  # of the largest, what one call reads
+            held_back = await self._items_at(project_id, seqs)
+            if not held_back:
+                break
+            for item in held_back:
+                self._remember(project_id, item)
         head.seq = max(head.seq, seq)
-        if backward:
+        if looks_back:
             head.known_since, head.read_at = bound, now
 
-    async def _held_back(
-        self, project_id: str, first: int, last: int, events: Mapping[int, Any]
-    ) -> dict[int, dict[str, Any]]:
-        """The events from ``first`` to ``last`` that a query has left out, seeing them in part.
+    def _remember(self, project_id: str, item: Mapping[str, Any]) -> int:
+        seq = cast("int", seq_of(item))
+        self._recent_ids.add(project_id, item["event_id"]["S"], seq)
+        return seq
 
-        From the newest on; where so many are missing indeed, all that is older has expired.
-        """
-        found: dict[int, dict[str, Any]] = {}
-        missing = (seq for seq in range(last, first - 1, -1) if seq not in events)
-        while seqs := list(itertools.islice(missing, 16)):  # of the largest, what one call reads
-            items = await self._items_at(project_id, seqs)
-            found |= {cast("int", seq_of(item)): item for item in items}
-            if not items:
-                break
-        return found
-
-    async def _recognise(self, append: ProjectAppend) -> None:
+    async def _recognise(self, project_id: str, pending: PendingEvent, seq: int) -> None:
         """Settle what is in the log already: what it says there is what happened."""
-        append.seq = cast("Head", append.head).seq
-        met = {event.seq: event for event in append.others}
-        for pending in append.waiting:
-            seq = self._recent_ids.find(append.project_id, pending.event_id)
-            if seq is None:
-                continue
-            event = met.get(seq)
-            if event is None:
-                stored = await self._items_at(append.project_id, [seq])
-                as_sent = pending.update.event(seq, timestamp())
-                event = Event.of(event_message(append.project_id, stored[0]) if stored else as_sent)
-            event.sent_at = pending.sent_at
-            pending.event = event
-        own = {each.event.seq for each in append.pending if each.event is not None}
-        append.others = [event for event in append.others if event.seq not in own]
+        stored = await self._items_at(project_id, [seq])
+        as_sent = pending.update.event(seq, timestamp())
+        message = event_message(project_id, stored[0]) if stored else as_sent
+        pending.event = Event.of(message, pending.sent_at)
 
-    def _items(self, write: Write) -> list[Any]:
-        """The head and the events of one project, as members of a transaction."""
-        append, events = write
-        before = cast("int", events[0][1].seq) - 1
-        after, stamp = before + len(events), events[-1][1].timestamp
+    def _items(self, append: ProjectAppend) -> list[tuple[PendingEvent | None, Any]]:
+        """A project's part in a transaction: head, events and stops, with the event of each."""
+        before = cast("int", append.chosen[0][1].seq) - 1
+        after, stamp = before + len(append.chosen), append.chosen[-1][1].timestamp
         head = {
             "TableName": self._table,
-            "Key": self._key(append.project_id, HEAD_KEY),
+            "Key": self._key(append.project_id, self.HEAD_KEY),
             "UpdateExpression": "SET seq = :after, newest = :newest",
             "ConditionExpression": "seq = :before" if before else "attribute_not_exists(PK)",
             "ExpressionAttributeValues": {
@@ -3220,35 +3197,32 @@ class EventLog:
                 **({":before": {"N": str(before)}} if before else {}),
             },
         }
-        expires_at = {"N": str(int(time.time()) + self._retention_s)}
-        puts = [
-            {
-                "TableName": self._table,
-                "Item": {
-                    **self._key(append.project_id, event_key(cast("int", message.seq))),
-                    "type": {"S": message.type},
-                    "data": {"S": bytes(message.data).decode()},
-                    "event_id": {"S": pending.event_id},
-                    "timestamp": {"S": message.timestamp},
-                    "expires_at": expires_at,
-                    **{
-                        name: {"S": value}
-                        for name in ("in_reply_to", "traceparent")
-                        if (value := getattr(message, name)) is not None
-                    },
-                },
-            }
-            for pending, message in events
-        ]
-        stops = [self._stop_item(pending.stop) for pending, _ in events if pending.stop]
-        return [{"Update": head}, *({"Put": put} for put in puts + stops)]
+        items: list[tuple[PendingEvent | None, Any]] = [(None, {"Update": head})]
+        for pending, message in append.chosen:
+            key = self._key(append.project_id, event_key(cast("int", message.seq)))
+            item = {**key, **self._members(pending, message)}
+            items.append((pending, {"Put": {"TableName": self._table, "Item": item}}))
+            if pending.stop is not None:
+                stop = {"TableName": self._table, **self._stop(pending.stop)}
+                items.append((pending, {"Put": stop}))
+        return items
 
-    def _stop_item(self, key: dict[str, Any]) -> dict[str, Any]:
+    def _members(self, pending: PendingEvent, message: EventMessage) -> dict[str, Any]:
+        optional = {"in_reply_to": message.in_reply_to, "traceparent": message.traceparent}
+        return {
+            "type": {"S": message.type},
+            "data": {"S": bytes(message.data).decode()},
+            "event_id": {"S": pending.event_id},
+            "timestamp": {"S": message.timestamp},
+            "expires_at": {"N": str(int(time.time()) + self._retention_s)},
+            **{name: {"S": value} for name, value in optional.items() if value is not None},
+        }
+
+    def _stop(self, key: dict[str, Any]) -> dict[str, Any]:
         """The request to write a stop; of those within ``STOP_SKEW_S`` the first is for all."""
         now = time.time()
         expires_at = {"N": str(int(now) + self.STOP_KEPT_S)}
         return {
-            "TableName": self._table,
             "Item": {**key, "stopped_at": {"N": f"{now:.3f}"}, "expires_at": expires_at},
             "ConditionExpression": "attribute_not_exists(PK) OR stopped_at < :recently",
             "ExpressionAttributeValues": {":recently": {"N": f"{now - self.STOP_SKEW_S:.3f}"}},
@@ -3256,107 +3230,81 @@ class EventLog:
 
     async def stop(self, key: dict[str, Any]) -> None:
         """Write the stop of an order that has no project, and so no log to tell of it."""
+        await self._put(self._stop(key))
 
-        async def put() -> None:
-            try:
-                await self._dynamodb.put_item(**self._stop_item(key))
-            except ClientError as exc:
-                if error_code(exc) != "ConditionalCheckFailedException":
-                    raise
-
-        await self.dependency.retry("PutItem", put)
-
-    def known_seq(self, project_id: str) -> int | None:
-        """A ``seq`` that the project's log has reached, if this task knows one."""
-        head = self._heads.get(project_id)
-        return None if head is None else head.seq
-
-    async def _transact(self, items: list[Any]) -> bool:
-        """Repeat a transaction until DynamoDB says what became of it; ``False`` if it does not.
+    async def _transact(self, items: list[Any]) -> None:
+        """Repeat a transaction until DynamoDB says what became of it, or for some attempts.
 
         Whatever is about this task or its table is waited for, while ``/health`` tells of it: to
         end would only send all updates in hand to the next task, and then to the dead letters.
 
         Raises:
             ClientError: it was refused; nothing was written.
+            Exception: any other of ``AWS_ERRORS``; what became of it is not known.
         """
         token = uuid.uuid4().hex
-        for attempt in range(self.SAME_TRANSACTION_ATTEMPTS):
+        for attempt in itertools.count(1):
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_S):
                     await self._dynamodb.transact_write_items(
                         TransactItems=items, ClientRequestToken=token
                     )
             except AWS_ERRORS as exc:
-                if isinstance(exc, ClientError) and self._refuses_content(exc):
+                if self._is_refusal(exc):
                     raise
                 self.dependency.failed(exc, "TransactWriteItems")
+                if attempt == self.SAME_TRANSACTION_ATTEMPTS:
+                    raise
                 await asyncio.sleep(full_jitter_s(attempt))
             else:
                 self.dependency.worked("TransactWriteItems")
-                return True
-        return False
+                return
 
-    @staticmethod
-    def _refuses_content(exc: ClientError) -> bool:
-        """Whether it is about what was sent; whatever else is wrong is waited for."""
-        return any(cancellation_codes(exc)) or error_code(exc) in (
-            "IdempotentParameterMismatchException",
-            "SerializationException",
-            "ValidationException",
-        )
+    def _is_refusal(self, exc: Exception) -> bool:
+        """Whether DynamoDB has refused what it was sent, and not who sent it."""
+        return any(cancellation_codes(exc)) or error_code(exc) in self.REFUSAL_CODES
 
-    def _after_refusal(self, writes: list[Write], exc: ClientError) -> list[list[ProjectAppend]]:
-        """Who is to be written anew: together who had no part in it, each of the others alone."""
+    def _split(self, group: list[ProjectAppend], exc: Exception) -> list[list[ProjectAppend]]:
+        """Who is to be written anew: those the answer is about, and the others; or two halves."""
         codes = cancellation_codes(exc)
-        if not any(codes):
-            return self._halve(writes, error_code(exc), for_good=True)
-        innocent, groups = list[ProjectAppend](), list[list[ProjectAppend]]()
-        for append, events in writes:
-            stops = [pending for pending, _ in events if pending.stop]
-            own, codes = codes[: 1 + len(events)], codes[1 + len(events) :]
-            stop_codes, codes = codes[: len(stops)], codes[len(stops) :]
-            found = {*own, *stop_codes} - {""}
-            (groups.append([append]) if found else innocent.append(append))
-            if "ConditionalCheckFailed" in stop_codes:
-                for stop, code in zip(stops, stop_codes, strict=False):
-                    stop.refusal = ALREADY_STOPPED if code == "ConditionalCheckFailed" else None
-            elif found & STALE_HEAD_CODES:
-                self._metrics.append_conflicts += 1
-                cast("Head", append.head).stale = True
-                append.failed(throttled=False)
-            elif any(map(code_passes, found)):
-                self.dependency.failed(exc, "TransactWriteItems")
-                append.failed(throttled=True)
-            elif found:  # what is said of the head is meant for all that comes with it
-                for (pending, _), code in zip(events, own[1:], strict=False):
-                    self._refuse(pending, own[0] or code)
-        return [innocent, *groups] if innocent else groups
+        named = any(codes)
+        others, blamed = list[ProjectAppend](), list[ProjectAppend]()
+        for append in group:
+            items = self._items(append)
+            own, codes = codes[: len(items)], codes[len(items) :]
+            if named and not any(own):
+                others.append(append)
+                continue
+            blamed.append(append)
+            append.failures += 1
+            append.head.stale = not named or own[0] != ""
+            if named or len(group) == 1:
+                self._blame(append, items, own, exc)
+        half = 0 if others else len(blamed) // 2
+        return [part for part in (others, blamed[:half], blamed[half:]) if part]
 
-    def _halve(
-        self, writes: list[Write], code: str, *, for_good: bool = False
-    ) -> list[list[ProjectAppend]]:
-        """Go on in two halves: it may be due to one project, and there to one event.
-
-        Where it is not for good, what became of it is not known either: the logs are read again.
-        """
-        appends = [append for append, _ in writes]
-        for append in () if for_good else appends:
-            cast("Head", append.head).stale = True
-            append.failed(throttled=True)
-        if half := len(appends) // 2:
-            return [appends[:half], appends[half:]]
-        if for_good:
-            [(append, events)] = writes
-            append.at_most = len(events) // 2 or TRANSACTION_EVENTS
-            if len(events) == 1:
-                self._refuse(events[0][0], code)
-        return [appends]
-
-    def _refuse(self, pending: PendingEvent, code: str) -> None:
-        if code:
-            logger.error("event log: %r: an event was refused: %s", pending.project_id, code)
-            pending.refusal = code
+    def _blame(
+        self,
+        append: ProjectAppend,
+        items: list[tuple[PendingEvent | None, Any]],
+        codes: list[str],
+        exc: Exception,
+    ) -> None:
+        """Note what a failed transaction says of the one project that it failed for."""
+        for (pending, _), code in zip(items, codes, strict=False):
+            if pending is not None and code == "ConditionalCheckFailed":  # only stops have one
+                pending.refusal = ALREADY_STOPPED
+        found = {*codes} - {""} or {error_code(exc)}
+        if found & {"ConditionalCheckFailed", "TransactionConflict"}:
+            self._metrics.append_conflicts += codes[0] != ""
+        elif not self._is_refusal(exc) or all(map(code_passes, found)):
+            self.dependency.failed(exc, "TransactWriteItems")
+        elif len(append.chosen) > 1:
+            append.one_by_one = True
+        else:
+            [(pending, _)] = append.chosen
+            pending.refusal = min(found)
+            logger.error("event log: %r: an event was refused: %s", append.project_id, min(found))
 
 
 # --- Backplane ------------------------------------------------------------------------------
@@ -4271,8 +4219,6 @@ class Intake:
         for groups in again:
             self._tasks.create_task(self._append(groups))
         for append in set(group).difference(*again):
-            for event in append.others:
-                self._feed.accept(event)
             for update in self._under_way.pop(append.project_id):
                 self._deliver(update)
         self._append_waiting()

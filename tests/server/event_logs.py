@@ -47,18 +47,12 @@ async def whole_log(log: EventLog, project_id: str = "p", after: int = 0) -> lis
     return found
 
 
-async def append(log: EventLog, project_id: str, pending: Sequence[PendingEvent]) -> list[Event]:
-    """Append to one project's log, as often as it takes; return what was met on the way."""
-    append = ProjectAppend(project_id, pending)
-    groups = [[append]]
-    while groups:
-        groups = [left for group in groups for left in await log.append(group)]
-    return append.others
-
-
-async def append_all(log: EventLog, batches: Sequence[Sequence[PendingEvent]]) -> list[Event]:
-    """Append batch after batch; return what was met on the way."""
-    return [event for batch in batches for event in await append(log, "p", batch)]
+async def append(log: EventLog, project_id: str, *batches: Sequence[PendingEvent]) -> None:
+    """Append batch after batch to one project's log, each as often as it takes."""
+    for batch in batches:
+        groups = [[ProjectAppend(project_id, batch)]]
+        while groups:
+            groups = [left for group in groups for left in await log.append(group)]
 
 
 class LogKit:
