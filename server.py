@@ -83,7 +83,7 @@ try:
     from botocore.exceptions import ConnectionError as SdkConnectionError
     from botocore.parsers import ResponseParserError
     from jwt import InvalidKeyError, InvalidSignatureError, PyJWK, PyJWKSetError, PyJWTError
-    from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+    from msgspec import UNSET, Meta, Raw, Struct, UnsetType, ValidationError
     from websockets.datastructures import Headers
     from websockets.exceptions import InvalidMessage
     from websockets.extensions.permessage_deflate import (
@@ -1062,7 +1062,7 @@ def explain(exc: Exception) -> BadMessage:
             code = ErrorCode.INVALID_MESSAGE if found[1] else ErrorCode.UNKNOWN_ACTION
         what = FIELDS.get(name, f"a string of 1 to {ID_MAX_CHARS} characters")
         return BadMessage(code, f'The field "{name}" must be {what}.')
-    if isinstance(exc, msgspec.ValidationError):
+    if isinstance(exc, ValidationError):
         return BadMessage(ErrorCode.INVALID_MESSAGE, "The message must be a JSON object.")
     return BadMessage(ErrorCode.INVALID_JSON, f"The message is not valid JSON: {complaint}.")
 
@@ -1165,17 +1165,27 @@ def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
     """
     members = members_around_data(payload) or members_of(payload)
     data = members.pop("data", b"null")
+    readable: list[bytes] = []
+    halved: list[str] = []
     for name, value in members.items():
         try:
             msgspec.json.decode(value, type=Raw)
+            readable.append(b'"%b":%b' % (name.encode(), value))
         except msgspec.DecodeError:
+            halved.append(name)
+    try:
+        message: Any = decoder.decode(b"{%b}" % b",".join(readable))
+    except ValidationError:
+        if not halved:
+            raise
+        message = None  # what it lacks may be what has half a pair
+    for name in halved:
+        if message is None or hasattr(message, name):  # others are ignored, like unknown fields
             sentence = f'"{name}" has half a surrogate pair.'
-            raise BadMessage(ErrorCode.INVALID_FIELD, sentence) from None
-    readable = b",".join([b'"%b":%b' % (name.encode(), members[name]) for name in members])
-    message = decoder.decode(b"{%b}" % readable)
+            raise BadMessage(ErrorCode.INVALID_FIELD, sentence)
     if hasattr(message, "data"):
         message.data = Raw(data)
-    return message
+    return cast("T", message)
 
 
 def decode_relayed(encoded: bytes) -> RelayedEvent:
@@ -1209,7 +1219,7 @@ def decode(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
     try:
         try:
             return decoder.decode(payload)
-        except msgspec.ValidationError:
+        except ValidationError:
             raise
         except msgspec.DecodeError:
             return decode_halves(decoder, payload)
@@ -1635,14 +1645,7 @@ class Verifier:
                 raise UnknownKey("it is signed with none of the keys that it may be signed with")
             claims["sub"].encode()  # half a surrogate pair would fail later, at each forward
             expires_at = msgspec.convert(claims, Dates).exp + TOKEN_LEEWAY_S
-        except (
-            PyJWTError,
-            msgspec.ValidationError,
-            ValueError,
-            TypeError,
-            OverflowError,
-            RecursionError,
-        ) as exc:
+        except (PyJWTError, ValidationError, ValueError, TypeError, ArithmeticError) as exc:
             raise NotAuthenticated(type(exc).__name__) from None
         if not self._by_aud and claims.get(settings.auth_audience_claim) != settings.auth_audience:
             raise NotAuthenticated("it is for another audience")

@@ -101,6 +101,7 @@ class TestHalfSurrogatePairs:
             (r'"x":"\"data\":\ud83d",', r'["d\ud83d","c\ud83d"]', ' ,"y":1'),
             (r'"\ud83d":"data",', r'{"data":"\uDE00"}', r',"message_ic":"\ud83d"'),
             ("", "null", r',"x":"\ud83d"'),
+            (r'"x":{"data":"\uD83d"},"cata":"\uc83d",', "null", ""),
         ],
     )
     def test_which_data(self, before: str, data: str, after: str) -> None:
@@ -138,6 +139,10 @@ class TestHalfSurrogatePairs:
         """Fields that are not known are ignored, whatever is in them."""
         message = decode_message(rb'{"\ud83d":"\udc00","action":"ping","x":["\ud83d"]}')
         assert message == server.Ping()
+        message = decode_message(rb'{"action":"ping","epoch":"\ud83d","token":"\ud83d"}')
+        assert message == server.Ping()
+        update = decode_update(r'{"token":"\ud83d","type":"t","data":"\ud83d","since":["\udc00"]}')
+        assert bytes(update.data) == rb'"\ud83d"'
 
     @pytest.mark.parametrize(
         "data",
