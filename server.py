@@ -3728,24 +3728,22 @@ class Receiver:
         Once ``stopping`` says so, no poll is begun, but those under way are seen through.
         """
         messages: list[dict[str, Any]] = []
-        gathered_at = math.inf
+        patience_s = None
         while len(messages) < self.RECEIVED_AT_ONCE:
             polls = self.POLLS_AT_ONCE if len(messages) >= self.BACKLOG else 1
             while len(self._polls) < polls and not stopping():
                 self._polls.append(self._tasks.create_task(self._receive()))
             if not self._polls:
                 break
-            answers = await self._answers(gathered_at)
-            for answer in answers:
-                messages += answer
+            answers = await self._answers(patience_s)
+            messages += itertools.chain.from_iterable(answers)
             if messages and all(len(answer) < SQS_BATCH_ENTRIES for answer in answers):
                 break
-            gathered_at = time.monotonic() + self.GATHER_S
+            patience_s = self.GATHER_S
         return messages
 
-    async def _answers(self, until: float) -> list[list[dict[str, Any]]]:
+    async def _answers(self, patience_s: float | None) -> list[list[dict[str, Any]]]:
         """The answers to polls, in the order of the calls; waits for the first of them."""
-        patience_s = None if until == math.inf else max(0.0, until - time.monotonic())
         try:
             done, _ = await asyncio.wait(
                 self._polls, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
@@ -4046,26 +4044,14 @@ class Relay:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class RequestedStop(PendingEvent):
-    """A client's stop; ``done`` is told once it is in the log and sent to all tasks."""
-
-    done: Callable[[str | None], None] = lambda _: None
-
-    logged = True
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class ReceivedUpdate(PendingEvent):
-    """An update with the message of the updates queue that it came in.
+class PendingUpdate(PendingEvent):
+    """An agent's update, or a client's stop, on its way to the log and to clients.
 
     Attributes:
-        receives: how often SQS has handed it out.
-        held_since: seconds of the monotonic clock.
+        done: told ``None`` once all tasks have been sent it, or why the log does not take it.
     """
 
-    sqs_message: dict[str, Any] = dataclasses.field(default_factory=dict)
-    receives: int = 1
-    held_since: float = dataclasses.field(default_factory=time.monotonic)
+    done: Callable[[str | None], None] = lambda _: None
 
     @property
     def logged(self) -> bool:
@@ -4109,9 +4095,9 @@ class Intake:
         self._feed = feed
         self._relay = relay
         self._may_receive = may_receive
-        self._waiting: dict[str, list[ReceivedUpdate | RequestedStop]] = {}  # by project
-        self._under_way: dict[str, list[ReceivedUpdate | RequestedStop]] = {}
-        self._held: dict[str, ReceivedUpdate] = {}  # by receipt
+        self._waiting: dict[str, list[PendingUpdate]] = {}  # by project
+        self._under_way: dict[str, list[PendingUpdate]] = {}
+        self._held: dict[str, float] = {}  # receipt to when it came, by the monotonic clock
         self.bytes_in_hand = 0
         self._room = asyncio.Event()
         # Of a FIFO queue's group nothing more comes before what came was deleted.
@@ -4183,12 +4169,11 @@ class Intake:
             look_back_to = min(look_back_to, sent_at - EVENT_ID_WINDOW_S)
         look_back_to = min(look_back_to, now) - CLOCK_SKEW_S
         event_id = update.event_id or message["MessageId"]
-        received = ReceivedUpdate(
-            update, event_id, look_back_to, sent_at, sqs_message=message, receives=receives
-        )
-        self._held[message["ReceiptHandle"]] = received
+        done = partial(self._settle, message, receives)
+        pending = PendingUpdate(update, event_id, look_back_to, sent_at, done=done)
+        self._held[message["ReceiptHandle"]] = time.monotonic()
         self.bytes_in_hand += len(message["Body"])
-        self._waiting.setdefault(received.project_id, []).append(received)
+        self._waiting.setdefault(pending.project_id, []).append(pending)
 
     def stop_order(
         self,
@@ -4200,7 +4185,7 @@ class Intake:
         """Have an order's stop logged with its event; ``done`` is told why not, or ``None``."""
         now = time.time()
         update = Update("stop_requested", project_id, in_reply_to=message_id)
-        stop = RequestedStop(update, uuid.uuid4().hex, now, now, stop=key, done=done)
+        stop = PendingUpdate(update, uuid.uuid4().hex, now, now, stop=key, done=done)
         self._waiting.setdefault(project_id, []).append(stop)
         self._append_waiting()
 
@@ -4226,42 +4211,44 @@ class Intake:
                 self._deliver(update)
         self._append_waiting()
 
-    def _deliver(self, received: ReceivedUpdate | RequestedStop) -> None:
-        """Deliver an update here, then publish it, then delete it from the queue."""
-        update, event, project_id = received.update, received.event, received.project_id
-        if isinstance(received, RequestedStop):
-            done = partial(received.done, received.refusal)
-        else:
-            receipt = received.sqs_message["ReceiptHandle"]
-            done = partial(self._to_delete.add, receipt)
-        if received.refusal is not None:
-            if isinstance(received, RequestedStop):
-                done()
-                return
-            why = f"the log does not take it: {received.refusal}"
-            self._let_go(receipt)
-            self._tasks.create_task(self._give_back(received.sqs_message, received.receives, why))
+    def _deliver(self, pending: PendingUpdate) -> None:
+        """Deliver an update here, then publish it, then say that it is done."""
+        done = partial(pending.done, pending.refusal)
+        if pending.refusal is not None:
+            done()
             return
-        if event is None:
-            event = Event.of(update.event(None, timestamp()), received.sent_at)
+        update, sent_at = pending.update, pending.sent_at
+        event = pending.event or Event.of(update.event(None, timestamp()), sent_at)
         found = self._feed.accept(event, update.connection_id)
         if self._relay is None or found:
             done()
             return
-        event_id = received.event_id if event.seq is not None else None
-        relayed = RelayedEvent(
-            project_id, event.seq, update.connection_id, event.sent_at, Raw(event.payload), event_id
+        event_id = pending.event_id if event.seq is not None else None
+        payload = Raw(event.payload)
+        self._relay.publish(
+            RelayedEvent(
+                pending.project_id, event.seq, update.connection_id, sent_at, payload, event_id
+            ),
+            done,
         )
-        self._relay.publish(relayed, done)
 
-    def _let_go(self, receipt: str) -> None:
-        if received := self._held.pop(receipt, None):
-            self.bytes_in_hand -= len(received.sqs_message["Body"])
+    def _settle(self, message: dict[str, Any], receives: int, refusal: str | None) -> None:
+        """Delete a message whose update is done, or give it back."""
+        if refusal is None:
+            self._to_delete.add(message)
+            return
+        self._let_go(message)
+        why = f"the log does not take it: {refusal}"
+        self._tasks.create_task(self._give_back(message, receives, why))
+
+    def _let_go(self, message: dict[str, Any]) -> None:
+        if self._held.pop(message["ReceiptHandle"], None) is not None:
+            self.bytes_in_hand -= len(message["Body"])
             self._room.set()
 
-    async def _delete(self, receipts: list[str]) -> None:
+    async def _delete(self, messages: list[dict[str, Any]]) -> None:
         """Delete what is done. What stays comes again, and is recognised."""
-        left = receipts
+        left = [message["ReceiptHandle"] for message in messages]
         for attempt in range(3):
             with contextlib.suppress(*AWS_ERRORS):
                 async with self.dependency.attempt("DeleteMessageBatch"):
@@ -4269,8 +4256,8 @@ class Intake:
                 if not left:
                     break
             await asyncio.sleep(full_jitter_s(attempt))
-        for receipt in receipts:
-            self._let_go(receipt)
+        for message in messages:
+            self._let_go(message)
 
     async def _give_back(self, message: dict[str, Any], receives: int, why: str) -> None:
         """Make an update that cannot be read, or not be logged, visible again at once.
@@ -4302,7 +4289,7 @@ class Intake:
         while True:
             await asyncio.sleep(self.VISIBILITY_S / 4)
             long_ago = time.monotonic() - self.VISIBILITY_S / 4
-            held = [receipt for receipt, each in self._held.items() if each.held_since < long_ago]
+            held = [receipt for receipt, since in self._held.items() if since < long_ago]
             for start in range(0, len(held), SQS_BATCH_ENTRIES):
                 batch: Any = [
                     {"Id": str(i), "ReceiptHandle": r, "VisibilityTimeout": self.VISIBILITY_S}
