@@ -716,9 +716,6 @@ class Settings:
 # --- Wire -----------------------------------------------------------------------------------
 # Messages to bytes and back. Pure: knows no asyncio, no sockets, no AWS.
 
-Id = Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
-Traceparent = Annotated[str, Meta(max_length=TRACE_MAX_CHARS)]
-
 
 class Asking(Struct, kw_only=True):
     """What every message of a client may carry, and every answer to it repeats."""
@@ -733,7 +730,7 @@ class Answer(Struct, kw_only=True):
 class Subscribe(Asking, tag_field="action", tag="subscribe"):
     """Asks for a project's events; with ``since``, first for those missed after it."""
 
-    project_id: Id
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
     since: Annotated[int, Meta(ge=0, le=SEQ_MAX)] | None = None
     epoch: Annotated[str, Meta(max_length=ID_MAX_CHARS)] | None = None
     snapshot: bool = False
@@ -742,25 +739,25 @@ class Subscribe(Asking, tag_field="action", tag="subscribe"):
 class Unsubscribe(Asking, tag_field="action", tag="unsubscribe"):
     """Ends a subscription; of one that is not there too."""
 
-    project_id: Id
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
 
 
 class Forward(Asking, tag_field="action", tag="forward"):
     """Passes ``data``, unread, to the agent that ``type`` names."""
 
     type: str
-    message_id: Id | None = None
-    project_id: Id | None = None
+    message_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     data: Raw = Raw(b"null")
-    client_id: Id | None = None
-    traceparent: Traceparent | None = None
+    client_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    traceparent: Annotated[str, Meta(max_length=TRACE_MAX_CHARS)] | None = None
 
 
 class Stop(Asking, tag_field="action", tag="stop"):
     """Asks agents to end their work on a forward, come or yet to come."""
 
-    message_id: Id
-    project_id: Id | None = None
+    message_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
 
 
 class Ping(Asking, tag_field="action", tag="ping"):
@@ -873,14 +870,14 @@ class AgentMessage(Struct, tag_field="action", tag="forward"):
 class Update(Struct):
     """The body of a message in the updates queue, as agents write it."""
 
-    type: Id
-    project_id: Id | None = None
+    type: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)]
+    project_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     data: Raw = Raw(b"null")
-    event_id: Id | None = None
+    event_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
     ephemeral: bool = False
-    connection_id: Id | None = None
-    in_reply_to: Id | None = None
-    traceparent: Traceparent | None = None
+    connection_id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    in_reply_to: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARS)] | None = None
+    traceparent: Annotated[str, Meta(max_length=TRACE_MAX_CHARS)] | None = None
 
     def event(self, seq: int | None, stamp: str) -> EventMessage:
         """What clients get of it."""
