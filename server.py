@@ -2422,8 +2422,8 @@ class PendingForward:
     size_bytes: int
     submitted_at: float
     confirm: Confirm
-    deadline: asyncio.TimerHandle | None = None
     unanswered_calls: int = 0
+    deadline: asyncio.TimerHandle = dataclasses.field(init=False)
 
 
 class AgentQueue:
@@ -2540,11 +2540,13 @@ class Forwarder:
         """Send until every forward is confirmed, refused or past its deadline."""
         for attempt in itertools.count():
             batch = [forward for forward in batch if forward in self._waiting]
-            if batch:
-                batch = await self._attempt(to, batch)
             if not batch:
                 return
-            await asyncio.sleep(full_jitter_s(attempt, cap_s=1.0))
+            latest = max(forward.deadline.when() for forward in batch)
+            batch = await self._attempt(to, batch)
+            if batch:
+                left_s = max(0.0, latest - asyncio.get_running_loop().time())
+                await asyncio.sleep(min(full_jitter_s(attempt), left_s))
 
     async def _attempt(self, to: AgentQueue, batch: list[PendingForward]) -> list[PendingForward]:
         """Make one call, settle the forwards it decides, and return those to be tried again."""
@@ -2614,7 +2616,7 @@ class Forwarder:
             return
         self._waiting.remove(forward)
         self._waiting_bytes -= forward.size_bytes
-        cast("asyncio.TimerHandle", forward.deadline).cancel()
+        forward.deadline.cancel()
         forward.entry = {}  # A batcher may hold an expired forward until a call has returned.
         if error is None:
             self._metrics.forwarded(time.monotonic() - forward.submitted_at)

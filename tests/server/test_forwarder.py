@@ -68,6 +68,24 @@ class TestDeadlines:
         assert calls == [["first"], ["old", *fresh]]
         assert Counter(sent_ids(stand_in)) == Counter(["first", "old", *fresh])
 
+    async def test_back_off_ends_at_the_deadline(
+        self,
+        platform: aws_standin.Platform,
+        aws: Aws,
+        stand_in: StandIn,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Who comes after a forward that was given up does not wait for its next attempt."""
+        monkeypatch.setattr("server.full_jitter_s", lambda *_a, **_k: 3_600.0)
+        stand_in.fault = always("SendMessageBatch", THROTTLED)
+        async with desk_of(platform, aws, timeout_s=0.5) as desk:
+            desk.submit("old")
+            await eventually(lambda: desk.outcomes["old"])
+            stand_in.fault = None
+            desk.submit("fresh")
+            assert await desk.codes() == {"old": "unavailable"}
+        assert sent_ids(stand_in) == ["fresh"]
+
 
 class TestClientIds:
     """What a FIFO queue takes for a repetition, and what for another client's message."""
