@@ -4311,13 +4311,6 @@ class Intake:
 # What is counted, one line a minute for CloudWatch and JSON for GET /stats. Knows no connections.
 
 
-class Unit(StrEnum):
-    COUNT = "Count"
-    BYTES = "Bytes"
-    SECONDS = "Seconds"
-    MILLISECONDS = "Milliseconds"
-
-
 Gauge = Callable[[], float | Mapping[str, float]]
 """Reads what is there now: one figure, or figures by kind, whose sum is the metric."""
 
@@ -4343,23 +4336,23 @@ class Sample:
         values, self.values, self._seen = self.values, [], 0
         return [round(value, 3) for value in values]
 
-
-def metric_name(field: str) -> str:
-    """``gaps_filled`` is ``GapsFilled`` for CloudWatch."""
-    return field.title().replace("_", "")
+    def summary(self) -> dict[str, float]:
+        """The median and the highest of the values since ``take``; nothing, if there are none."""
+        values = sorted(self.values)
+        return {"p50": values[len(values) // 2], "max": values[-1]} if values else {}
 
 
 def counter(meaning: str) -> Any:
     """A number that its owner adds to: ``metrics.gaps_filled += 1``."""
-    return dataclasses.field(default=0, metadata={"unit": Unit.COUNT, "meaning": meaning})
+    return dataclasses.field(default=0, metadata={"unit": "Count", "meaning": meaning})
 
 
-def gauge(unit: Unit, meaning: str) -> Any:
+def gauge(unit: str, meaning: str) -> Any:
     """A `Gauge` that its owner sets; until then the metric is missing."""
     return dataclasses.field(default=None, metadata={"unit": unit, "meaning": meaning})
 
 
-def sample(unit: Unit, meaning: str) -> Any:
+def sample(unit: str, meaning: str) -> Any:
     """Values of which each is told apart: ``metrics.event_latency.add(1.5)``."""
     return dataclasses.field(default_factory=Sample, metadata={"unit": unit, "meaning": meaning})
 
@@ -4373,23 +4366,23 @@ class Metrics:
 
     environment: str
     registry: dataclasses.InitVar[Registry]
-    active_connections: Gauge = gauge(Unit.COUNT, "connections open now")
+    active_connections: Gauge = gauge("Count", "connections open now")
     connections_opened: int = counter("handshakes completed")
-    connection_duration: Sample = sample(Unit.SECONDS, "how long closed connections had lasted")
-    subscriptions: Gauge = gauge(Unit.COUNT, "live subscriptions now")
+    connection_duration: Sample = sample("Seconds", "how long closed connections had lasted")
+    subscriptions: Gauge = gauge("Count", "live subscriptions now")
     messages_received: int = counter("messages from clients, of every kind")
     messages_forwarded: int = counter("forwards that SQS has accepted")
     forward_errors: int = counter("forwards taken and then answered with an error")
-    forward_latency: Sample = sample(Unit.MILLISECONDS, "from a forward to SQS's confirmation")
+    forward_latency: Sample = sample("Milliseconds", "from a forward to SQS's confirmation")
     events_delivered: int = counter("events written, counted once a listener")
     event_latency: Sample = sample(
-        Unit.MILLISECONDS, "from the agent's send to the write to the sockets"
+        "Milliseconds", "from the agent's send to the write to the sockets"
     )
     slow_consumers_closed: int = counter("clients closed because they read too slowly")
     memory_closed: int = counter("connections ended because the memory budget was used up")
-    bytes_held: Gauge = gauge(Unit.BYTES, "bytes held for clients and agents, by kind")
+    bytes_held: Gauge = gauge("Bytes", "bytes held for clients and agents, by kind")
     work_owed: Gauge = gauge(
-        Unit.SECONDS, "CPU time that clients owe and are not read from until it is paid, by kind"
+        "Seconds", "CPU time that clients owe and are not read from until it is paid, by kind"
     )
     catch_ups: int = counter("reads of the log for clients that came back")
     gaps_filled: int = counter("times that events had to be read from the log after all")
@@ -4416,52 +4409,50 @@ class Metrics:
                 self.event_latency.add((now - event.sent_at) * 1000)
 
     @classmethod
-    def described(cls) -> dict[str, tuple[Unit, str]]:
+    def _fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Every metric's field, by its name for CloudWatch."""
+        fields = (field for field in dataclasses.fields(cls) if field.metadata)
+        return {field.name.title().replace("_", ""): field for field in fields}
+
+    @classmethod
+    def described(cls) -> dict[str, tuple[str, str]]:
         """Every metric's unit and meaning, by name; ``docs/METRICS.md`` is made from it."""
         return {
-            metric_name(field.name): (field.metadata["unit"], field.metadata["meaning"])
-            for field in dataclasses.fields(cls)
-            if field.metadata
+            name: (field.metadata["unit"], field.metadata["meaning"])
+            for name, field in cls._fields().items()
         }
 
-    def _read(self, kind: Any) -> dict[str, Any]:
-        """All counters (``int``), samples (``Sample``) or gauges (``Callable``), by name."""
-        found = {
-            metric_name(field.name): getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.metadata
-        }
-        return {name: value for name, value in found.items() if isinstance(value, kind)}
-
-    def gauges(self) -> dict[str, Any]:
-        """What the gauges read now; one with kinds has them beside it, under ``<name>ByKind``."""
+    def _values(
+        self, of_counter: Callable[[str, int], int], of_sample: Callable[[Sample], Any]
+    ) -> dict[str, Any]:
+        """Every metric that has a value; one with kinds has them under ``<name>ByKind`` too."""
         found: dict[str, Any] = {}
-        for name, read in self._read(Callable).items():
-            found[name] = reading = read()
-            if isinstance(reading, Mapping):
-                found |= {name: sum(reading.values()), f"{name}ByKind": dict(reading)}
-        return found
+        for name, field in self._fields().items():
+            value = getattr(self, field.name)
+            if isinstance(value, int):
+                found[name] = of_counter(name, value)
+            elif isinstance(value, Sample):
+                found[name] = of_sample(value) or None
+            elif value is not None:
+                found[name] = reading = value()
+                if isinstance(reading, Mapping):
+                    found |= {name: sum(reading.values()), f"{name}ByKind": dict(reading)}
+        return {name: value for name, value in found.items() if value is not None}
 
     def stats(self) -> dict[str, Any]:
         """For ``GET /stats``: counters since the start, latencies of the running minute."""
-        latencies = {
-            name: {"p50": values[len(values) // 2], "max": values[-1]}
-            for name, taken in self._read(Sample).items()
-            if (values := sorted(taken.values))
-        }
-        return {**self.gauges(), **self._read(int), **latencies}
+        return self._values(lambda _, count: count, Sample.summary)
+
+    def _since_last(self, name: str, count: int) -> int:
+        before, self._reported[name] = self._reported.get(name, 0), count
+        return count - before
 
     def line(self) -> dict[str, Any]:
         """One object in CloudWatch's Embedded Metric Format, of what happened since the last.
 
         What is no metric, as figures by kind, is in the log only, where it costs nothing.
         """
-        counters = self._read(int)
-        values = self.gauges()
-        values |= {name: count - self._reported.get(name, 0) for name, count in counters.items()}
-        self._reported = counters
-        taken = {name: found.take() for name, found in self._read(Sample).items()}
-        values |= {name: found for name, found in taken.items() if found}
+        values = self._values(self._since_last, Sample.take)
         units = {name: unit for name, (unit, _) in self.described().items() if name in values}
         definition = {
             "Namespace": "AgenticAI/WebSocket",
