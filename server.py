@@ -113,7 +113,7 @@ metrics_logger = logging.getLogger("gateway.metrics")
 
 
 # --- Vocabulary -----------------------------------------------------------------------------
-# The words of the protocol and the limits that are not settings. Nothing mutable.
+# The words of the protocol, and the limits that several sections share. Nothing mutable.
 #
 # There are two clocks. Durations and deadlines of this process are seconds of the monotonic clock
 # (`time.monotonic`; the event loop's own time is the same clock, read once a turn). Whatever others
@@ -187,7 +187,6 @@ TOKEN_MAX_CHARS = 16_384
 # Connections.
 HANDSHAKE_MAX_BYTES = 16_384  # the load balancer's own limit for headers
 CLOSE_TIMEOUT_S = 10.0
-LISTEN_BACKLOG = 4096  # a deployment sends everybody back at once
 SWEPT_PER_TURN = 200  # connections, before the others get their turn
 
 # Fan-out.
@@ -201,9 +200,7 @@ EVENT_MAX_BYTES = SNS_MESSAGE_BYTES - 10_240  # one event and its envelope fit o
 LONG_POLL_S = 20
 CALL_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = LONG_POLL_S + 10.0
-EVENT_ID_WINDOW_S = (
-    300.0  # how long an agent's event_id is an idempotency key; SQS FIFO's own window
-)
+EVENT_ID_WINDOW_S = 300.0  # an agent's event_id is an idempotency key; SQS FIFO's own window
 CLOCK_SKEW_S = 60.0
 
 UNSENDABLE = {"\ufffe": rb"\ufffe", "\uffff": rb"\uffff"}
@@ -5848,7 +5845,7 @@ class Gateway:
         server = await asyncio.get_running_loop().create_server(
             lambda: Connection(self),
             sock=listening_socket(self._settings.websocket_host, self._settings.websocket_port),
-            backlog=LISTEN_BACKLOG,
+            backlog=4_096,  # a deployment sends everybody back at once
         )
         host, port, *_ = server.sockets[0].getsockname()
         self.address = (host, port)
