@@ -67,29 +67,41 @@ def _revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def measure(effort: Effort, only: str) -> report.Run:
-    """Take all turns; what does not exist here is listed as absent, with the reason."""
+def measure(effort: Effort, only: str, partial: Path | None) -> report.Run:
+    """Take all turns; what does not exist here is listed as absent, with the reason.
+
+    What there is so far is in `partial` after each measurement.
+    """
     versions, absent = present([*GATEWAYS, *PEER_SERVERS, JETSTREAM])
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}", file=sys.stderr)
-    return _run(effort, versions, absent, run(effort, only, absent))
+    return collect(effort, versions, absent, run(effort, only, absent), partial)
 
 
 def measure_pair(effort: Effort, only: str, other: Server) -> report.Run:
     """Take all turns that can be compared with another revision."""
     versions, absent = present([TOKENS_GATEWAY, other])
-    finished = _run(effort, versions, absent, run_paired(effort, only, absent, other))
+    finished = collect(effort, versions, absent, run_paired(effort, only, absent, other))
     for label, reason in absent.items():
         print(f"failed: {label}: {reason}", file=sys.stderr)
     return finished
 
 
-def _run(
-    effort: Effort, versions: dict[str, str], absent: dict[str, str], records: Iterator[Record]
+def collect(
+    effort: Effort,
+    versions: dict[str, str],
+    absent: dict[str, str],
+    records: Iterator[Record],
+    partial: Path | None = None,
 ) -> report.Run:
+    """Take all records; whoever cuts a long run off finds those that were taken in `partial`."""
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    done = list(records)
-    return report.Run(when, dataclasses.asdict(effort), machine(), versions, absent, done)
+    taken = report.Run(when, dataclasses.asdict(effort), machine(), versions, absent, [])
+    for record in records:
+        taken.records.append(record)
+        if partial:
+            taken.save(partial)
+    return taken
 
 
 def show(finished: report.Run) -> None:
@@ -114,11 +126,16 @@ def main() -> int:
         help="of events at each rate; a tenth of it of CPU time elsewhere",
     )
     parser.add_argument("--against", metavar="REVISION", help="only compare with this git revision")
-    parser.add_argument("--report", action="store_true", help="only rewrite the tables and plots")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="only rewrite the tables and plots, of the last run, even if it was cut off",
+    )
     arguments = parser.parse_args()
     path = report.RESULTS / ("quick.json" if arguments.quick else "full.json")
+    partial = path.with_suffix(".partial.json")
     if arguments.report:
-        finished = report.Run.load(path)
+        finished = report.Run.load(partial if partial.exists() else path)
     else:
         if not sys.platform.startswith("linux"):
             print("the benchmark reads /proc and uses epoll: Linux only", file=sys.stderr)
@@ -135,12 +152,13 @@ def main() -> int:
                 finished = measure_pair(effort, arguments.only, other)
                 print(report.pairs(finished, TOKENS_GATEWAY.name, other.name))
                 return 0
-            finished = measure(effort, arguments.only)
+            finished = measure(effort, arguments.only, None if arguments.only else partial)
         except BenchError as error:
             print(f"cannot measure: {error}", file=sys.stderr)
             return 1
         if not arguments.only:
             finished.save(path)
+            partial.unlink(missing_ok=True)
     show(finished)
     if not arguments.quick and not arguments.only:
         report.write_document(finished)

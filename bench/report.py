@@ -41,7 +41,9 @@ class Run:
         fields = dataclasses.asdict(self)
         records = ",\n".join(json.dumps(r) for r in fields.pop("records"))
         head = json.dumps(fields, indent=1).removesuffix("\n}")
-        path.write_text(f'{head},\n "records": [\n{records}\n]}}\n')
+        whole = path.with_suffix(".new")
+        whole.write_text(f'{head},\n "records": [\n{records}\n]}}\n')
+        whole.replace(path)  # so that there is no half of one
 
     @classmethod
     def load(cls, path: Path) -> Run:

@@ -7,11 +7,13 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import prices, report
+from bench.__main__ import collect
 from bench.agents import HeavyTail
 from bench.bill import dollars_per_million, per_event
 from bench.cluster import PUBLISH_S, PUBLISHING, ceiling, line, unwanted_turn
@@ -133,6 +135,21 @@ def test_saved_run_is_the_same_run(run: Run, tmp_path: Path) -> None:
     """What is written to bench/results is read back equal."""
     run.save(tmp_path / "results" / "run.json")
     assert Run.load(tmp_path / "results" / "run.json") == run
+
+
+def test_run_that_is_cut_off(run: Run, tmp_path: Path) -> None:
+    """What was measured until somebody stopped a run is there."""
+
+    def records() -> Iterator[Record]:
+        yield from run.records[:2]
+        raise KeyboardInterrupt
+
+    partial = tmp_path / "full.partial.json"
+    with pytest.raises(KeyboardInterrupt):
+        collect(QUICK, run.versions, run.absent, records(), partial)
+    found = Run.load(partial)
+    assert (found.records, found.versions) == (run.records[:2], run.versions)
+    assert found.effort == dataclasses.asdict(QUICK) | {"rates": list(QUICK.rates)}
 
 
 def test_document_is_filled_and_filled_again(run: Run) -> None:
