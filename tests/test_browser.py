@@ -1328,6 +1328,7 @@ class TestList:
         steps = page.locator("#detail .steps span:not(.seq)").all_text_contents()
         assert steps == ["Thinking", "Planned"]
 
+    @pytest.mark.measures
     def test_ten_thousand_events(
         self,
         scripted: ScriptedGateway,

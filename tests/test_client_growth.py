@@ -55,6 +55,7 @@ async () => {
 """
 
 
+@pytest.mark.measures
 def test_nothing_grows(capsys: pytest.CaptureFixture[str]) -> None:
     """1,000 reconnects and 100,000 events: each event once, and the heap is as it was."""
     sync_api = pytest.importorskip("playwright.sync_api")

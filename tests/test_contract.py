@@ -531,7 +531,7 @@ class TestExamples:
         """What cannot be done now, or would be too much, is answered."""
         platform = stand_in.create_platform()
         forward = EXAMPLES["forward"]
-        overrides: Json = {"max_message_bytes": 2**20, "forward_timeout_seconds": 0.5}
+        overrides: Json = {"max_message_bytes": 2**20, "forward_timeout_seconds": 1.0}
         async with running_gateway(platform, **overrides) as gateway:
             client = await connect(gateway, compression=None)
             await client.next()

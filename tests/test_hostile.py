@@ -29,6 +29,7 @@ def report() -> Report:
     return asyncio.run(run(1.0, half_open=2_000))
 
 
+@pytest.mark.measures
 def test_honest_clients_stay(report: Report) -> None:
     """Nobody who is honest loses the connection, or an event."""
     assert [row.name for row in report.rows] == list(ATTACKS)
@@ -36,12 +37,14 @@ def test_honest_clients_stay(report: Report) -> None:
     assert all(row.count > HONEST for row in report.rows)
 
 
+@pytest.mark.measures
 def test_attacks_happen(report: Report) -> None:
     """Every attack is really made, and answered as such an attack should be."""
     assert report.idle == []
     assert report.missed == []
 
 
+@pytest.mark.measures
 def test_honest_clients_are_answered(report: Report) -> None:
     """Of the honest's answers 99 of 100 come within a second, or 8 times what they take in calm.
 
@@ -53,12 +56,14 @@ def test_honest_clients_are_answered(report: Report) -> None:
     assert {row.name: row.p99_ms for row in report.rows if row.p99_ms > bound_ms} == {}
 
 
+@pytest.mark.measures
 def test_memory_is_bounded(report: Report) -> None:
     """No attack makes the gateway take 128 MB more, nor keep more than half of it."""
     assert report.peak_mb < report.before_mb + GROWTH_MB
     assert report.after_mb <= report.kept_at_most_mb
 
 
+@pytest.mark.measures
 def test_small_container() -> None:
     """Of 512 MB a thousand at their worst leave enough, by the formula of docs/PERFORMANCE.md."""
     limit_mb = 512
@@ -97,6 +102,7 @@ def test_faults_are_found(bad: dict[str, Any]) -> None:
     assert len(dataclasses.replace(fine, **bad).faults()) == 1
 
 
+@pytest.mark.measures
 def test_nothing_is_an_error(report: Report) -> None:
     """What clients do is no error of the gateway's."""
     assert report.errors == []

@@ -110,6 +110,7 @@ def test_percentile() -> None:
     assert latency.percentile(0) == 0.001
 
 
+@pytest.mark.measures
 async def test_latency(aws: MotoAws, capsys: pytest.CaptureFixture[str]) -> None:
     """An update reaches a client on another task in a fraction of a second."""
     latency = await measure_latency(aws)

@@ -37,6 +37,7 @@ def deliveries_per_cpu_s(server: Server) -> float:
     return values["deliveries_per_cpu_s"]
 
 
+@pytest.mark.measures
 def test_fan_out_beside_websockets_broadcast() -> None:
     """Bursts cost a fraction of what ``websockets.broadcast()`` takes for them.
 
@@ -109,6 +110,7 @@ class StallingClient:
         self._sockets.close()
 
 
+@pytest.mark.measures
 class TestSlowReaders:
     """200 of 2,000 clients stop reading while events flow."""
 

@@ -160,6 +160,7 @@ class TestMover:
 class TestRehearsal:
     """Nobody notices a deployment."""
 
+    @pytest.mark.measures
     async def test_task_is_replaced(self, fifo_platform: Platform) -> None:
         """Clients move to the new task, spread, and none misses an event or gets one twice."""
         report = await rehearse(SMALL, fifo_platform, installed_balancers()[0])

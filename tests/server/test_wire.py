@@ -312,12 +312,12 @@ class TestContext:
 
         def seconds(payload: bytes) -> float:
             def once() -> float:
-                started = time.perf_counter()
+                started = time.thread_time()
                 try:
                     decode_message(payload)
                 except BadMessage:
                     pass
-                return time.perf_counter() - started
+                return time.thread_time() - started
 
             return min(once() for _ in range(9))
 

@@ -1,0 +1,75 @@
+"""All tests: those that only check side by side, then alone those that measure.
+
+    python -m tests            # as `make test` does
+    python -m tests --again    # as continuous integration does
+
+With ``--again`` each test that failed is run twice more, alone. One that passes both times was
+disturbed by the machine: it is a flake, and reported in a line of its own. One that fails again,
+if only once, has failed; so has everything if more than `FLAKES_AT_MOST` tests failed at first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAST_FAILED = ROOT / ".pytest_cache" / "v" / "cache" / "lastfailed"
+
+COVERAGE_PERCENT = 98
+FLAKES_AT_MOST = 5
+
+
+def pytest(*arguments: str) -> int:
+    """Run pytest; return its exit code: 0 if all passed, 1 if some failed, or coverage did."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def last_failed() -> list[str]:
+    """The ids of the tests that have failed since `LAST_FAILED` was removed."""
+    return list(json.loads(LAST_FAILED.read_text("utf-8"))) if LAST_FAILED.exists() else []
+
+
+def run_all(seed: int, workers: str) -> int:
+    """Run all tests; return the higher of the two exit codes."""
+    common = [f"--hypothesis-seed={seed}", "--cov=server", "--durations=10"]
+    side_by_side = ["-m", "not measures", "-n", workers, "--dist", "worksteal"]
+    enough = f"--cov-fail-under={COVERAGE_PERCENT}"
+    checked = pytest(*common, *side_by_side, "--cov-report=", "--cov-fail-under=0")
+    measured = pytest(*common, "-m", "measures", "--cov-append", enough)
+    return max(checked, measured)
+
+
+def only_flakes(failed: list[str], seed: int) -> bool:
+    """Run each test twice more; print and return whether none of them fails again."""
+    if not 0 < len(failed) <= FLAKES_AT_MOST:
+        return False
+    print(f"Twice more, alone: {len(failed)} that failed.")
+    options = [f"--hypothesis-seed={seed}", "--no-cov", "--quiet", "--no-header"]
+    lasting = [test for test in failed if any(pytest(*options, test) for _ in range(2))]
+    for test in failed:
+        outcome = "failed again" if test in lasting else "flake, passed twice more"
+        print(f"{outcome}: {test} (--hypothesis-seed={seed})")
+    return not lasting
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests", description="Run all tests.")
+    parser.add_argument("--again", action="store_true", help="tell flakes from failures")
+    parser.add_argument("--workers", default="2", help="tests side by side (2)")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="Hypothesis's")
+    options = parser.parse_args()
+    LAST_FAILED.unlink(missing_ok=True)
+    code = run_all(options.seed, options.workers)
+    if code == 1 and options.again and only_flakes(last_failed(), options.seed):
+        code = 0
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
