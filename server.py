@@ -2931,14 +2931,10 @@ class EventLog:
 
     # Reading.
 
-    async def head(self, project_id: str) -> int:
-        """``seq`` of the project's last event; 0 for an empty log."""
-        return (await self.heads([project_id], consistent=True)).get(project_id, 0)
-
     async def heads(
         self, project_ids: Sequence[str], *, consistent: bool = False
     ) -> dict[str, int]:
-        """``head`` of many, at the price of a hundredth of the calls; of empty logs none.
+        """The ``seq`` of each project's last event, a hundred a call; of empty logs none.
 
         Unless ``consistent``, at half the price, they may lag by a moment.
         """
@@ -3315,20 +3311,6 @@ def milliseconds(attributes: Mapping[str, str], name: str) -> float:
     return int(attributes.get(name, "0")) / 1000
 
 
-def chunks(events: Sequence[Event]) -> Iterator[list[Event]]:
-    """Runs of events of at most ``CATCHUP_CHUNK_BYTES``, and at least one event each."""
-    chunk: list[Event] = []
-    size = 0
-    for event in events:
-        if chunk and size + len(event.frame) > CATCHUP_CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(event)
-        size += len(event.frame)
-    if chunk:
-        yield chunk
-
-
 class Chunk:
     """Events that a client gets in one piece, joined once for all who get them.
 
@@ -3576,7 +3558,8 @@ class Feed:
             return exc
         run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
         channel.remember(run)
-        return [Chunk(events) for events in chunks(run)] or None
+        chunks = runs(run, lambda event: len(event.frame), CATCHUP_CHUNK_BYTES)
+        return [Chunk(events) for events in chunks] or None
 
     async def _read(self, channel: Channel, after: int, known: int) -> list[Event]:
         """A page of the log; what in it is news to the channel is delivered on the way."""

@@ -47,6 +47,11 @@ async def whole_log(log: EventLog, project_id: str = "p", after: int = 0) -> lis
     return found
 
 
+async def head_of(log: EventLog, project_id: str) -> int:
+    """The last ``seq`` of a project's log."""
+    return (await log.heads([project_id], consistent=True)).get(project_id, 0)
+
+
 async def append(log: EventLog, project_id: str, *batches: Sequence[PendingEvent]) -> None:
     """Append batch after batch to one project's log, each as often as it takes."""
     for batch in batches:

@@ -55,9 +55,6 @@ class MemoryLog(EventLog):
             finish(step)
         await settle()
 
-    async def head(self, project_id: str) -> int:
-        return (await self.heads([project_id]))[project_id]
-
     async def heads(
         self,
         project_ids: Sequence[str],

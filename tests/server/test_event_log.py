@@ -39,6 +39,7 @@ from tests.server.event_logs import (
     append,
     entries,
     entry,
+    head_of,
     places,
     seqs,
     whole_log,
@@ -318,7 +319,7 @@ class TestLearning:
         await append_groups(log, appends)
         assert stand_in.calls["dynamodb", "TransactGetItems"] > 0
         assert [places(each.pending) for each in appends] == [[2], [1]]
-        assert await log.head("p") == 2
+        assert await head_of(log, "p") == 2
 
     async def test_told_while_reading(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
         """Word of an event that comes while its log is read, too early to see it, is no wipe."""
@@ -328,7 +329,7 @@ class TestLearning:
 
         async def early_query(**request: Any) -> Any:
             answer = await query(**request)
-            if await other.head("p") == 1:
+            if await head_of(other, "p") == 1:
                 await append_groups(other, one_each(["p"], 2))
                 log.learn("p", 2, "p-2")
             return answer
@@ -917,7 +918,7 @@ class TestEventLog:
         again = [entry(number, look_back_to=time.time() - 60) for number in (0, 449, 225, 450)]
         await append(log, "p", again)
         assert places(again) == [1, 450, 226, 451]
-        assert await log.head("p") == 451
+        assert await head_of(log, "p") == 451
 
     async def test_look_back_is_bounded(self, kit: LogKit, stand_in: StandIn) -> None:
         """The log is looked through only as far back as the update can be in it, and once."""
@@ -953,7 +954,7 @@ class TestEventLog:
             again = entries(0, 5, 19, look_back_to=time.time() - 60)
             await append(other, "p", again)
             assert places(again) == [1, 6, 20]
-        assert await log.head("p") == 20
+        assert await head_of(log, "p") == 20
 
     async def test_forgetful_in_a_batch(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> None:
         """What was looked up for a batch is kept in mind until all of the batch is in the log."""
@@ -996,13 +997,13 @@ class TestEventLog:
         await append(log, "p", entries(302, 303))
         assert await whole_log(log) == [(302, 302), (303, 303)]
         assert seqs(await log.read("p", 302)) == [303]
-        assert await log.head("p") == 303
+        assert await head_of(log, "p") == 303
 
     async def test_all_expired(self, kit: LogKit) -> None:
         """A log whose events have all expired is empty, and goes on where it was."""
         await append(kit.log(retention_s=-10), "p", entries(1, 2))
         log, appended = kit.log(), entries(3)
-        assert (await log.read("p", 0), await log.head("p")) == ([], 2)
+        assert (await log.read("p", 0), await head_of(log, "p")) == ([], 2)
         await append(log, "p", appended)
         assert places(appended) == [3]
 
@@ -1061,7 +1062,7 @@ class TestEventLog:
             log.open,
             lambda: append(log, "other", entries(1)),
             lambda: log.read("p", 0),
-            lambda: log.head("p"),
+            lambda: head_of(log, "p"),
             lambda: log.heads(["p"]),
         ]
         for call in calls:

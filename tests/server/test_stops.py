@@ -18,7 +18,7 @@ import server
 from aws_standin import Call, Fault, StandIn
 from server import Gateway, Principal, Stop
 from tests.server.aws import agents_say, bodies, faults
-from tests.server.event_logs import LogKit
+from tests.server.event_logs import LogKit, head_of
 from tests.server.gateways import Client, client_of, running_gateway
 
 Json = dict[str, Any]
@@ -162,7 +162,7 @@ class TestStop:
             assert "project_id" not in confirmed
             await stop(client, project_id=None)
         assert await stop_item(gateway, None, "m", None) is not None
-        assert await gateway.log.head("*") == 0
+        assert await head_of(gateway.log, "*") == 0
 
     @pytest.mark.usefixtures("impatient")
     @pytest.mark.parametrize(
