@@ -234,6 +234,10 @@ export interface Order<Data = unknown> extends AsyncIterable<ProjectEvent<Data>>
   on(event: 'event', fn: (event: ProjectEvent<Data>) => void): Off;
   on(event: 'stream', fn: (stream: Stream) => void): Off;
   on(event: 'error', fn: (error: GatewayError) => void): Off;
+  /** Of its project's log: some of its answers may be lost. */
+  on(event: 'gap', fn: (gap: Gap) => void): Off;
+  /** Of its subscription to the project. */
+  on(event: 'state', fn: (state: SubscriptionState, error?: GatewayError) => void): Off;
   /** As `Connection.stop`, of this order. */
   stop(options?: { timeout?: number; signal?: AbortSignal }): Promise<{ messageId: string }>;
   /** Ends its listeners and loops; the agent goes on. Call it once nobody wants its answers any more. */

@@ -610,7 +610,7 @@ class Machine {
       return message.action === 'stop' ? this.stopOf(message) : this.forwards.get(message.message_id);
     }
     const { action, project_id: project } = message;
-    const ours = ({ request }) => request?.action === action && !(this.announced && request.ref);
+    const ours = ({ request }) => request && request.action === action && !(this.announced && request.ref);
     const named = this.channels.get(project);
     if (named && ours(named)) return named;
     const unspeakable = ({ length }) => !length || length > PROJECT_MAX_CHARS;

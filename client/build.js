@@ -1,6 +1,7 @@
 /**
- * Makes dist/: one file for `<script src>` and for `require()` (UMD, minified), the React hooks for `require()`, and
- * their types. `node build.js DIRECTORY` makes it elsewhere, to compare. SPDX-License-Identifier: MIT
+ * Makes dist/: one file for `<script src>` and for `require()` (UMD, minified), for `require()` the React hooks and the
+ * agent of AG-UI, and their types. `node build.js DIRECTORY` makes it elsewhere, to compare.
+ * SPDX-License-Identifier: MIT
  */
 import { copyFile, mkdir, readFile, writeFile } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
@@ -34,4 +35,5 @@ async function bundle(name, format, external = []) {
 await mkdir(dist, { recursive: true });
 await bundle('agenticai-ws', 'umd');
 await bundle('react', 'cjs', ['react']);
+await bundle('ag-ui', 'cjs', ['@ag-ui/client', 'rxjs']);
 await writeFile(join(dist, 'package.json'), '{ "type": "commonjs" }\n');

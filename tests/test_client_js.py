@@ -18,6 +18,7 @@ import pytest
 from local.console import FILES, console_link, content_security_policy, serve_console
 
 CLIENT = Path(__file__).resolve().parent.parent / "client"
+MODULES = ("agenticai-ws", "react", "ag-ui")
 NODE_MIN_MAJOR = 20
 NODE_TIMEOUT_S = 300
 
@@ -71,8 +72,12 @@ class TestModule:
         assert sorted(file["path"] for file in package["files"]) == [
             "LICENSE",
             "README.md",
+            "ag-ui.d.ts",
+            "ag-ui.js",
             "agenticai-ws.d.ts",
             "agenticai-ws.js",
+            "dist/ag-ui.d.ts",
+            "dist/ag-ui.js",
             "dist/agenticai-ws.d.ts",
             "dist/agenticai-ws.js",
             "dist/package.json",
@@ -89,7 +94,7 @@ class TestModule:
         assert licence.startswith("MIT License\n")
         assert (CLIENT / "LICENSE").read_text() == licence
         assert json.loads((CLIENT / "package.json").read_text())["license"] == "MIT"
-        for name in ("agenticai-ws.js", "agenticai-ws.d.ts", "react.js", "react.d.ts"):
+        for name in (f"{each}.{kind}" for each in MODULES for kind in ("js", "d.ts")):
             assert "SPDX-License-Identifier: MIT" in (CLIENT / name).read_text(), name
 
     def test_size_is_what_the_readme_says(self) -> None:

@@ -29,7 +29,7 @@ describe('the package', { skip }, () => {
     tarball = join(project, (Array.isArray(packed) ? packed[0] : Object.values(packed)[0]).filename);
     await run('tar', ['xzf', tarball, '-C', project]);
     await cp(join(project, 'package'), join(project, 'node_modules/agenticai-ws'), { recursive: true });
-    for (const name of ['react', 'react-dom', 'scheduler', 'ws', 'vite', 'typescript', '@types', 'csstype']) {
+    for (const name of ['react', 'react-dom', 'scheduler', 'ws', 'vite', 'typescript', '@types', 'csstype', '@ag-ui', 'rxjs']) {
       await symlink(join(modules, name), join(project, 'node_modules', name));
     }
     for (const name of ['page', 'vite', 'node']) await cp(join(client, 'examples', name), join(project, name), { recursive: true });
@@ -62,6 +62,10 @@ describe('the package', { skip }, () => {
     assert.deepEqual([required, imported].map(({ stdout }) => stdout.trim()), Array(2).fill('GatewayError,connect'));
     const hooks = await node(project, '--input-type=commonjs', '--eval', `const m = require('agenticai-ws/react'); ${names}`);
     assert.equal(hooks.stdout.trim(), 'useConnectionState,useProject');
+    for (const load of ["require('agenticai-ws/ag-ui')", "await import('agenticai-ws/ag-ui')"]) {
+      const agent = await node(project, `--input-type=${load.startsWith('await') ? 'module' : 'commonjs'}`, '--eval', `const m = ${load}; ${names}`);
+      assert.equal(agent.stdout.trim(), 'GatewayAgent');
+    }
   });
 
   test('CommonJS with TypeScript takes its types', async () => {

@@ -50,6 +50,14 @@ describe('subscribing', () => {
     assert.equal(socket.actions('subscribe').length, 0);
   });
 
+  test('an error about a project that answers nothing is told, and changes nothing', async () => {
+    const all = setup();
+    const socket = await all.opened();
+    const sub = all.client.subscribe('p');
+    socket.receive(confirmed(3), { type: 'error', code: 'forbidden', message: 'No.', project_id: 'p' });
+    assert.deepEqual([sub.state, ...all.errors()], ['live', 'forbidden']);
+  });
+
   test('a refusal fails the subscription, and is asked again after a reconnect', async () => {
     const all = setup();
     const socket = await all.opened();

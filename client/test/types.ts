@@ -1,5 +1,6 @@
 /** Compiled, never run: how the declarations are used. A line that should not compile says so. */
 import { connect, GatewayError } from 'agenticai-ws';
+import { GatewayAgent } from 'agenticai-ws/ag-ui';
 import { useConnectionState, useProject } from 'agenticai-ws/react';
 import type { ProjectView } from 'agenticai-ws/react';
 import type { Connection, Off, ProjectEvent, Subscription } from 'agenticai-ws';
@@ -84,3 +85,14 @@ async function orders(gateway: import('../agenticai-ws.js').Connection) {
   await order.stop();
 }
 void orders;
+
+// A frontend on @ag-ui/client.
+async function agents(gateway: import('../agenticai-ws.js').Connection) {
+  const agent: import('@ag-ui/client').AbstractAgent = new GatewayAgent({ gateway, type: 'dev', project: 'p', data: ({ messages }) => messages.at(-1) });
+  await agent.runAgent();
+  const { saved } = agent as GatewayAgent;
+  await new GatewayAgent({ gateway, type: 'dev', saved, initialMessages: agent.messages }).connectAgent();
+  // @ts-expect-error an order goes to one of the agents
+  new GatewayAgent({ gateway });
+}
+void agents;
