@@ -48,7 +48,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -84,6 +83,7 @@ try:
     from botocore.parsers import ResponseParserError
     from jwt import InvalidKeyError, InvalidSignatureError, PyJWK, PyJWKSetError, PyJWTError
     from msgspec import UNSET, Meta, Raw, Struct, UnsetType, ValidationError
+    from websockets import http11
     from websockets.datastructures import Headers
     from websockets.exceptions import InvalidMessage
     from websockets.extensions.permessage_deflate import (
@@ -186,8 +186,6 @@ TOKEN_MAX_CHARS = 16_384
 
 # Connections.
 HANDSHAKE_MAX_BYTES = 16_384  # the load balancer's own limit for headers
-CLOSE_TIMEOUT_S = 10.0
-SWEPT_PER_TURN = 200  # connections, before the others get their turn
 
 # Fan-out.
 CATCHUP_CHUNK_BYTES = 131_072
@@ -1862,15 +1860,14 @@ class Registry:
     """The connections by id and the channels by project.
 
     Attributes:
-        pending: handshakes and closes that are under way.
-        unauthenticated: those of ``connections`` that have not brought a token yet.
+        sockets: all connections from their first byte to their last.
+        connections: those of them that are open, by id.
     """
 
     def __init__(self) -> None:
+        self.sockets: set[Connection] = set()
         self.connections: dict[str, Connection] = {}
         self.channels: dict[str, Channel] = {}
-        self.pending: dict[Connection, None] = {}
-        self.unauthenticated: dict[Connection, None] = {}
 
     def channel(self, project_id: str) -> Channel:
         channel = self.channels.get(project_id)
@@ -1903,7 +1900,6 @@ class Registry:
         for task in tuple(connection.catching_up.values()):
             task.cancel()
         self.connections.pop(connection.id, None)
-        self.unauthenticated.pop(connection, None)
         for project_id in tuple(connection.subscriptions):
             self.leave(connection, project_id)
 
@@ -1920,40 +1916,11 @@ class Registry:
 # What clients cost: an account of work for each principal, one ledger of memory for the process.
 # Knows no messages and no AWS.
 
-WORK_SHARE = 0.05
-"""Seconds of the loop's CPU time that the connections of one principal may cost a second."""
-
-ADDRESS_WORK_SHARE = 0.5
-"""The same for an address whose connections have no principal: ten times as much, for offices."""
-
-WORK_WINDOW_S = 10.0
-"""An account has at most so many seconds of its share saved up, and owes at most as many."""
-
 PAGE_PRICE_S = 0.002
 """The work that a page read from the log stands for, beside what is replayed of it, or a stop."""
 
-REPLAY_PRICE_S_PER_BYTE = 5e-8
-"""The work that a replayed byte stands for: with ``WORK_SHARE``, a megabyte a second."""
-
-TURN_S = 0.001  # of CPU time, for one connection's input, before the others get their turn
-INPUT_SLICE_S = 0.005  # of CPU time, for all input, before the rest of the loop's work
-NOTHING_DUE_S = 0.0005  # if everything else took less since the last slice, nothing was due
-
-# What each is charged with, in round figures above what was seen of RSS; the formula for the whole
-# process is in docs/PERFORMANCE.md.
-CONNECTION_BYTES = 5_000  # one that is idle
-HANDSHAKE_BYTES = 36_000  # one whose request is not complete
-CHANNEL_BYTES = 2_000  # an open channel without events
-SUBSCRIPTION_BYTES = 250
-CATCH_UP_BYTES = 5_000
 SOCKET_BUFFER_BYTES = 32_768  # asked of the kernel, each way; Linux makes it twice as much
 CHOKED_AT_BYTES = 16_384  # a connection with more unread than this is looked at with each write
-ADMIT_BELOW = 0.9  # of the memory budget; above it, new connections get 503
-RELIEVE_TO = 0.9  # of the memory budget, once it was exceeded
-ENDED_AT_ONCE = 50  # connections, before what they held is counted anew
-STALLED_AFTER_S = 30.0  # without a byte of its backlog moving, a connection is closed
-MEMORY_BUDGET_MB = 512  # where the container has no limit
-MACHINE_BYTES = 2**48  # a cgroup without a limit says a number beyond it, or `max`
 MEMORY_BUDGET_SHARE = 0.4  # of the container's limit; the rest is Python's and the kernel's
 
 
@@ -1969,16 +1936,21 @@ class Turns:
     rest of the loop's work has taken since: at most half while anything else is due.
     """
 
+    TURN_S = 0.001  # of CPU time, for one connection's input, before the others get their turn
+    INPUT_SLICE_S = 0.005  # of CPU time, for all input, before the rest of the loop's work
+    NOTHING_DUE_S = 0.0005  # if everything else took less since the last slice, nothing was due
+    WORK_WINDOW_S = 10.0  # accounts have so much of their share saved up at most, or owe as much
+
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[Account, deque[Connection]] = {}
         self._order: list[tuple[float, int, Account]] = []  # a heap, of those in `_waiting`
         self._arrivals = itertools.count()
-        self._left_s = INPUT_SLICE_S
+        self._left_s = self.INPUT_SLICE_S
         self._spent_s = 0.0
         self._sliced_at_s = time.thread_time()
-        self._slice_is_due = False
-        self._wake_at = math.inf
+        self._next: asyncio.Handle | None = None
+        self._next_at = math.inf
 
     def give(self, connection: Connection) -> None:
         """Have a connection act on its input: now if nobody waits, else in its turn."""
@@ -2000,16 +1972,16 @@ class Turns:
         else:
             self._waiting[account] = deque((connection,))
             self._place(account)
-            self._slice_soon()
+            self._slice_at(0.0)
 
     def _place(self, account: Account) -> None:
-        place = max(account.paid_at, self._loop.time() - WORK_WINDOW_S)
+        place = max(account.paid_at, self._loop.time() - self.WORK_WINDOW_S)
         heapq.heappush(self._order, (place, next(self._arrivals), account))
 
     def _run(self, connection: Connection) -> None:
         """Give one connection its turn, and charge it to whomever it belongs to by then."""
         started_s = time.thread_time()
-        more = connection.take_turn(until_s=started_s + TURN_S)
+        more = connection.take_turn(until_s=started_s + self.TURN_S)
         spent_s = time.thread_time() - started_s
         now = self._loop.time()
         connection.account.charge(spent_s, now)
@@ -2018,23 +1990,25 @@ class Turns:
         if more or connection.account.paid_at > now:
             self.queue(connection)
 
-    def _slice_soon(self) -> None:
-        if not self._slice_is_due:
-            self._slice_is_due = True
-            self._loop.call_soon(self._slice)
+    def _slice_at(self, at: float) -> None:
+        """Have the next slice then, or at once if that has passed; an earlier one stays."""
+        if at < self._next_at:
+            if self._next is not None:
+                self._next.cancel()
+            self._next_at, self._next = at, self._loop.call_at(at, self._slice)
 
     def _slice(self) -> None:
         """Let those act whose turn it is, for as long as input may take now."""
-        self._slice_is_due = False
+        self._next_at, self._next = math.inf, None
         now_s = time.thread_time()
         others_s = now_s - self._sliced_at_s - self._spent_s
         self._sliced_at_s, self._spent_s = now_s, 0.0
-        earned_s = INPUT_SLICE_S if others_s < NOTHING_DUE_S else self._left_s + others_s
-        self._left_s = min(earned_s, INPUT_SLICE_S)
+        earned_s = self.INPUT_SLICE_S if others_s < self.NOTHING_DUE_S else self._left_s + others_s
+        self._left_s = min(earned_s, self.INPUT_SLICE_S)
         while self._order and self._left_s > 0:
             place, _, account = self._order[0]
             if place > self._loop.time():
-                self._wake(place)
+                self._slice_at(place)  # when the first debt is paid
                 return
             heapq.heappop(self._order)
             waiting = self._waiting[account]
@@ -2046,17 +2020,7 @@ class Turns:
             else:
                 del self._waiting[account]
         if self._order:
-            self._slice_soon()
-
-    def _wake(self, at: float) -> None:
-        """Go on when the first debt is paid."""
-        if at < self._wake_at:
-            self._wake_at = at
-            self._loop.call_at(at, self._woken)
-
-    def _woken(self) -> None:
-        self._wake_at = math.inf
-        self._slice_soon()
+            self._slice_at(0.0)
 
 
 class Ledger:
@@ -2068,6 +2032,11 @@ class Ledger:
     Attributes:
         agents_bytes: says what is held for agents.
     """
+
+    CHANNEL_BYTES = 2_000  # an open channel without events
+    ADMIT_BELOW = 0.9  # of the budget; above it, new connections get 503
+    RELIEVE_TO = 0.9  # of the budget, once it was exceeded
+    ENDED_AT_ONCE = 50  # connections, before what they held is counted anew
 
     def __init__(self, registry: Registry, metrics: Metrics, budget_bytes: int) -> None:
         self._registry = registry
@@ -2081,13 +2050,13 @@ class Ledger:
 
     @property
     def clients_bytes(self) -> int:
-        channels = len(self._registry.channels) * CHANNEL_BYTES
+        channels = len(self._registry.channels) * self.CHANNEL_BYTES
         return self._held_bytes + self._shared_bytes + channels
 
     @property
     def admits(self) -> bool:
         """Whether there is room for another connection."""
-        return self.clients_bytes <= self._budget_bytes * ADMIT_BELOW
+        return self.clients_bytes <= self._budget_bytes * self.ADMIT_BELOW
 
     def may_receive(self) -> bool:
         """Whether there is room for more of what agents send."""
@@ -2127,12 +2096,12 @@ class Ledger:
     def figures(self) -> dict[str, int]:
         """What is held, by kind, in bytes."""
         kinds = {"unread": self._shared_bytes, "input": 0, "forwards": 0, "connections": 0}
-        for connection in (*self._registry.connections.values(), *self._registry.pending):
+        for connection in self._registry.sockets:
             kinds["unread"] += connection.unread_bytes
             kinds["input"] += connection.inbox.held_bytes
             kinds["forwards"] += connection.in_flight_bytes
             kinds["connections"] += connection.place_bytes
-        kinds["channels"] = len(self._registry.channels) * CHANNEL_BYTES
+        kinds["channels"] = len(self._registry.channels) * self.CHANNEL_BYTES
         kinds["agents"] = self.agents_bytes()
         return kinds
 
@@ -2149,9 +2118,10 @@ class Ledger:
         """
         self._relief_is_due = False
         self.let_go()
-        everybody = {*self._registry.connections.values(), *self._registry.pending}
         accounts: dict[Account, list[Connection]] = {}
-        for connection in sorted(everybody, key=lambda c: c.stalled_since, reverse=True):
+        for connection in sorted(
+            self._registry.sockets, key=lambda c: c.stalled_since, reverse=True
+        ):
             if not connection.transport.is_closing():
                 accounts.setdefault(connection.account, []).append(connection)
         order = [
@@ -2160,8 +2130,8 @@ class Ledger:
         ]
         heapq.heapify(order)
         by_place = list(accounts.values())
-        for _ in range(ENDED_AT_ONCE):
-            if not order or self.clients_bytes <= self._budget_bytes * RELIEVE_TO:
+        for _ in range(self.ENDED_AT_ONCE):
+            if not order or self.clients_bytes <= self._budget_bytes * self.RELIEVE_TO:
                 return
             held, place = heapq.heappop(order)
             victim = by_place[place].pop()
@@ -2230,25 +2200,20 @@ class FanOut:
         self._metrics.delivered(events, len(channel.plain) + len(channel.deflating))
 
     def _write(self, listeners: set[Connection], data: bytes) -> None:
-        dropped = []
         shared = len(data) > CHOKED_AT_BYTES
+        failed = {}
         for connection in listeners:
             if connection.choked:
                 shared = True
                 connection.backlog_bytes += len(data)
             try:
                 connection.transport.write(data)
-            except Exception:  # what is wrong with one must not keep it from the others
-                dropped.append(connection)
+            except Exception as exc:  # what is wrong with one must not keep it from the others
+                failed[connection] = exc
         if shared:
             self._ledger.share(data)
-        for connection in dropped:
-            self.give_up(connection)
-
-    def give_up(self, connection: Connection) -> None:
-        if connection.progress is Progress.OPEN:
-            self._metrics.slow_consumers_closed += 1
-            connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
+        for connection, fault in failed.items():
+            connection.fail(fault)
 
 
 # --- Clients --------------------------------------------------------------------------------
@@ -4450,20 +4415,7 @@ class Metrics:
 # --- Connection -----------------------------------------------------------------------------
 # One socket, from its first byte to its last. Knows no AWS.
 
-
-class HandshakeProtocol(ServerProtocol):
-    """The library's protocol, but for its limit to a line: a token alone may take more."""
-
-    def parse(self) -> Generator[None]:
-        read_line = self.reader.read_line
-
-        def read_long_line(
-            _: int, too_long: type[Exception] = RuntimeError
-        ) -> Generator[None, None, bytearray]:
-            return read_line(HANDSHAKE_MAX_BYTES, too_long)
-
-        self.reader.read_line = read_long_line  # type: ignore[assignment, method-assign]
-        yield from super().parse()
+http11.MAX_LINE_LENGTH = HANDSHAKE_MAX_BYTES  # of websockets: a token alone may take more
 
 
 class Inbox:
@@ -4479,63 +4431,50 @@ class Inbox:
     PIECE_BYTES = 4_096  # of input that is parsed at once
     INFLATED_PIECE_BYTES = 256  # the same where input may inflate: it becomes a message or two
 
-    __slots__ = (
-        "_fragments", "_frames", "_frames_bytes", "_is_text", "_partial_bytes", "protocol",
-        "unfinished_since", "unread",
-    )  # fmt: skip
+    __slots__ = ("_fragments", "_frames", "_is_text", "protocol", "unfinished_since", "unread")
 
     def __init__(self, protocol: ServerProtocol) -> None:
         self.protocol = protocol
         self.unread = b""
         self.unfinished_since = 0.0
         self._frames: list[Frame] = []
-        self._frames_bytes = 0
-        self._partial_bytes = 0  # of a frame that is not complete
         self._fragments: bytearray | None = None
         self._is_text = True
 
     @property
     def held_bytes(self) -> int:
-        fragments = len(self._fragments) if self._fragments is not None else 0
-        return len(self.unread) + self._frames_bytes + self._partial_bytes + fragments
+        frames = sum([len(frame.data) for frame in self._frames])
+        partial_frame = len(self.protocol.reader.buffer)
+        return len(self.unread) + partial_frame + frames + len(self._fragments or b"")
 
     @property
     def has_frames(self) -> bool:
         """Whether frames were parsed and not acted on."""
         return bool(self._frames)
 
-    def parse(self, now: float) -> None:
+    def parse(self) -> None:
         """Parse a piece: of what may inflate a small one, so that little is held unasked."""
         size = self.INFLATED_PIECE_BYTES if self.protocol.extensions else self.PIECE_BYTES
         piece, self.unread = self.unread[:size], self.unread[size:]
         self.protocol.receive_data(piece)
-        frames = cast("list[Frame]", self.protocol.events_received())
-        if frames:
-            self._frames += frames
-            self._frames_bytes += sum(len(frame.data) for frame in frames)
-            self._partial_bytes = 0
-        else:
-            self._partial_bytes += len(piece)
-            self.unfinished_since = self.unfinished_since or now
+        self._frames += cast("list[Frame]", self.protocol.events_received())
 
     def next(self, now: float) -> tuple[bytes, bool] | None:
         """The next complete message and whether it is text; control frames were answered."""
         while self._frames:
             received = self._frames.pop(0)
             data, received.data = received.data, b""  # or the parser holds it until the next frame
-            self._frames_bytes -= len(data)
             if received.opcode in (Opcode.TEXT, Opcode.BINARY):
                 self._is_text = received.opcode is Opcode.TEXT
                 if received.fin:
                     return self._whole(bytes(data))
                 self._fragments = bytearray(data)
-                self.unfinished_since = now
             elif received.opcode is Opcode.CONT and self._fragments is not None:
                 self._fragments += data
                 if received.fin:
                     return self._whole(bytes(self._fragments))
-        if not self._partial_bytes and self._fragments is None:
-            self.unfinished_since = 0.0
+        unfinished = self._fragments is not None or self.protocol.reader.buffer
+        self.unfinished_since = (self.unfinished_since or now) if unfinished else 0.0
         return None
 
     def _whole(self, payload: bytes) -> tuple[bytes, bool]:
@@ -4552,7 +4491,6 @@ class Inbox:
         for received in self._frames:
             received.data = b""
         self._frames.clear()
-        self._frames_bytes = self._partial_bytes = 0
         self._fragments = None
         self.unread = b""
         self.unfinished_since = 0.0
@@ -4579,16 +4517,23 @@ class Connection(asyncio.Protocol):
         warned: whether the client was told that its token is about to expire.
     """
 
+    # What each is charged with, in round figures above what was seen of RSS; the formula for the
+    # whole process is in docs/PERFORMANCE.md.
+    CONNECTION_BYTES = 5_000  # one that is idle
+    HANDSHAKE_BYTES = 36_000  # one that is not open yet
+    SUBSCRIPTION_BYTES = 250
+    CATCH_UP_BYTES = 5_000
+    REPLAY_PRICE_S_PER_BYTE = 5e-8  # the work it stands for: a megabyte a second for a principal
+    CLOSE_TIMEOUT_S = 10.0
     HANDSHAKE_TIMEOUT_S = 10.0
     FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 
     __slots__ = (
-        "_asked", "_corked", "_drained", "_ended", "_gateway", "_held_input", "_holds",
-        "_paused_at", "_private_bytes", "_request_bytes", "_tail", "account", "address",
-        "backlog_bytes", "behind", "catch_up_turn", "catching_up", "charged_bytes", "choked",
-        "close_code", "deadline", "deflates", "heard_at", "id", "in_flight", "in_flight_bytes",
-        "inbox", "moved_at", "opened_at", "pinged_at", "principal", "progress", "queued",
-        "said_busy_at", "subscriptions", "transport", "warned",
+        "_asked", "_drained", "_gateway", "_held_input", "_holds", "_paused_at", "_private_bytes",
+        "_request_bytes", "account", "address", "backlog_bytes", "behind", "catch_up_turn",
+        "catching_up", "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id",
+        "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal",
+        "progress", "queued", "said_busy_at", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     account: Account
@@ -4605,7 +4550,6 @@ class Connection(asyncio.Protocol):
         self.deflates = False
         self.choked = self.behind = False
         self.queued = False
-        self.close_code: int | None = None
         self.in_flight = self.in_flight_bytes = 0
         self.opened_at = self.heard_at = self.pinged_at = self.moved_at = 0.0
         self.deadline = 0.0
@@ -4614,13 +4558,11 @@ class Connection(asyncio.Protocol):
         self.warned = False
         self.said_busy_at = math.inf
         self.charged_bytes = self.backlog_bytes = self._private_bytes = 0
-        self._asked = self._ended = self._held_input = False
+        self._asked = self._held_input = False
         self._drained: asyncio.Future[None] | None = None
         self._holds = 0
         self._paused_at = 0.0
-        self._corked: list[bytes] | None = None
         self._request_bytes = 0
-        self._tail = b""
 
     # asyncio calls these.
 
@@ -4633,16 +4575,13 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._gateway.now()
-        try:
-            if self._ended:
-                return  # nothing that comes now changes what happens
-            if self.progress is Progress.CLOSING:
-                self._see_the_end(data)
-            else:
-                self.inbox.unread += data
-                self._gateway.turns.give(self)
-        except Exception as exc:  # a fault of ours must cost one connection, not the process
-            self.fail(exc)
+        if self.progress is Progress.CLOSING:  # only the peer's close frame matters
+            self.inbox.protocol.receive_data(data)
+            self.inbox.protocol.events_received()
+            self._write_out()
+        else:
+            self.inbox.unread += data
+            self._gateway.turns.give(self)
 
     def eof_received(self) -> bool:
         if self.progress is not Progress.HANDSHAKE:  # of thousands half open, all may go at once
@@ -4662,12 +4601,11 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        opened = self.progress is not Progress.HANDSHAKE
         self.progress = Progress.LOST
         self.inbox.clear()
         self.inbox.protocol.extensions = []
         self._wake()
-        self._gateway.forget(self, opened)
+        self._gateway.forget(self)
 
     # What it holds and what it costs.
 
@@ -4682,12 +4620,12 @@ class Connection(asyncio.Protocol):
     @property
     def place_bytes(self) -> int:
         """What it costs to have it here, whatever it sends and reads."""
-        if self.progress is Progress.HANDSHAKE:
-            return HANDSHAKE_BYTES
+        if not self.id:
+            return self.HANDSHAKE_BYTES
         return (
-            CONNECTION_BYTES
-            + len(self.subscriptions) * SUBSCRIPTION_BYTES
-            + len(self.catching_up) * CATCH_UP_BYTES
+            self.CONNECTION_BYTES
+            + len(self.subscriptions) * self.SUBSCRIPTION_BYTES
+            + len(self.catching_up) * self.CATCH_UP_BYTES
         )
 
     def held_bytes(self, *, shared: bool = False) -> int:
@@ -4743,12 +4681,9 @@ class Connection(asyncio.Protocol):
         """Write events in one piece, to a client that catches up at its own pace and cost."""
         if self.progress is Progress.OPEN:
             frames = chunk.frames(deflated=self.deflates)
-            self.account.charge(len(frames) * REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
-            if self._corked is not None:
-                self._corked.append(frames)
-            else:
-                self._gateway.ledger.share(frames)
-                self.transport.write(frames)
+            self.account.charge(len(frames) * self.REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
+            self._gateway.ledger.share(frames)
+            self.transport.write(frames)
 
     async def drained(self) -> None:
         """Return once the client has read most of what was written.
@@ -4765,7 +4700,7 @@ class Connection(asyncio.Protocol):
 
     def ping(self) -> None:
         self.pinged_at = self._gateway.now()
-        if self.progress is Progress.OPEN and self.inbox.protocol.state is State.OPEN:
+        if self.progress is Progress.OPEN:
             self.inbox.protocol.send_ping(b"")
             self._write_out()
 
@@ -4810,7 +4745,7 @@ class Connection(asyncio.Protocol):
         """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
         protocol = self.inbox.protocol
         if self.progress is Progress.OPEN and protocol.state is State.OPEN:
-            if code == CloseCode.POLICY_VIOLATION:
+            if code in (CloseCode.POLICY_VIOLATION, CloseCode.INVALID_DATA):
                 protocol.fail(code, reason)  # nothing more of it is read
             else:
                 protocol.send_close(code, reason)
@@ -4868,8 +4803,8 @@ class Connection(asyncio.Protocol):
             if message := self.inbox.next(now):
                 self._message(*message)
             elif self.inbox.unread:
-                self.inbox.parse(now)
-                if self.inbox.protocol.state is State.OPEN:
+                self.inbox.parse()
+                if not self.inbox.protocol.close_rcvd:
                     self._write_out()  # pongs, before answers to what came behind their pings
             else:
                 break
@@ -4897,12 +4832,6 @@ class Connection(asyncio.Protocol):
         if self.progress is Progress.OPEN and not self.transport.is_closing():
             self._gateway.turns.queue(self)
 
-    def _see_the_end(self, data: bytes) -> None:
-        """Read on for the peer's close frame, and act on nothing else."""
-        self.inbox.protocol.receive_data(data)
-        self.inbox.protocol.events_received()
-        self._write_out()
-
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -4916,14 +4845,13 @@ class Connection(asyncio.Protocol):
             self.transport.abort()  # it goes on before it has an answer
             return
         self._request_bytes += len(data)
-        self._tail = (self._tail + data)[-4:]
         protocol.receive_data(data)
         events = protocol.events_received()
         if protocol.close_expected():
             # Not a request, or not only one; the library itself answers those that are too long.
             if events or isinstance(protocol.handshake_exc, InvalidMessage):
                 self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
-        elif events and (len(events) > 1 or self._tail != b"\r\n\r\n"):
+        elif events and (len(events) > 1 or protocol.reader.buffer):
             protocol.send_response(protocol.reject(400, "Data before the end of the handshake.\n"))
         elif events:
             self._asked = True
@@ -4937,17 +4865,13 @@ class Connection(asyncio.Protocol):
         """Answer the handshake, at once or when it is known who the client is."""
         if self.progress is not Progress.HANDSHAKE or self.transport.is_closing():
             return
-        self.inbox.protocol.send_response(response)
-        if response.status_code == 101:
-            self._open(request)
-        else:
-            self._write_out()
-
-    def _open(self, request: Request) -> None:
-        """Swap the handshake's protocol, which keeps the request alive, for a lean one."""
         handshake = self.inbox.protocol
-        self._corked = handshake.data_to_send()
+        handshake.send_response(response)
+        self._write_out()
+        if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+            return
         self.id = str(handshake.id)
+        # A lean protocol takes the place of the handshake's, which keeps the request alive.
         self.inbox.protocol = self._gateway.door.new_protocol(State.OPEN)
         self.inbox.protocol.extensions = handshake.extensions
         # A smaller window than the shared frames are made with cannot read them: such a client
@@ -4958,17 +4882,10 @@ class Connection(asyncio.Protocol):
         )
         self.progress = Progress.OPEN
         self.opened_at = self.heard_at
-        try:
-            self._gateway.messages.welcome(self, request)
-        finally:
-            greeting, self._corked = self._corked, None
-            self.transport.write(b"".join(greeting))  # with what was sent so far, in one packet
+        self.deadline = math.inf
+        self._gateway.messages.welcome(self, request)
 
     def _message(self, payload: bytes, is_text: bool) -> None:
-        protocol = self.inbox.protocol
-        failed = protocol.close_sent is not None and protocol.close_rcvd is None
-        if failed:
-            return
         if not is_text:
             sentence = "Send text frames; binary ones are not read."
             self._gateway.messages.refuse(
@@ -4979,22 +4896,16 @@ class Connection(asyncio.Protocol):
             try:
                 payload.decode()
             except UnicodeDecodeError:
-                protocol.fail(CloseCode.INVALID_DATA, "text must be UTF-8")
+                self.close(CloseCode.INVALID_DATA, "text must be UTF-8")
                 return
         self._gateway.messages.handle(self, payload)
 
     def _write(self, data: bytes) -> None:
         """Write what only this client is sent."""
-        if self._corked is not None:
-            self._corked.append(data)
-        else:
-            self.transport.write(data)
-            self._note_private(len(data))
-
-    def _note_private(self, size_bytes: int) -> None:
+        self.transport.write(data)
         if self.choked:
-            self._private_bytes += size_bytes
-            self.backlog_bytes += size_bytes
+            self._private_bytes += len(data)
+            self.backlog_bytes += len(data)
             self.recount()
 
     def _write_out(self) -> None:
@@ -5002,25 +4913,23 @@ class Connection(asyncio.Protocol):
         protocol = self.inbox.protocol
         parts = protocol.data_to_send()
         if data := b"".join(parts):
-            self.transport.write(data)
-            self._note_private(len(data))
+            self._write(data)
         if parts and not parts[-1] and self.transport.can_write_eof():
             with contextlib.suppress(OSError):  # the peer may have reset the connection already
                 self.transport.write_eof()
-            self._ended = True
-        if self.progress is Progress.OPEN and protocol.state is not State.OPEN:
+        closes = protocol.close_sent or protocol.eof_sent
+        if closes and self.progress in (Progress.HANDSHAKE, Progress.OPEN):
             self._begin_to_close()
 
     def _begin_to_close(self) -> None:
         """Read on, whatever paused it, or the peer's end is not seen; and discard what comes."""
         protocol = self.inbox.protocol
         self.progress = Progress.CLOSING
-        self.close_code = protocol.close_sent.code if protocol.close_sent else None
         self.inbox.clear()
         protocol.extensions = []  # nothing more is inflated
         self.resume_reading()
-        self.deadline = self._gateway.now() + CLOSE_TIMEOUT_S
-        self._gateway.closing(self)
+        self.deadline = self._gateway.now() + self.CLOSE_TIMEOUT_S
+        self._gateway.registry.drop(self)
 
 
 # --- Drain ----------------------------------------------------------------------------------
@@ -5048,8 +4957,8 @@ class TargetHealth:
         self._metrics = metrics
         self._dependency = Dependency("load balancer")
 
-    async def until_draining(self) -> None:
-        """Return once the target's state becomes ``draining``.
+    async def begin(self, drain: asyncio.Event) -> None:
+        """Set ``drain`` once the target's state becomes ``draining``.
 
         Only as a change from another state: the address may have been that of a crashed task, whose
         target is still draining.
@@ -5059,6 +4968,8 @@ class TargetHealth:
         while True:
             state = await self._state()
             if state == "draining" and before not in (None, "draining"):
+                logger.info("the load balancer drains this task's target")
+                drain.set()
                 return
             before = state or before
             if not before and not warned:
@@ -5082,17 +4993,13 @@ class TargetHealth:
         return str(state)
 
 
-async def wait_for(task: asyncio.Task[None]) -> None:
-    """Return once ``task`` is done; unlike ``await task``, cancelling this does not cancel it."""
-    await asyncio.wait({task})
-
-
 class Drain:
     """Ends a task in order. Every step is bounded, and all together by ``BUDGET_S``.
 
     Attributes:
         wanted: set once the task is to end; it then takes nobody in any more.
         hurry: set once it is to wait for as little as it can.
+        receiving: the task that receives updates, which is seen through and not cut.
     """
 
     BUDGET_S = 110.0  # of the 120 s after which the platform kills the task
@@ -5114,23 +5021,14 @@ class Drain:
         self._forwarder = forwarder
         self._intake = intake
         self._relay = relay
-        self._receiving: asyncio.Task[None] | None = None
+        self.receiving: asyncio.Task[None] | None = None
         self._signals = 0
-        self._left = asyncio.Event()
         self._ends_at = math.inf
 
     def signal(self) -> None:
         """Begin, or hurry if a signal has come before."""
         self._signals += 1
         (self.wanted if self._signals == 1 else self.hurry).set()
-
-    def receiving(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
-        """Have the task that receives updates seen through, not cut."""
-        self._receiving = task
-        return task
-
-    def somebody_left(self) -> None:
-        self._left.set()
 
     async def run(self, loops: Sequence[asyncio.Task[Any]]) -> None:
         """Send everybody away, finish what is in hand, then end ``loops``."""
@@ -5144,11 +5042,11 @@ class Drain:
             self._intake.stop()
         # 2. Send the clients away, spread out so that the others can take them in.
         await self._close_all()
-        if self._receiving:
+        if self.receiving:
             left_s = began_at + self._drain_s - time.monotonic()
-            await self._within(left_s, wait_for(self._receiving))
+            await self._within(left_s, asyncio.wait({self.receiving}))
         # 3. See their closing handshakes through.
-        await self._within(CLOSE_TIMEOUT_S, self._everybody_left())
+        await self._within(Connection.CLOSE_TIMEOUT_S, self._everybody_left())
         # 4. Finish the forwards and updates in hand.
         await self._within(self._forward_timeout_s, self._forwarder.idle())
         if self._intake:
@@ -5160,7 +5058,7 @@ class Drain:
         if self._relay:
             await self._relay.close()
         # 6. Cut who is still there.
-        for connection in tuple(self._registry.pending):
+        for connection in tuple(self._registry.sockets):
             connection.transport.abort()
 
     async def _close_all(self) -> None:
@@ -5191,11 +5089,10 @@ class Drain:
         connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
 
     async def _everybody_left(self) -> None:
-        while self._registry.pending or self._registry.connections:
-            self._left.clear()
-            await self._left.wait()
+        while self._registry.sockets:
+            await asyncio.sleep(0.05)
 
-    async def _within(self, limit_s: float, waiting: Awaitable[None]) -> None:
+    async def _within(self, limit_s: float, waiting: Awaitable[Any]) -> None:
         """Wait for something, but no longer than ``limit_s``, or 1 s if we have to hurry."""
         limit_s = max(0.0, min(limit_s, self._ends_at - time.monotonic()))
         waiter = asyncio.ensure_future(waiting)
@@ -5208,37 +5105,6 @@ class Drain:
 
 # --- Gateway --------------------------------------------------------------------------------
 # All of it together: HTTP answers, messages, the sweep. Knows no os.environ, no signals.
-
-
-def json_response(protocol: ServerProtocol, status: int, content: Any) -> Response:
-    response = protocol.reject(status, json.dumps(content) + "\n")
-    del response.headers["Content-Type"]
-    response.headers["Content-Type"] = "application/json"
-    response.headers["Cache-Control"] = "no-store"
-    return response
-
-
-def unwelcome(protocol: ServerProtocol, status: int, why: str) -> Response:
-    """A refusal before the upgrade; the client learns what to do, and nothing of our insides.
-
-    A browser does not tell a page why its WebSocket failed. The page may ask by ``fetch``, and
-    read the same refusal: it holds nothing that depends on who asks.
-    """
-    response = protocol.reject(status, f"{why}\n")
-    response.headers["Access-Control-Allow-Origin"] = "*"
-    if status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    elif status in (429, 503):
-        response.headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
-    return response
-
-
-async def in_turns(connections: Sequence[Connection]) -> AsyncIterator[Connection]:
-    """One after the other, and others have their turn in between: there may be thousands."""
-    for i, connection in enumerate(connections):
-        yield connection
-        if i % SWEPT_PER_TURN == SWEPT_PER_TURN - 1:
-            await asyncio.sleep(0)
 
 
 def was_reset(connection: Connection) -> bool:
@@ -5297,15 +5163,20 @@ def listening_socket(host: str, port: int) -> socket.socket:
 class Door:
     """Answers HTTP requests, and lets WebSocket clients in."""
 
+    WORK_SHARE = 0.05  # of the loop's CPU time, for all connections of one principal
+    ADDRESS_WORK_SHARE = 0.5  # for those without a principal, ten times as much: for offices
     PATHS = ("/", "/ws")
 
-    def __init__(self, gateway: Gateway, settings: Settings, tokens: Tokens | None) -> None:
+    def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self._gateway = gateway
         self._settings = settings
-        self.tokens = tokens
+        self.tokens: Tokens | None = None
+        if address := settings.auth_jwks_url:
+            keys = Keys(partial(fetch_keys, address), settings.auth_algorithms)
+            self.tokens = Tokens(Verifier(settings, keys), gateway.tasks)
         self.admission = Admission(settings)
-        self.work_by_address = Accounts(ADDRESS_WORK_SHARE, WORK_WINDOW_S)
-        self.work_by_subject = Accounts(WORK_SHARE, WORK_WINDOW_S)
+        self.work_by_address = Accounts(self.ADDRESS_WORK_SHARE, Turns.WORK_WINDOW_S)
+        self.work_by_subject = Accounts(self.WORK_SHARE, Turns.WORK_WINDOW_S)
         self._anybody = Principal(None, None, math.inf)
         self._extensions = (
             [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
@@ -5320,50 +5191,68 @@ class Door:
         }
 
     def new_protocol(self, state: State = State.CONNECTING) -> ServerProtocol:
-        connecting = state is State.CONNECTING
-        return (HandshakeProtocol if connecting else ServerProtocol)(
+        return ServerProtocol(
             state=state,
             extensions=self._extensions,
             max_size=self._settings.max_message_bytes,
-            select_subprotocol=choose_subprotocol if connecting else None,
+            select_subprotocol=choose_subprotocol if state is State.CONNECTING else None,
         )
 
     def arrived(self, connection: Connection) -> None:
         """A socket was accepted; until it says who it is, its work is its peer's."""
         connection.account = self.work_by_address.of(peer_of(connection))
         connection.account.users += 1
-        self._gateway.registry.pending[connection] = None
+        self._gateway.registry.sockets.add(connection)
         self._gateway.ledger.update(connection)
 
     def answer(self, connection: Connection, request: Request) -> None:
         """Have a request answered: at once, unless the issuer's keys must be read for it."""
-        protocol = connection.inbox.protocol
         path, _ = split_target(request.path)
         if path in self.PATHS:
             self._admit(connection, request)
-            return
-        if request.method not in ("GET", "HEAD"):
-            response = protocol.reject(405, "Only GET and HEAD.\n")
-            response.headers["Allow"] = "GET, HEAD"
+        elif request.method not in ("GET", "HEAD"):
+            self._say(connection, request, 405, "Only GET and HEAD.")
         elif path == "/health":
             health = self._gateway.health()
-            response = json_response(protocol, 200 if health["status"] == "ok" else 503, health)
+            self._say(connection, request, 200 if health["status"] == "ok" else 503, health)
         elif path == "/live":
-            response = json_response(protocol, 200, {"status": "ok"})
+            self._say(connection, request, 200, {"status": "ok"})
         elif path == "/stats" and self._is_local(connection, request):
-            response = json_response(protocol, 200, self._gateway.metrics.stats())
+            self._say(connection, request, 200, self._gateway.metrics.stats())
         else:
-            response = protocol.reject(404, "Not found. Connect a WebSocket to / or /ws.\n")
-        if path != "/stats":  # which no page on this machine may read
+            self._say(connection, request, 404, "Not found. Connect a WebSocket to / or /ws.")
+
+    def _is_local(self, connection: Connection, request: Request) -> bool:
+        forwarded = "X-Forwarded-For" in request.headers
+        return not forwarded and peer_of(connection) in ("127.0.0.1", "::1")
+
+    def _say(
+        self, connection: Connection, request: Request, status: int, content: str | dict[str, Any]
+    ) -> None:
+        """Answer with a sentence or, as JSON, an object.
+
+        A browser does not tell a page why its WebSocket failed. The page may ask by ``fetch``, and
+        read the same refusal: it holds nothing that depends on who asks.
+        """
+        protocol = connection.inbox.protocol
+        if isinstance(content, str):
+            response = protocol.reject(status, f"{content}\n")
+        else:
+            response = protocol.reject(status, json.dumps(content) + "\n")
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+            response.headers["Cache-Control"] = "no-store"
+        if status == HTTPStatus.UNAUTHORIZED:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        elif status == HTTPStatus.METHOD_NOT_ALLOWED:
+            response.headers["Allow"] = "GET, HEAD"
+        elif status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+            response.headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
+        if not request.path.startswith("/stats"):  # which no page on this machine may read
             response.headers["Access-Control-Allow-Origin"] = "*"
         if request.method == "HEAD":
             response.body = b""
         connection.respond(request, response)
-
-    def _is_local(self, connection: Connection, request: Request) -> bool:
-        return (
-            peer_of(connection) in ("127.0.0.1", "::1") and "X-Forwarded-For" not in request.headers
-        )
 
     def _admit(self, connection: Connection, request: Request) -> None:
         """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
@@ -5372,18 +5261,21 @@ class Door:
             peer_of(connection), headers.get_all("X-Forwarded-For"), settings.trusted_proxy_hops
         )
         connection.charge_to(self.work_by_address.of(connection.address))
-        refusal: tuple[int, str] | None
         foreign = set(headers.get_all("Origin")) - set(settings.allowed_origins)
+        token = bearer_token(headers)
         if settings.allowed_origins and foreign:
-            refusal = 403, "Pages of this origin may not connect."
+            self._say(connection, request, 403, "Pages of this origin may not connect.")
+        elif refusal := self._closed() or self.admission.refusal(
+            connection.address, self._gateway.now()
+        ):
+            self._say(connection, request, *refusal)
+        elif self.tokens and token is not None:
+            self.tokens.check(token, partial(self._identified, connection, request))
+        elif self.tokens and not settings.auth_first_message:
+            self._say(connection, request, 401, "A valid token is needed.")
         else:
-            refusal = self._closed() or self.admission.refusal(
-                connection.address, self._gateway.now()
-            )
-        if refusal is not None:
-            self._turn_away(connection, request, *refusal)
-        else:
-            self._identify(connection, request)
+            connection.principal = None if self.tokens else self._anybody
+            connection.respond(request, connection.inbox.protocol.accept(request))
 
     def _closed(self) -> tuple[int, str] | None:
         """Why nobody may come in now."""
@@ -5394,35 +5286,19 @@ class Door:
             return 503, "This server is full."
         return None
 
-    def _identify(self, connection: Connection, request: Request) -> None:
-        """Find out whose connection this is, and answer."""
-        token = bearer_token(request.headers)
-        if self.tokens is None:
-            connection.principal = self._anybody
-        elif token is not None:
-            self.tokens.check(token, partial(self._identified, connection, request))
-            return
-        elif not self._settings.auth_first_message:
-            self._turn_away(connection, request, 401, "A valid token is needed.")
-            return
-        connection.respond(request, connection.inbox.protocol.accept(request))
-
     def _identified(
         self, connection: Connection, request: Request, found: Principal | NotAuthenticated
     ) -> None:
         with connection.failing_alone():
             # The answer may have come later, and much may have happened since.
             if refusal := self._closed() or self.admission.crowded(connection.address):
-                self._turn_away(connection, request, *refusal)
+                self._say(connection, request, *refusal)
             elif isinstance(found, NotAuthenticated):
                 self.count_failure(connection, found)
-                self._turn_away(connection, request, 401, "A valid token is needed.")
+                self._say(connection, request, 401, "A valid token is needed.")
             else:
                 self.know(connection, found)
                 connection.respond(request, connection.inbox.protocol.accept(request))
-
-    def _turn_away(self, connection: Connection, request: Request, status: int, why: str) -> None:
-        connection.respond(request, unwelcome(connection.inbox.protocol, status, why))
 
     def know(self, connection: Connection, principal: Principal) -> None:
         """A connection's principal is known: its work is charged to that from now on."""
@@ -5452,7 +5328,6 @@ class Messages:
     def welcome(self, connection: Connection, request: Request) -> None:
         """A handshake is complete: register, greet, and subscribe to what the URL asks for."""
         gateway = self._gateway
-        gateway.registry.pending.pop(connection, None)
         gateway.registry.connections[connection.id] = connection
         gateway.door.admission.entered(connection.address)
         gateway.metrics.connections_opened += 1
@@ -5464,7 +5339,6 @@ class Messages:
         connection.send(encode(greeting))
         if connection.principal is None:
             connection.deadline = gateway.now() + self._settings.auth_deadline_seconds
-            gateway.registry.unauthenticated[connection] = None
         else:
             gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
         query = split_target(request.path)[1]
@@ -5570,10 +5444,11 @@ class Messages:
     def _use(self, connection: Connection, principal: Principal, ref: str | UnsetType) -> None:
         """Go on with a principal; what it may not use any more ends."""
         gateway = self._gateway
+        if connection.principal is None:
+            gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
         gateway.door.know(connection, principal)
         connection.warned = False
-        if gateway.registry.unauthenticated.pop(connection, principal) is None:
-            gateway.registry.join(connection, gateway.registry.channel(EVERYONE))
+        connection.deadline = math.inf
         connection.send(encode(Authenticated(seconds_left(principal), ref=ref)))
         for project_id in tuple(connection.subscriptions | connection.catching_up.keys()):
             if not principal.may_use(project_id):
@@ -5667,10 +5542,12 @@ class Messages:
 class Sweep:
     """Does for all connections what each would need a timer for."""
 
+    STALLED_AFTER_S = 30.0  # without a byte of its backlog moving, a connection is closed
     TOKEN_WARNING_S = 60.0
     INTERVAL_S = 1.0
     BUSY_EVERY_S = 1.9  # two seconds, less what a sweep may come early
     MESSAGE_TIMEOUT_S = 30.0  # from a message's first byte to its last
+    CONNECTIONS_A_TURN = 200  # then everything else has its turn
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self._gateway = gateway
@@ -5682,51 +5559,54 @@ class Sweep:
         next_line = time.monotonic() + 60
         while True:
             await asyncio.sleep(interval_s)
-            async for connection in self._overdue(gateway.registry.pending):
-                connection.transport.abort()
-            async for connection in self._overdue(gateway.registry.unauthenticated):
-                connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
-            async for connection in in_turns(tuple(gateway.registry.connections.values())):
-                if connection.progress is Progress.OPEN:
-                    self._look_at(connection)
+            for i, connection in enumerate(tuple(gateway.registry.sockets)):
+                if i % self.CONNECTIONS_A_TURN == 0:
+                    await asyncio.sleep(0)
+                self._look_at(connection)
             gateway.ledger.let_go()
             gateway.door.forget_the_quiet(gateway.now())
             if time.monotonic() >= next_line:
                 next_line += 60
                 metrics_logger.info("metrics", extra=gateway.metrics.line())
 
-    async def _overdue(self, waiting: Mapping[Connection, None]) -> AsyncIterator[Connection]:
-        """Those whose deadline has passed, and who still wait when it is their turn."""
-        now = self._gateway.now
-        async for connection in in_turns([c for c in waiting if c.deadline <= now()]):
-            if connection in waiting and connection.deadline <= now() and connection.is_read:
-                yield connection
-
     def _look_at(self, connection: Connection) -> None:
-        """Close a connection that is over, and ping one that is quiet."""
+        """End a connection that is over, and ping one that is quiet."""
         now = self._gateway.now()
+        late = connection.is_read and connection.deadline <= now
+        if connection.progress is not Progress.OPEN:
+            if late:
+                connection.transport.abort()
+            return
         slow = connection.look(now, self._max_backlog_bytes)
-        if now - connection.moved_at > STALLED_AFTER_S:
+        self._end_session(connection)
+        if late:
+            connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
+        elif now - connection.moved_at > self.STALLED_AFTER_S:
             self._gateway.metrics.slow_consumers_closed += 1
             connection.end(CloseCode.TRY_AGAIN_LATER, "nothing was read; resume with since")
-            return
-        if slow:
-            self._gateway.fan_out.give_up(connection)
-            return
-        self._end_session(connection)
-        if connection.progress is not Progress.OPEN:
-            return
-        if not connection.is_read:
-            if was_reset(connection):
-                connection.transport.abort()
-            else:
-                self._say_busy(connection, now)
-            return
+        elif slow:
+            self._gateway.metrics.slow_consumers_closed += 1
+            connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
+        elif connection.is_read:
+            self._listen_to(connection, now)
+        elif was_reset(connection):
+            connection.transport.abort()
+        else:
+            self._say_busy(connection, now)
+
+    def _listen_to(self, connection: Connection, now: float) -> None:
+        """Close who does not finish a message, ping who is quiet, drop who does not answer."""
         since = connection.inbox.unfinished_since
         if since and now - since > self.MESSAGE_TIMEOUT_S:
             connection.close(CloseCode.POLICY_VIOLATION, "a message was not finished in time")
-        elif now - connection.heard_at >= self._ping_interval_s:
-            self._ping(connection, now)
+        elif now - connection.heard_at < self._ping_interval_s:
+            return
+        elif connection.pinged_at <= connection.heard_at:
+            connection.ping()
+        elif connection.backlog_bytes:
+            connection.pinged_at = now  # behind all that: whether it moves is what counts
+        elif now - connection.pinged_at >= self._ping_interval_s:
+            connection.transport.abort()
 
     def _end_session(self, connection: Connection) -> None:
         """Warn who has a token that is about to expire, and close who has one that did."""
@@ -5745,18 +5625,11 @@ class Sweep:
             connection.said_busy_at = now
             connection.send(encode(Busy()))
 
-    def _ping(self, connection: Connection, now: float) -> None:
-        """Ping who is quiet, and drop who does not answer."""
-        if connection.pinged_at <= connection.heard_at:
-            connection.ping()
-        elif connection.backlog_bytes:
-            connection.pinged_at = now  # behind all that: whether it moves is what counts
-        elif now - connection.pinged_at >= self._ping_interval_s:
-            connection.transport.abort()
-
 
 class Gateway:
     """One task: its parts, and what they do for one another."""
+
+    MEMORY_BUDGET_MB = 512  # where neither the settings nor the container have a limit
 
     def __init__(
         self, settings: Settings, tasks: asyncio.TaskGroup, aws: Aws, task_id: str
@@ -5768,53 +5641,34 @@ class Gateway:
         self.registry = Registry()
         self.metrics = Metrics(settings.environment, self.registry)
         self.turns = Turns()
-        budget_mb = settings.memory_budget_mb or MEMORY_BUDGET_MB
+        budget_mb = settings.memory_budget_mb or self.MEMORY_BUDGET_MB
         self.ledger = Ledger(self.registry, self.metrics, budget_mb * 1_048_576)
         self.metrics.bytes_held = self.ledger.figures
-        self.door = Door(self, settings, self._make_tokens())
+        self.door = Door(self, settings)
         self.metrics.work_owed = self.door.work_owed
         self.messages = Messages(self, settings)
         self.sweep = Sweep(self, settings)
-        self.fan_out = FanOut(self.metrics, self.ledger)
+        fan_out = FanOut(self.metrics, self.ledger)
         timeout_s = settings.forward_timeout_seconds
         self.forwarder = Forwarder(tasks, aws.sqs, settings.queue_urls, timeout_s, self.metrics)
         retention_s = settings.event_retention_hours * 3600
         self.log = EventLog(aws.dynamodb, settings.log_table, retention_s, self.metrics)
-        self.feed = Feed(
-            tasks, self.log, self.registry, self.fan_out, self.metrics,
-            self._read_state,
-        )  # fmt: skip
-        self.relay = self._make_relay(task_id)
-        self.intake = self._make_intake()
+        self.feed = Feed(tasks, self.log, self.registry, fan_out, self.metrics, self._read_state)
+        self.relay = self.intake = None
+        if topic_arn := settings.updates_topic_arn:
+            heartbeat_s = settings.task_heartbeat_seconds
+            self.relay = Relay(tasks, aws.sqs, aws.sns, topic_arn, task_id, heartbeat_s)
+        if queue_url := settings.sqs_queue_url_updates:
+            may_receive = self.ledger.may_receive
+            self.intake = Intake(
+                tasks, aws.sqs, queue_url, self.log, self.feed, self.relay, may_receive
+            )
         self.ledger.agents_bytes = lambda: sum(
             part.bytes_in_hand for part in (self.intake, self.relay) if part
         )
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
         self.drain = Drain(settings, self.registry, self.forwarder, self.intake, self.relay)
-
-    def _make_tokens(self) -> Tokens | None:
-        settings = self._settings
-        if not settings.auth_jwks_url:
-            return None
-        keys = Keys(partial(fetch_keys, settings.auth_jwks_url), settings.auth_algorithms)
-        return Tokens(Verifier(settings, keys), self.tasks)
-
-    def _make_relay(self, task_id: str) -> Relay | None:
-        settings, aws = self._settings, self._aws
-        if not settings.updates_topic_arn:
-            return None
-        heartbeat_s = settings.task_heartbeat_seconds
-        return Relay(self.tasks, aws.sqs, aws.sns, settings.updates_topic_arn, task_id, heartbeat_s)
-
-    def _make_intake(self) -> Intake | None:
-        queue_url = self._settings.sqs_queue_url_updates
-        if not queue_url:
-            return None
-        return Intake(
-            self.tasks, self._aws.sqs, queue_url, self.log, self.feed, self.relay,
-            self.ledger.may_receive,
-        )  # fmt: skip
 
     async def run(self, own_address: str = "") -> None:
         """Serve until a drain is wanted, and drain.
@@ -5838,9 +5692,10 @@ class Gateway:
         if not self._settings.allowed_origins:
             logger.warning("ALLOWED_ORIGINS is not set: pages of every origin may connect")
         loops: list[asyncio.Task[Any]] = [self.tasks.create_task(self.sweep.run())]
-        if self._settings.target_group_arn:
+        if arn := self._settings.target_group_arn:
             target = {"Id": own_address, "Port": port}
-            loops.append(self.tasks.create_task(self._drain_with(target)))
+            health = TargetHealth(self._aws.elbv2, arn, target, self.metrics)
+            loops.append(self.tasks.create_task(health.begin(self.drain.wanted)))
         starting = self.tasks.create_task(self._start(loops))
         await self.drain.wanted.wait()
         starting.cancel()
@@ -5848,13 +5703,6 @@ class Gateway:
         metrics_logger.info("metrics", extra=self.metrics.line())
         logger.info("drained")
         server.close()
-
-    async def _drain_with(self, target: Mapping[str, Any]) -> None:
-        """Begin the drain when the load balancer sends nobody here any more."""
-        arn = cast("str", self._settings.target_group_arn)
-        await TargetHealth(self._aws.elbv2, arn, target, self.metrics).until_draining()
-        logger.info("the load balancer drains this task's target")
-        self.drain.wanted.set()
 
     async def _start(self, loops: list[asyncio.Task[Any]]) -> None:
         """Open the log, then the fan-out, and only then the doors."""
@@ -5870,12 +5718,11 @@ class Gateway:
             loops.append(self.tasks.create_task(self.relay.heartbeat()))
             loops.append(self.tasks.create_task(self.relay.reap()))
         if self.intake:
-            loops.append(self.drain.receiving(self.tasks.create_task(self.intake.run())))
+            self.drain.receiving = self.tasks.create_task(self.intake.run())
+            loops.append(self.drain.receiving)
             loops.append(self.tasks.create_task(self.intake.keep()))
         self.ready.set()
         logger.info("ready", extra={"epoch": self.log.epoch})
-
-    # Events.
 
     async def _read_state(self, project_id: str) -> Any:
         """The platform's own item of a project as JSON has it; ``None`` if there is none."""
@@ -5908,29 +5755,22 @@ class Gateway:
                 return {"status": part.dependency.name, "operation": operation}
         return {"status": "ok"}
 
-    # Connections.
-
-    def closing(self, connection: Connection) -> None:
-        """The closing handshake has begun: no more events, and a deadline."""
-        self.registry.drop(connection)
-        self.registry.pending[connection] = None
-
-    def forget(self, connection: Connection, opened: bool) -> None:
+    def forget(self, connection: Connection) -> None:
         """The socket is gone."""
         self.registry.drop(connection)
-        self.registry.pending.pop(connection, None)
+        self.registry.sockets.discard(connection)
         self.ledger.forget(connection)
         connection.account.users -= 1
-        self.drain.somebody_left()
-        if opened:
+        if connection.opened_at:
             self.door.admission.left(connection.address)
             duration_s = self.now() - connection.opened_at
+            close = connection.inbox.protocol.close_sent
             self.metrics.connection_duration.add(duration_s)
             logger.info(
                 "connection closed",
                 extra={
                     "connection_id": connection.id,
-                    "code": connection.close_code or CloseCode.ABNORMAL_CLOSURE,
+                    "code": close.code if close else CloseCode.ABNORMAL_CLOSURE,
                     "seconds": round(duration_s, 1),
                 },
             )
@@ -5985,10 +5825,6 @@ def set_up_logging(log_level: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logger.setLevel(log_level)
     # Metrics are printed whatever the level is, for CloudWatch; people at a terminal need none.
-    bare = logging.StreamHandler(sys.stdout)
-    bare.setFormatter(JsonLines())
-    metrics_logger.handlers = [bare]
-    metrics_logger.propagate = False
     metrics_logger.setLevel(logging.CRITICAL if sys.stdout.isatty() else logging.INFO)
     # A peer that vanishes in the middle of a write is no news; asyncio warns of each.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
@@ -6030,7 +5866,7 @@ def container_limit_mb() -> int | None:
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             limit = int(Path(path).read_text(encoding="ascii"))
-            if limit < MACHINE_BYTES:
+            if limit < 2**48:  # where there is none, the file has a larger number, or `max`
                 return limit // 1_048_576
     return None
 

@@ -113,6 +113,7 @@ from tests.server.gateways import (
     settings,
     standing_loop,
     task_group,
+    unsettled,
 )
 from tests.server.listeners import Listener, event
 from tests.server.messages import TOO_LONG, any_json, json_space, nearly_a_message, outcome, refusal
@@ -1378,7 +1379,7 @@ class TestConnection:
             assert (await peer.response())[0] == status
             assert await peer.rest() == []
             peer.end()
-        await eventually(lambda: not standing.registry.pending)
+        await eventually(lambda: not unsettled(standing))
         assert standing.metrics.connections_opened == opened
 
     @pytest.mark.parametrize("begun", [b"", b"GET /ws HTTP/1.1\r\nHost: a"], ids=["mute", "slow"])
@@ -1391,7 +1392,7 @@ class TestConnection:
         async with running_gateway(platform) as gateway, dialled(gateway) as peer:
             peer.write(begun)
             assert await peer.rest() == []
-            assert not gateway.registry.pending
+            assert not unsettled(gateway)
 
     # The closing handshake.
 
@@ -1405,9 +1406,7 @@ class TestConnection:
             [close] = await peer.rest()
             assert (close.opcode, bytes(close.data)) == (Opcode.CLOSE, content)
             peer.end()
-            await eventually(
-                lambda: not standing.registry.pending and not standing.registry.connections
-            )
+            await eventually(lambda: not standing.registry.sockets)
 
     async def test_server_closes(self, gateway: Gateway) -> None:
         """Server sends one close frame, and hears nothing that comes after it but the answer."""
@@ -1425,19 +1424,19 @@ class TestConnection:
             assert await peer.rest() == []
             assert gateway.metrics.messages_received == received
             peer.end()
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
 
     async def test_close_is_not_answered(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A peer that does not answer a close frame is cut off after a while."""
-        monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(server.Connection, "CLOSE_TIMEOUT_S", 0.1)
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             [connection] = gateway.registry.connections.values()
             connection.close(CloseCode.GOING_AWAY)
             assert await peer.close_code() == CloseCode.GOING_AWAY
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
 
     # Compression.
 
@@ -1734,9 +1733,7 @@ class TestGateway:
                 status, headers, _ = await peer.response()
                 assert status == 503
                 assert 1 <= int(headers["retry-after"]) <= 5
-            await eventually(
-                lambda: not gateway.registry.connections and not gateway.registry.pending
-            )
+            await eventually(lambda: not gateway.registry.sockets)
             async with client_of(gateway):
                 pass
 

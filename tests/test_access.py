@@ -63,6 +63,7 @@ from tests.server.gateways import (
     eventually,
     running_gateway,
     settings,
+    unsettled,
 )
 from tests.server.guarded import (
     admission_with,
@@ -958,9 +959,7 @@ class TestKeys:
             async with client_of(gateway) as client:
                 await client.send(action="authenticate", token=token_of(key_id="key-9"))
                 await (await client.socket.ping())
-            await eventually(
-                lambda: not gateway.registry.connections and not gateway.registry.pending
-            )
+            await eventually(lambda: not gateway.registry.sockets)
             assert await status_of(gateway, token_of()) == 101
         assert not [record for record in caplog.records if record.exc_info]
 
@@ -1015,7 +1014,7 @@ class TestKeys:
             issuer.released.clear()
             token = token_of(key_id="key-2")
             coming = [asyncio.create_task(status_of(gateway, token)) for _ in range(50)]
-            await eventually(lambda: len(gateway.registry.pending) == 50)
+            await eventually(lambda: len(unsettled(gateway)) == 50)
             issuer.released.set()
             assert await asyncio.gather(*coming) == [101] * 50
             assert issuer.reads == 2
@@ -1246,7 +1245,7 @@ class TestLimits:
                     return 101
 
                 coming = [asyncio.create_task(enter()) for _ in range(10)]
-                await eventually(lambda: len(gateway.registry.pending) == 10)
+                await eventually(lambda: len(unsettled(gateway)) == 10)
                 issuer.released.set()
                 assert sorted(await asyncio.gather(*coming)) == [101] * 3 + [429] * 7
                 assert len(gateway.registry.connections) == 3
@@ -1520,7 +1519,7 @@ class TestNothingLeaks:
                 writer.write(b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n")
                 writer.transport.abort()
             assert await status_of(gateway) == 101
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
         assert not [record for record in caplog.records if record.exc_info]
 
     async def test_no_versions(self, platform: aws_standin.Platform, issuer: Issuer) -> None:

@@ -39,7 +39,6 @@ class EchoMessages(Messages):
     """What comes is sent back."""
 
     def welcome(self, connection: Connection, request: Request) -> None:  # noqa: ARG002
-        self._gateway.registry.pending.pop(connection, None)
         self._gateway.registry.connections[connection.id] = connection
         self._gateway.door.admission.entered(connection.address)
 

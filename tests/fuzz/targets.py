@@ -330,7 +330,7 @@ async def _connection(data: bytes) -> None:
                 task.cancel()
     assert connection.progress is Progress.LOST
     assert not stage.gateway.registry.connections
-    assert not stage.gateway.registry.pending
+    assert not stage.gateway.registry.sockets
     assert not stage.gateway.registry.subscriptions
     for body in stage.queues.forwarded:
         assert json.loads(body)["connection_id"] == connection.id

@@ -205,6 +205,11 @@ standing_loop = pytest.mark.asyncio(loop_scope="module")
 """Marks the tests that use `standing`: they run in its event loop."""
 
 
+def unsettled(gateway: Gateway) -> set[server.Connection]:
+    """Handshakes and closes that are under way."""
+    return gateway.registry.sockets - set(gateway.registry.connections.values())
+
+
 def narrow(gateway: Gateway) -> None:
     """Have the kernel keep little of what clients do not read, so that backlogs soon show."""
     for connection in gateway.registry.connections.values():

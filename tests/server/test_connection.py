@@ -28,6 +28,7 @@ from tests.server.gateways import (
     over_one_gateway,
     running_gateway,
     standing_loop,
+    unsettled,
 )
 from tests.server.listeners import event
 from tests.server.peers import DEFLATED, Peer, dialled, fetch, masked, peer_of, upgrade
@@ -124,7 +125,7 @@ class TestConnection:
             sent = 0
             with contextlib.suppress(ConnectionError):
                 peer.write(b"GET /ws HTTP/1.1\r\n")
-                while gateway.registry.pending or not sent:
+                while unsettled(gateway) or not sent:
                     peer.write(b"X: %s\r\n" % (b"x" * 8_000))
                     sent += 8_000
                     await asyncio.sleep(0)
@@ -132,7 +133,7 @@ class TestConnection:
                         peer.end()
                         assert (await peer.response())[0] == 431
                         break
-        await eventually(lambda: not gateway.registry.pending)
+        await eventually(lambda: not unsettled(gateway))
 
     async def test_vanishes_in_the_handshake(
         self, gateway: Gateway, caplog: pytest.LogCaptureFixture
@@ -141,9 +142,9 @@ class TestConnection:
         for leave in (Peer.reset, Peer.end):
             async with dialled(gateway) as peer:
                 peer.write(b"GET /ws HTTP/1.1\r\n")
-                await eventually(lambda: gateway.registry.pending)
+                await eventually(lambda: unsettled(gateway))
                 leave(peer)
-                await eventually(lambda: not gateway.registry.pending)
+                await eventually(lambda: not unsettled(gateway))
         assert "connection closed" not in caplog.messages
 
     @standing_loop
@@ -157,8 +158,8 @@ class TestConnection:
     async def test_closed_in_the_handshake(self, gateway: Gateway) -> None:
         """To close a connection before it is open cuts it."""
         async with dialled(gateway) as peer:
-            await eventually(lambda: gateway.registry.pending)
-            [connection] = gateway.registry.pending
+            await eventually(lambda: unsettled(gateway))
+            [connection] = unsettled(gateway)
             connection.close(CloseCode.GOING_AWAY)
             assert await peer.rest() == []
 
@@ -173,7 +174,7 @@ class TestConnection:
             leave(peer)
             await eventually(lambda: len(gateway.registry.connections) == 1)
             assert "p" not in gateway.registry.channels
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
             assert await other.is_answered()
         closed = next(each for each in caplog.records if each.message == "connection closed")
         assert closed.__dict__["code"] == CloseCode.ABNORMAL_CLOSURE
@@ -292,7 +293,7 @@ class TestConnection:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A slow reader that does not even read its close frame is cut off."""
-        monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(server.Connection, "CLOSE_TIMEOUT_S", 0.1)
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with (
             running_gateway(platform, max_backlog_bytes=65_536) as gateway,
@@ -302,7 +303,7 @@ class TestConnection:
             while gateway.registry.connections:
                 gateway.feed.accept(event(None, EVERYONE, size=50_000), None)
                 await asyncio.sleep(0)
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
 
     @pytest.mark.parametrize(
         "question",
@@ -341,7 +342,7 @@ class TestConnection:
             go_on.set()
             assert await peer.close_code() == CloseCode.INVALID_DATA
             peer.end()
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
         await eventually(lambda: len(set(sent_ids(stand_in))) == in_flight)
 
     @pytest.mark.usefixtures("impatient")
@@ -361,5 +362,5 @@ class TestConnection:
             go_on.set()
             await eventually(lambda: gateway.metrics.messages_forwarded == 20)
         assert len(set(sent_ids(stand_in))) == 20
-        await eventually(lambda: not gateway.registry.pending and not gateway.registry.connections)
+        await eventually(lambda: not gateway.registry.sockets)
         assert not errors_logged(caplog)

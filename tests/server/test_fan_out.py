@@ -99,13 +99,6 @@ class TestFanOut:
         assert listeners.pop(2).closed_with is not None
         assert [listener.seqs() for listener in listeners] == [[1]] * 4
 
-    async def test_closed_once(self, fan_out: FanOut, metrics: Metrics) -> None:
-        """A slow reader that is being closed already is not closed again."""
-        slow = Listener()
-        for _ in range(2):
-            fan_out.give_up(slow)
-        assert metrics.slow_consumers_closed == 1
-
     async def test_latency(self, fan_out: FanOut, channel: Channel, metrics: Metrics) -> None:
         """The latency of an event counts from when its agent sent it, if that is known."""
         channel.plain.add(Listener())

@@ -31,6 +31,7 @@ from tests.server.gateways import (
     settings,
     standing_loop,
     task_group,
+    unsettled,
 )
 from tests.server.listeners import Sink
 from tests.server.messages import TOO_LONG
@@ -279,7 +280,7 @@ class TestGateway:
             else:
                 peer.write(masked(b"{}"))
                 assert await peer.rest() == []
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
             await eventually(lambda: "the issuer's keys could not be read" in caplog.text)
             assert (await fetch(gateway))[0] == 200
         assert not errors_logged(caplog)
@@ -376,7 +377,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A client that stops reading in its catch-up is ended, with what was written to it."""
-        monkeypatch.setattr(server, "STALLED_AFTER_S", 0.1)
+        monkeypatch.setattr(server.Sweep, "STALLED_AFTER_S", 0.1)
         async with running_gateway(platform) as gateway:
             await fill_log(gateway, 100, 20_000)
             async with peer_of(gateway) as peer:
@@ -431,7 +432,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A sweep over many lets the loop turn in between."""
-        monkeypatch.setattr(server, "SWEPT_PER_TURN", 2)
+        monkeypatch.setattr(server.Sweep, "CONNECTIONS_A_TURN", 2)
         async with (
             running_gateway(platform, ping_interval_seconds=0.1) as gateway,
             contextlib.AsyncExitStack() as stack,
@@ -442,22 +443,22 @@ class TestGateway:
 
     async def test_many_half_open(self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
         """Thousands that never finish their handshake are not all cut in one turn of the loop."""
-        monkeypatch.setattr(server, "SWEPT_PER_TURN", 2)
+        monkeypatch.setattr(server.Sweep, "CONNECTIONS_A_TURN", 2)
         left: list[int] = []
 
         async def watch() -> None:
             while True:
-                left.append(len(gateway.registry.pending))
+                left.append(len(unsettled(gateway)))
                 await asyncio.sleep(0)
 
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(10):
                 await stack.enter_async_context(dialled(gateway))
-            await eventually(lambda: len(gateway.registry.pending) == 10)
-            for connection in gateway.registry.pending:
+            await eventually(lambda: len(unsettled(gateway)) == 10)
+            for connection in unsettled(gateway):
                 connection.deadline = 0.0
             watching = asyncio.ensure_future(watch())
-            await eventually(lambda: not gateway.registry.pending)
+            await eventually(lambda: not unsettled(gateway))
             watching.cancel()
         assert max(before - after for before, after in itertools.pairwise(left)) <= 2
 

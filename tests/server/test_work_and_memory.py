@@ -18,7 +18,14 @@ import server
 from aws_standin import StandIn
 from server import Account, Accounts, Connection, Gateway, Turns, deflate
 from tests.server.aws import Json, hold_back
-from tests.server.gateways import client_of, eventually, fill_log, narrow, running_gateway
+from tests.server.gateways import (
+    client_of,
+    eventually,
+    fill_log,
+    narrow,
+    running_gateway,
+    unsettled,
+)
 from tests.server.listeners import event
 from tests.server.peers import DEFLATED, dialled, masked, peer_of, upgrade
 
@@ -187,7 +194,7 @@ class TestTurns:
             burn(0.003)
             other += 0.003
             await asyncio.sleep(0)
-            assert len(diary) * 0.002 <= other + server.INPUT_SLICE_S + 0.012
+            assert len(diary) * 0.002 <= other + server.Turns.INPUT_SLICE_S + 0.012
         assert diary
 
     async def test_long_waiting_come_first(self) -> None:
@@ -198,10 +205,10 @@ class TestTurns:
         old, fresh = Account("old", 0.05, 10), Account("fresh", 0.05, 10)
         old.paid_at = now() - 0.001  # it has just paid its debt
         turns.queue(Toiler(old, [0.0], diary))
-        later = now() + server.WORK_WINDOW_S + 0.1
+        later = now() + server.Turns.WORK_WINDOW_S + 0.1
         turns._loop = type("Later", (), {  # the same loop, ten seconds on
             "time": staticmethod(lambda: later),
-            "call_soon": staticmethod(asyncio.get_running_loop().call_soon),
+            "call_at": staticmethod(asyncio.get_running_loop().call_at),
         })()  # fmt: skip
         turns.queue(Toiler(fresh, [0.0], diary))
         await eventually(lambda: len(diary) == 2)
@@ -222,7 +229,7 @@ class TestTurns:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch, frames: bytes
     ) -> None:
         """Whatever a flood is made of, it is charged, not read on, and closes nothing."""
-        monkeypatch.setattr(server, "ADDRESS_WORK_SHARE", 0.001)
+        monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 0.001)
         async with (
             running_gateway(platform) as gateway,
             peer_of(gateway) as flood,
@@ -253,8 +260,8 @@ class TestTurns:
         self, platform: aws_standin.Platform, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Catch-ups that replace each other cost the log what their account can pay."""
-        monkeypatch.setattr(server, "ADDRESS_WORK_SHARE", 0.01)
-        monkeypatch.setattr(server, "WORK_WINDOW_S", 1.0)
+        monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 0.01)
+        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 1.0)
         async with running_gateway(platform) as gateway:
             await fill_log(gateway, 200, 5_000)
             async with peer_of(gateway) as peer:
@@ -269,7 +276,7 @@ class TestTurns:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A replay from memory costs by the byte."""
-        monkeypatch.setattr(server, "ADDRESS_WORK_SHARE", 0.01)
+        monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 0.01)
         async with (
             running_gateway(platform, compression=False) as gateway,
             client_of(gateway) as client,
@@ -282,7 +289,7 @@ class TestTurns:
             before = connection.account.paid_at
             await client.ask(action="subscribe", project_id="p", since=0)
             await client.receive_many(11)
-            price_s = 55_000 * server.REPLAY_PRICE_S_PER_BYTE / 0.01
+            price_s = 55_000 * server.Connection.REPLAY_PRICE_S_PER_BYTE / 0.01
             assert connection.account.paid_at - max(before, gateway.now() - 10) >= price_s * 0.9
 
     async def test_subscriptions_in_a_url(self, platform: aws_standin.Platform) -> None:
@@ -315,7 +322,7 @@ class TestLedger:
                     )
                 )
                 each = sum(c.held_bytes() for c in gateway.registry.connections.values())
-                channels = len(gateway.registry.channels) * server.CHANNEL_BYTES
+                channels = len(gateway.registry.channels) * server.Ledger.CHANNEL_BYTES
                 assert held(gateway) == each + channels
                 figures = gateway.ledger.figures()
                 assert figures["input"] >= 10_000
@@ -363,7 +370,9 @@ class TestLedger:
                 connection.send(b'"' + b"x" * 50_000 + b'"')
                 await asyncio.sleep(0)
             assert gateway.metrics.memory_closed == 1
-            assert connection.close_code == CloseCode.TRY_AGAIN_LATER
+            sent = connection.inbox.protocol.close_sent
+            assert sent is not None
+            assert sent.code == CloseCode.TRY_AGAIN_LATER
             await eventually(lambda: connection.progress is server.Progress.LOST)
             assert greedy is not None
             assert await other.has_nothing_more()
@@ -413,15 +422,17 @@ class TestLedger:
             before = held(gateway)
             for number in range(100):
                 await client.ask(action="subscribe", project_id=f"{number:0256}")
-            assert held(gateway) - before >= 100 * server.CHANNEL_BYTES
+            assert held(gateway) - before >= 100 * server.Ledger.CHANNEL_BYTES
 
     async def test_half_open(self, platform: aws_standin.Platform) -> None:
         """Sockets that say nothing are charged: the one that has waited longest ends."""
         async with running_gateway(platform) as gateway, dialled(gateway) as first:
-            await eventually(lambda: gateway.registry.pending)
-            gateway.ledger._budget_bytes = held(gateway) + server.HANDSHAKE_BYTES * 3 // 2
+            await eventually(lambda: unsettled(gateway))
+            gateway.ledger._budget_bytes = (
+                held(gateway) + server.Connection.HANDSHAKE_BYTES * 3 // 2
+            )
             async with dialled(gateway) as second:
-                await eventually(lambda: len(gateway.registry.pending) == 2)
+                await eventually(lambda: len(unsettled(gateway)) == 2)
                 async with dialled(gateway) as third:
                     assert await first.rest() == []
                     for peer in (second, third):
@@ -430,7 +441,7 @@ class TestLedger:
     async def test_full(self, platform: aws_standin.Platform) -> None:
         """Close to the budget, who comes gets 503; who is here stays."""
         async with running_gateway(platform) as gateway, client_of(gateway) as client:
-            with_one_more = held(gateway) + server.HANDSHAKE_BYTES
+            with_one_more = held(gateway) + server.Connection.HANDSHAKE_BYTES
             gateway.ledger._budget_bytes = int(with_one_more * 1.05)
             async with dialled(gateway) as peer:
                 peer.write(upgrade())
@@ -450,12 +461,15 @@ class TestLedger:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who reads nothing is ended after a while, whatever it goes on sending."""
-        monkeypatch.setattr(server, "STALLED_AFTER_S", 0.3)
+        monkeypatch.setattr(server.Sweep, "STALLED_AFTER_S", 0.3)
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
-        async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
+        async with (
+            running_gateway(platform, max_backlog_bytes=10**9) as gateway,
+            peer_of(gateway) as peer,
+        ):
             narrow(gateway)
             [connection] = gateway.registry.connections.values()
-            for _ in range(10):
+            for _ in range(60):  # more than the two kernels take
                 connection.send(b'"' + b"x" * 50_000 + b'"')
             for _ in itertools.count():
                 if not gateway.registry.connections:
@@ -469,7 +483,7 @@ class TestLedger:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who reads slowly and steadily stays, though its backlog grows."""
-        monkeypatch.setattr(server, "STALLED_AFTER_S", 0.4)
+        monkeypatch.setattr(server.Sweep, "STALLED_AFTER_S", 0.4)
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
         async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             narrow(gateway)
