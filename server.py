@@ -4994,11 +4994,11 @@ class TargetHealth:
 
 
 class Drain:
-    """Ends a task in order. Every step is bounded, and all together by ``BUDGET_S``.
+    """Ends a task in order, in ``BUDGET_S``.
 
     Attributes:
         wanted: set once the task is to end; it then takes nobody in any more.
-        hurry: set once it is to wait for as little as it can.
+        hurry: set once it is to wait no more than a second.
         receiving: the task that receives updates, which is seen through and not cut.
     """
 
@@ -5015,51 +5015,59 @@ class Drain:
     ) -> None:
         self.wanted = asyncio.Event()
         self.hurry = asyncio.Event()
+        self.receiving: asyncio.Task[None] | None = None
         self._drain_s = settings.drain_seconds
-        self._forward_timeout_s = settings.forward_timeout_seconds
         self._registry = registry
         self._forwarder = forwarder
         self._intake = intake
         self._relay = relay
-        self.receiving: asyncio.Task[None] | None = None
-        self._signals = 0
-        self._ends_at = math.inf
+        self._signalled = False
 
     def signal(self) -> None:
         """Begin, or hurry if a signal has come before."""
-        self._signals += 1
-        (self.wanted if self._signals == 1 else self.hurry).set()
+        (self.hurry if self._signalled else self.wanted).set()
+        self._signalled = True
 
-    async def run(self, loops: Sequence[asyncio.Task[Any]]) -> None:
+    async def run(self, tasks: asyncio.TaskGroup, loops: list[asyncio.Task[Any]]) -> None:
         """Send everybody away, finish what is in hand, then end ``loops``."""
         logger.info("draining", extra={"connections": len(self._registry.connections)})
-        began_at = time.monotonic()
-        self._ends_at = began_at + self.BUDGET_S
+        finishing = tasks.create_task(self._finish())
+        hurry = tasks.create_task(self.hurry.wait())
+        first = asyncio.FIRST_COMPLETED
+        await asyncio.wait({finishing, hurry}, timeout=self.BUDGET_S, return_when=first)
+        await asyncio.wait({finishing}, timeout=1.0 if hurry.done() else 0.0)
+        # 4. End the loops, and take the own queue away.
+        ending = (finishing, hurry, *loops)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        if self._relay:
+            await self._relay.close()
+        # 5. Cut who is still there.
+        for connection in tuple(self._registry.sockets):
+            connection.transport.abort()
+
+    async def _finish(self) -> None:
         # 1. No more sockets (the door sees to that) and no more updates. A long poll under way is
         #    seen through, if that takes no longer than the drain: what SQS hands to a call that
         #    was cut is invisible to everybody for ten seconds.
+        receiving_until = time.monotonic() + self._drain_s
         if self._intake:
             self._intake.stop()
         # 2. Send the clients away, spread out so that the others can take them in.
         await self._close_all()
         if self.receiving:
-            left_s = began_at + self._drain_s - time.monotonic()
-            await self._within(left_s, asyncio.wait({self.receiving}))
-        # 3. See their closing handshakes through.
-        await self._within(Connection.CLOSE_TIMEOUT_S, self._everybody_left())
-        # 4. Finish the forwards and updates in hand.
-        await self._within(self._forward_timeout_s, self._forwarder.idle())
+            left_s = max(0.0, receiving_until - time.monotonic())
+            await asyncio.wait({self.receiving}, timeout=left_s)
+        # 3. Finish the forwards and updates in hand, and see the closing handshakes through: the
+        #    sweep cuts who is late.
+        await self._forwarder.idle()
         if self._intake:
-            await self._within(CALL_TIMEOUT_S, self._intake.idle())
-        # 5. End the loops, and take the own queue away.
-        for task in loops:
-            task.cancel()
-        await asyncio.gather(*loops, return_exceptions=True)
-        if self._relay:
-            await self._relay.close()
-        # 6. Cut who is still there.
-        for connection in tuple(self._registry.sockets):
-            connection.transport.abort()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await self._intake.idle()
+        while self._registry.sockets:
+            await asyncio.sleep(0.05)
 
     async def _close_all(self) -> None:
         began_at = time.monotonic()
@@ -5079,7 +5087,7 @@ class Drain:
             else:
                 self._send_away(connection)
         if busy:  # who waits for confirmations gets them first
-            await self._within(self._forward_timeout_s, self._forwarder.idle())
+            await self._forwarder.idle()
         for connection in busy:
             self._send_away(connection)
 
@@ -5087,20 +5095,6 @@ class Drain:
         after_ms = random.randint(0, self.RECONNECT_SPREAD_MS)  # noqa: S311
         connection.send(encode(Reconnect(after_ms)))
         connection.close(CloseCode.SERVICE_RESTART, "this server is being replaced; reconnect")
-
-    async def _everybody_left(self) -> None:
-        while self._registry.sockets:
-            await asyncio.sleep(0.05)
-
-    async def _within(self, limit_s: float, waiting: Awaitable[Any]) -> None:
-        """Wait for something, but no longer than ``limit_s``, or 1 s if we have to hurry."""
-        limit_s = max(0.0, min(limit_s, self._ends_at - time.monotonic()))
-        waiter = asyncio.ensure_future(waiting)
-        hurry = asyncio.ensure_future(self.hurry.wait())
-        await asyncio.wait({waiter, hurry}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait({waiter}, timeout=1.0 if hurry.done() else 0.0)
-        waiter.cancel()
-        hurry.cancel()
 
 
 # --- Gateway --------------------------------------------------------------------------------
@@ -5143,21 +5137,6 @@ async def fetch_keys(address: str) -> bytes:
 
 def seconds_left(principal: Principal) -> int:
     return int(min(principal.expires_at - time.time(), SESSION_WITHOUT_END_S))
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket whose connections inherit bounded buffers: they are the container's memory too."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-    try:
-        sock.bind((host, port))
-    except OSError as exc:
-        sock.close()
-        raise OSError(exc.errno, f"cannot listen on {host} port {port}: {exc.strerror}") from None
-    return sock
 
 
 class Door:
@@ -5679,9 +5658,15 @@ class Gateway:
         Raises:
             UpstreamLost: AWS took away what this task cannot do without.
         """
+        where = self._settings.websocket_host, self._settings.websocket_port
+        version_6 = ":" in self._settings.websocket_host
+        family = socket.AF_INET6 if version_6 else socket.AF_INET
+        sock = socket.create_server(where, family=family, dualstack_ipv6=version_6)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # the container's memory too
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)  # for all connections
         server = await asyncio.get_running_loop().create_server(
             lambda: Connection(self),
-            sock=listening_socket(self._settings.websocket_host, self._settings.websocket_port),
+            sock=sock,
             backlog=4_096,  # a deployment sends everybody back at once
         )
         host, port, *_ = server.sockets[0].getsockname()
@@ -5699,7 +5684,7 @@ class Gateway:
         starting = self.tasks.create_task(self._start(loops))
         await self.drain.wanted.wait()
         starting.cancel()
-        await self.drain.run(loops)
+        await self.drain.run(self.tasks, loops)
         metrics_logger.info("metrics", extra=self.metrics.line())
         logger.info("drained")
         server.close()
