@@ -3237,7 +3237,7 @@ class EventLog:
                 continue
             blamed.append(append)
             append.failures += 1
-            append.head.stale = not named or own[0] != ""
+            append.head.stale |= not named or own[0] != ""
             if named or len(group) == 1:
                 self._blame(append, items, own, exc)
         half = 0 if others else len(blamed) // 2
