@@ -7,7 +7,9 @@ import pytest
 import aws_standin
 import server
 from aws_standin import Call, Fault, StandIn
+from server import Aws
 from tests.server.aws import SERVER_ERROR, THROTTLED, Json, always, bodies, faults, news, push
+from tests.server.event_logs import LogKit, append, entries
 from tests.server.gateways import (
     client_of,
     eventually,
@@ -44,6 +46,22 @@ class TestIntake:
         async with running_gateway(platform):
             push(stand_in, "hello")
             await eventually(lambda: bodies(stand_in, "agenticai-updates-dlq") == ["hello"])
+
+    async def test_after_another_tasks_events(
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
+    ) -> None:
+        """Who appends after events that it was not told of delivers those first."""
+        async with (
+            running_gateway(platform) as gateway,
+            client_of(gateway, project_id="p") as client,
+        ):
+            await client.receive()
+            push(stand_in, *news(1))
+            await received_in_order(client, 1)
+            await append(LogKit(aws, platform).log(), "p", entries(2, 3))
+            push(stand_in, *news(4))
+            received = await client.receive_many(3)
+            assert [(each["seq"], each["data"]) for each in received] == [(2, 2), (3, 3), (4, 4)]
 
     async def test_publish_comes_before_delete(
         self, stand_in: StandIn, platform: aws_standin.Platform
