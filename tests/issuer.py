@@ -11,7 +11,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -174,7 +174,7 @@ class Issuer:
         self.url = ""
         self._port = 0
         self._server: asyncio.Server | None = None
-        self._open: set[asyncio.StreamWriter] = set()
+        self._answering: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._respond, "127.0.0.1", self._port)
@@ -185,13 +185,17 @@ class Issuer:
         """Be down: who calls is refused, who waits is cut off."""
         if self._server is not None:
             self._server.close()
-            for writer in tuple(self._open):
+            answering = dict(self._answering)
+            for task, writer in answering.items():
                 writer.transport.abort()
+                task.cancel()
+            await asyncio.gather(*answering)
             await self._server.wait_closed()
             self._server = None
 
     async def _respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open.add(writer)
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._answering[task] = writer
         try:
             await reader.readuntil(b"\r\n\r\n")
             self.reads += 1
@@ -202,10 +206,10 @@ class Issuer:
                 size = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(self.answer)
                 writer.write(self.head + size + self.answer)
                 await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
-            self._open.discard(writer)
+            del self._answering[task]
             writer.close()
 
     @property

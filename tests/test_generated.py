@@ -18,3 +18,8 @@ def test_generated_parts(path: Path) -> None:
 def test_readme_length() -> None:
     """The README stays short enough to be read."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_specification_length() -> None:
+    """What shows how the gateway behaves stays short enough to be read."""
+    assert len((ROOT / "test_server.py").read_text(encoding="utf-8").splitlines()) <= 2_500

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import aws_standin
+import server
+from tests.server.gateways import DEADLINE_S
 from tests.server.processes import SERVER, clean_environment, process_of
 
 
@@ -71,3 +77,17 @@ def test_missing_packages_are_a_sentence() -> None:
     assert result.returncode == 1
     assert "python -m pip install -r requirements.txt" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+async def test_signals_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where loops know no signals, the signal's handler wakes the loop."""
+    loop = asyncio.get_running_loop()
+    handlers: dict[int, Callable[..., None]] = {}
+    monkeypatch.setattr(loop, "add_signal_handler", Mock(side_effect=NotImplementedError))
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    told = asyncio.Event()
+    server.on_signals(loop, told.set)
+    assert handlers.keys() == {signal.SIGTERM, signal.SIGINT}
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    async with asyncio.timeout(DEADLINE_S):
+        await told.wait()

@@ -7,6 +7,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any, get_args, get_type_hints
 
 import msgspec
@@ -470,3 +471,16 @@ class TestWire:
         carried = RelayedEvent(widest, server.SEQ_MAX, found.connection_id, time.time(), payload)
         carrier = msgspec.json.encode(RelayedBatch("t" * 80, [carried]))
         assert len(carrier) <= server.SNS_MESSAGE_BYTES
+
+    def test_snapshot_numbers_and_sets(self) -> None:
+        """DynamoDB's numbers and sets are numbers and arrays in a snapshot."""
+        state = {"cost": Decimal("1.50"), "tags": {"b", "a"}, "none": None, "raw": b"\x00"}
+        encoded = server.Encoders.snapshot.encode(server.ProjectSnapshot("p", state))
+        assert json.loads(encoded)["data"] == {
+            "cost": 1.5,
+            "tags": ["a", "b"],
+            "none": None,
+            "raw": "AA==",
+        }
+        with pytest.raises(TypeError, match="Event"):
+            server.Encoders.snapshot.encode(server.ProjectSnapshot("p", event(1)))
