@@ -136,6 +136,12 @@ class TestHalfSurrogatePairs:
         with pytest.raises(UnreadableUpdate, match=f'"{field}" has half a surrogate pair'):
             decode_update(f"{{{body}}}")
 
+    def test_fields_beside_data(self) -> None:
+        """Beside data with half a pair, a field that is missing or wrong is named as ever."""
+        for rest in ("", ',"type":7'):
+            exc = refusal(rf'{{"action":"forward","data":"\ud83d"{rest}}}'.encode())
+            assert str(exc) == 'The field "type" must be a string of 1 to 256 characters.'
+
     def test_fields_that_nobody_reads(self) -> None:
         """Fields that are not known are ignored, whatever is in them."""
         message = decode_message(rb'{"\ud83d":"\udc00","action":"ping","x":["\ud83d"]}')
