@@ -755,10 +755,19 @@ class TestNodeAgent:
         sent, returned = self.run(tmp_path, json.dumps(order_of("a")))
         assert returned == {"batchItemFailures": []}
         updates = [server.decode_update(message["MessageBody"]) for message in sent]
-        assert [update.event_id for update in updates] == ["a-1", "a-2", "a-3"]
-        assert {update.project_id for update in updates} == {"proj_123"}
+        assert len({update.event_id for update in updates}) == 3
+        assert {(u.project_id, u.in_reply_to) for u in updates} == {("proj_123", "a")}
         assert len({message["MessageGroupId"] for message in sent}) == 1
         assert len({message["MessageDeduplicationId"] for message in sent}) == 3
+
+    def test_says_once_what_it_does_twice(self, tmp_path: Path) -> None:
+        """The same order again gives the same ids, that of another client other ones."""
+        order = order_of("a")
+        orders = (order, order, order | {"client_id": "another"})
+        sent, _ = self.run(tmp_path, *map(json.dumps, orders))
+        ids = [json.loads(message["MessageBody"])["event_id"] for message in sent]
+        assert ids[:3] == ids[3:6]
+        assert not {*ids[:3]} & {*ids[6:]}
 
     def test_bad_order_fails_alone(self, tmp_path: Path) -> None:
         bodies = ("no JSON", json.dumps(order_of("b", None)))

@@ -412,7 +412,7 @@ async def _run(seed: int, streams: int, platform: Platform, texts: Path) -> Outc
             await pages.close()
             await agents.close()
             await fleet.close()
-    if report := this_run.report(reason):
+    if report := await asyncio.to_thread(this_run.report, reason):
         raise StreamsError(report)
     assert pages.finished is not None
     return Outcome(
