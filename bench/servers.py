@@ -140,8 +140,9 @@ class Used:
 class Aws:
     """The AWS stand-in in a process of its own."""
 
-    def __init__(self, latency_ms: str = "0") -> None:
+    def __init__(self, latency_ms: str = "0", *, fifo_updates: bool = False) -> None:
         command = [sys.executable, "-m", "aws_standin", "--latency-ms", latency_ms]
+        command += ["--fifo-updates"] * fifo_updates
         self.process = Process(command)
         self.process.read_line()
         self.environment: dict[str, str] = self.process.read_json()

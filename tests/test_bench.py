@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import prices, report
+from bench import answer, prices, report
 from bench.__main__ import collect
 from bench.agents import HeavyTail
 from bench.bill import dollars_per_million, per_event
@@ -346,3 +346,50 @@ def test_absent_peers_are_named() -> None:
     here = Server("here", lambda _deflate: pytest.fail("not started"), lambda: "1.0")
     gone = Server("gone", lambda _deflate: pytest.fail("not started"), missing)
     assert present([here, gone]) == ({"here": "1.0"}, {"gone": "not installed here"})
+
+
+class TestAnswer:
+    """What an answer that streams costs."""
+
+    def test_calls_and_dollars(self) -> None:
+        """By kind, whatever the queues are called; at the prices of their kinds of queue."""
+        calls = {
+            "sqs SendMessage agenticai-updates.fifo": 1_000_000,
+            "sqs ReceiveMessage agenticai-updates.fifo": 2,
+            "sqs ReceiveMessage agenticai-updates-task-7f": 1_000_000,
+            "sns Publish agenticai-updates": 1_000_000,
+            "dynamodb TransactWriteItems": 4,
+        }
+        requests = {name: count for name, count in calls.items() if count > 4}
+        used = Used(Counter(calls), Counter(requests), 0.0, 1e6)
+        found, dollars = answer.calls_and_dollars(used)
+        assert [found[kind] for kind in answer.CALLS.values()] == [
+            1_000_000,
+            0,
+            2,
+            1_000_000,
+            1_000_000,
+            0,
+            4,
+        ]
+        assert dollars == pytest.approx(
+            prices.SQS_FIFO_REQUESTS
+            + prices.SQS_REQUESTS
+            + prices.SNS_REQUESTS
+            + prices.WRITE_UNITS
+        )
+
+    def test_counted(self) -> None:
+        """A second of it: both viewers have the text, and pieces are far fewer than tokens."""
+        calls, dollars = answer.answer(1.0, 0.04)
+        assert 2 < calls["sqs SendMessage"] < answer.TOKENS_PER_S / 2
+        assert calls["dynamodb TransactWriteItems"] >= 1
+        assert 0 < dollars < 0.001
+
+    def test_page_says_what_was_counted(self) -> None:
+        """The table in the guide is the programme's, with a row for each kind of call."""
+        page = answer.PAGE.read_text("utf-8")
+        part = answer.PART.search(page)
+        assert part is not None
+        rows = [row.split(" | ")[0].removeprefix("| ") for row in part[0].splitlines()]
+        assert list(answer.CALLS) == [row for row in rows if row in answer.CALLS]
