@@ -56,7 +56,7 @@ from tests.issuer import (
     public_jwk,
     token_of,
 )
-from tests.server.aws import Json
+from tests.server.aws import Json, push
 from tests.server.fixtures import platform
 from tests.server.gateways import (
     DEADLINE_S,
@@ -64,6 +64,7 @@ from tests.server.gateways import (
     running_gateway,
     settings,
     unsettled,
+    url_of,
 )
 from tests.server.guarded import (
     admission_with,
@@ -74,8 +75,8 @@ from tests.server.guarded import (
     refusal_of,
     starting,
     status_of,
-    url_of,
 )
+from tests.server.peers import answer_to, request, upgrade
 
 __all__ = ["platform"]
 
@@ -83,44 +84,6 @@ FORGED = forged_tokens()
 each_forged_token = pytest.mark.parametrize("token", FORGED.values(), ids=FORGED)
 
 # --- Clients --------------------------------------------------------------------------------
-
-
-async def get(address: tuple[str, int], path: str, **headers: str) -> bytes:
-    """All bytes of the response to one HTTP request."""
-    reader, writer = await asyncio.open_connection(*address)
-    fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: gateway\r\n{fields}\r\n".encode())
-    async with asyncio.timeout(DEADLINE_S):
-        response = await reader.read()
-    writer.close()
-    return response
-
-
-async def upgrade(gateway: Gateway, **headers: str) -> bytes:
-    """Status line and headers with which an opening handshake with these headers is answered."""
-    reader, writer = await asyncio.open_connection(*gateway.address)
-    writer.write(upgrade_with(**headers))
-    async with asyncio.timeout(DEADLINE_S):
-        head = await reader.readuntil(b"\r\n\r\n")
-    writer.transport.abort()
-    return head
-
-
-def upgrade_with(**headers: str) -> bytes:
-    """An opening handshake (RFC 6455, section 4.1); ``X_Name="value"`` becomes a header."""
-    fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-    return (
-        "GET /ws HTTP/1.1\r\nHost: gateway\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-        f"{fields}\r\n"
-    ).encode()
-
-
-def agents_say(stand_in: StandIn, *bodies: str) -> None:
-    queue = stand_in.queues["agenticai-updates"]
-    for body in bodies:
-        queue.push(body)
-    queue.wake()
 
 
 RECEIVING = {"ReceiveMessage", "DeleteMessageBatch"}
@@ -504,7 +467,9 @@ class TestHandshake:
     ) -> None:
         """Bytes that are no text are a bad token."""
         async with guarded(platform, issuer) as gateway:
-            response = await upgrade(gateway, Authorization="Bearer \u00e9\u20ac.x.y")
+            response = await answer_to(
+                gateway.address, upgrade(Authorization="Bearer \u00e9\u20ac.x.y")
+            )
             assert response.startswith(b"HTTP/1.1 401 ")
 
     async def test_user_reaches_the_agent(
@@ -576,7 +541,7 @@ class TestFirstMessage:
     ) -> None:
         """A token of which nothing can be read is a bad one, not none."""
         async with self.gateway(platform, issuer) as gateway:
-            response = await upgrade(gateway, **fields)
+            response = await answer_to(gateway.address, upgrade(**fields))
             assert response.startswith(b"HTTP/1.1 401 ")
 
     async def test_nothing_before(
@@ -612,11 +577,11 @@ class TestFirstMessage:
             client_of(gateway, token_of()) as inside,
             client_of(gateway) as outside,
         ):
-            agents_say(stand_in, everyone[0])
+            push(stand_in, everyone[0])
             assert (await inside.receive())["data"] == 1
             answer = await outside.ask(action="authenticate", token=token_of())
             assert answer["type"] == "authenticated"
-            agents_say(stand_in, everyone[1])
+            push(stand_in, everyone[1])
             assert (await outside.receive())["data"] == 2
 
     async def test_deadline(
@@ -747,7 +712,7 @@ class TestSession:
         opening = authorization(token_of("alice") if first == "session" else None)
         async with guarded(platform, issuer, auth_first_message=True) as gateway:
             reader, writer = await asyncio.open_connection(*gateway.address)
-            writer.write(upgrade_with(**opening))
+            writer.write(upgrade(**opening))
             async with asyncio.timeout(DEADLINE_S):
                 assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
                 writer.write(piece)
@@ -776,7 +741,7 @@ class TestSession:
             assert (await client.receive())["type"] == "authenticated"
             ended = await client.receive()
             assert ended == {"type": "unsubscription_confirmed", "project_id": "p1"}
-            agents_say(
+            push(
                 stand_in,
                 '{"type":"x","project_id":"p1"}',
                 '{"type":"x","project_id":"p2"}',
@@ -800,7 +765,7 @@ class TestSession:
             answers = await client.receive_many(2)
             while answers[-1]["type"] != "unsubscription_confirmed":
                 answers.append(await client.receive())
-            agents_say(stand_in, '{"type":"x","project_id":"p1"}', '{"type":"x"}')
+            push(stand_in, '{"type":"x","project_id":"p1"}', '{"type":"x"}')
             assert (await client.receive())["project_id"] == EVERYONE
 
     async def test_rights_grow(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
@@ -865,7 +830,7 @@ class TestKeys:
             await asyncio.sleep(0.05)
             if issuer.url and issuer.answer is not None:
                 await eventually(lambda: issuer.reads >= reads)
-            assert b'"starting"' in await get(gateway.address, "/health")
+            assert b'"starting"' in await answer_to(gateway.address, request("/health"))
             assert await status_of(gateway, token_of()) == 503
             waited = mend()
             if waited is not None:
@@ -1060,7 +1025,7 @@ class TestProjects:
             clients = platform.client("dynamodb")
             await asyncio.to_thread(clients.put_item, TableName=platform.table_name, Item=item)
             await other.ask(action="subscribe", project_id="theirs")
-            agents_say(stand_in, '{"type":"x","project_id":"theirs"}')
+            push(stand_in, '{"type":"x","project_id":"theirs"}')
             assert (await other.receive())["seq"] == 1
             calls = stand_in.calls.copy()
             for message in asked:
@@ -1073,7 +1038,7 @@ class TestProjects:
                 assert answers[0] == answers[1]
             assert {name for _, name in stand_in.calls - calls} <= RECEIVING
             assert not stand_in.queues["agenticai-dev-queue"].messages
-            agents_say(stand_in, '{"type":"x","project_id":"theirs"}')
+            push(stand_in, '{"type":"x","project_id":"theirs"}')
             assert (await other.receive())["seq"] == 2
             assert await client.has_nothing_more()
 
@@ -1420,7 +1385,7 @@ class TestNothingLeaks:
                 await socket.send(json.dumps(message))
             await socket.send(self.MARK)
             await socket.send(self.MARK.encode())
-            agents_say(
+            push(
                 stand_in,
                 json.dumps({"type": "x", "project_id": self.NASTY, "data": self.MARK}),
                 json.dumps({"type": "x", "data": self.MARK}),
@@ -1435,17 +1400,12 @@ class TestNothingLeaks:
                 async with asyncio.timeout(DEADLINE_S):
                     while True:
                         await socket.recv()
-        for request in (
+        for text in (
             f"GET /{self.MARK} HTTP/1.1\r\nHost: x\r\n\r\n",
             f"GET /ws HTTP/1.1\r\nHost: x\r\nX: {self.MARK}\x1b[2J\r\n\r\n",
             f"{self.MARK}\x1b[2J\r\n\r\n",
         ):
-            reader, writer = await asyncio.open_connection(*address)
-            writer.write(request.encode())
-            async with asyncio.timeout(DEADLINE_S):
-                answer = await reader.read()
-            assert self.MARK.encode() not in answer
-            writer.close()
+            assert self.MARK.encode() not in await answer_to(address, text.encode())
         return tokens
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
@@ -1505,7 +1465,7 @@ class TestNothingLeaks:
     async def test_stats(self, platform: aws_standin.Platform, headers: Json, status: int) -> None:
         """Figures are for who is on the machine, not for who comes through the balancer."""
         async with running_gateway(platform) as gateway:
-            response = await get(gateway.address, "/stats", **headers)
+            response = await answer_to(gateway.address, request("/stats", **headers))
             assert response.startswith(f"HTTP/1.1 {status} ".encode())
             assert (b"ActiveConnections" in response) == (status == 200)
 
@@ -1526,7 +1486,7 @@ class TestNothingLeaks:
         """No answer says what it was made with."""
         async with guarded(platform, issuer) as gateway:
             answers = [
-                await get(gateway.address, path)
+                await answer_to(gateway.address, request(path))
                 for path in ("/", "/ws", "/health", "/live", "/stats", "/none", "/ws?x")
             ]
             async with client_of(gateway, token_of()) as client:
@@ -1560,7 +1520,7 @@ class TestNothingLeaks:
         token = token_of(nickname="remember me")
         async with guarded(platform, issuer) as gateway:
             reader, writer = await asyncio.open_connection(*gateway.address)
-            writer.write(upgrade_with(**authorization(token)))
+            writer.write(upgrade(**authorization(token)))
             async with asyncio.timeout(DEADLINE_S):
                 assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
             [connection] = gateway.registry.connections.values()

@@ -142,14 +142,27 @@ class Listening(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def client_of(gateway: Listening, path: str = "/ws", **query: Any) -> AsyncIterator[Client]:
-    """A client of ``gateway``; ``query`` becomes the URL's, with lists repeated."""
-    host, port = gateway.address
-    url = f"ws://{host}:{port}{path}" + ("?" + urlencode(query, doseq=True) if query else "")
-    async with connect_websocket(url, proxy=None, max_size=None) as socket:
+async def client_at(url: str, **options: Any) -> AsyncIterator[Client]:
+    """A client of whatever speaks the protocol at ``url``; ``options`` are those of `connect`."""
+    async with connect_websocket(url, proxy=None, max_size=None, **options) as socket:
         async with asyncio.timeout(DEADLINE_S):
             greeting = json.loads(await socket.recv())
+        assert greeting["type"] == "connected"
         yield Client(socket, greeting)
+
+
+def url_of(address: tuple[str, int], path: str = "/ws", **query: Any) -> str:
+    """``query`` becomes the URL's, with lists repeated."""
+    return f"ws://{address[0]}:{address[1]}{path}" + (
+        "?" + urlencode(query, doseq=True) if query else ""
+    )
+
+
+def client_of(
+    gateway: Listening, path: str = "/ws", **query: Any
+) -> contextlib.AbstractAsyncContextManager[Client]:
+    """A client of ``gateway``."""
+    return client_at(url_of(gateway.address, path, **query))
 
 
 async def eventually(condition: Callable[[], T], deadline_s: float = DEADLINE_S) -> T:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from websockets.asyncio.client import connect as connect_websocket
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
@@ -19,12 +16,13 @@ from server import Admission, Gateway
 from tests.issuer import Issuer
 from tests.server.aws import Json, aws_clients
 from tests.server.gateways import (
-    DEADLINE_S,
     Client,
+    client_at,
     eventually,
     running_gateway,
     settings,
     task_group,
+    url_of,
 )
 
 
@@ -51,35 +49,25 @@ async def starting(
         await running
 
 
-def url_of(address: tuple[str, int], path: str = "/ws") -> str:
-    return f"ws://{address[0]}:{address[1]}{path}"
-
-
 def authorization(token: str | None) -> dict[str, str]:
     return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
-@contextlib.asynccontextmanager
-async def client_of(
+def client_of(
     gateway: Gateway,
     token: str | None = None,
     path: str = "/ws",
     *,
     offers: Sequence[str] = (),
     **headers: str,
-) -> AsyncIterator[Client]:
+) -> contextlib.AbstractAsyncContextManager[Client]:
     """A greeted client; ``X_Name="value"`` becomes a header."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    async with connect_websocket(
+    return client_at(
         url_of(gateway.address, path),
-        proxy=None,
         subprotocols=[Subprotocol(offer) for offer in offers] or None,
         additional_headers={**authorization(token), **fields},
-    ) as socket:
-        async with asyncio.timeout(DEADLINE_S):
-            greeting = json.loads(await socket.recv())
-        assert greeting["type"] == "connected"
-        yield Client(socket, greeting)
+    )
 
 
 async def refusal_of(

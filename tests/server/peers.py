@@ -214,3 +214,15 @@ async def seqs_until(peer: Peer, last: int) -> list[int]:
     while not found or found[-1] < last:
         found.append((await peer.receive())["seq"])
     return found
+
+
+async def answer_to(address: tuple[str, int], request: bytes) -> bytes:
+    """All bytes that come in answer to a request's, up to the end of its headers if it upgrades."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        writer.write(request)
+        async with asyncio.timeout(DEADLINE_S):
+            head = await reader.readuntil(b"\r\n\r\n")
+            return head if head.startswith(b"HTTP/1.1 101") else head + await reader.read()
+    finally:
+        writer.transport.abort()

@@ -11,12 +11,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from websockets.asyncio.client import connect
 
 import aws_standin
 from server import Event, EventMessage, Gateway
 from tests.server.event_logs import append, entry
-from tests.server.gateways import DEADLINE_S, running_gateway
+from tests.server.gateways import DEADLINE_S, client_at, running_gateway
 
 CLIENT = Path(__file__).resolve().parent.parent.parent / "client"
 VARIES = {"timestamp", "epoch", "connection_id", "sqs_message_id", "message", "data"}
@@ -67,16 +66,16 @@ def comparable(message: dict[str, Any]) -> dict[str, Any]:
 async def transcript(url: str, publish: Publish) -> list[Any]:
     """All that a gateway says to the steps, one list a step; nothing more than that comes."""
     said: list[Any] = []
-    async with asyncio.timeout(DEADLINE_S), connect(url, proxy=None) as socket:
-        said.append(comparable(json.loads(await socket.recv())))
+    async with asyncio.timeout(DEADLINE_S), client_at(url) as client:
+        said.append(comparable(client.greeting))
         for n, (step, count) in enumerate(STEPS):
             if "publish" in step:
                 await publish(step["publish"], ephemeral=step.get("ephemeral", False))
             else:
-                await socket.send(json.dumps(step))
-            found = [json.loads(await socket.recv()) for _ in range(count)]
-            await socket.send(json.dumps({"ref": f"fence{n}", "action": "ping"}))
-            while (message := json.loads(await socket.recv())).get("ref") != f"fence{n}":
+                await client.send(**step)
+            found = await client.receive_many(count)
+            await client.send(ref=f"fence{n}", action="ping")
+            while (message := await client.receive()).get("ref") != f"fence{n}":
                 found.append(message)
             said.append((step, [comparable(message) for message in found]))
     return said

@@ -6,7 +6,6 @@ import asyncio
 import json
 
 import pytest
-from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed
 
 import aws_standin
@@ -59,15 +58,11 @@ class TestFromClients:
 
     async def is_closed(self, gateway: Gateway, sent: str | bytes) -> None:
         assert isinstance(sent, bytes)
-        async with connect_websocket(
-            f"ws://127.0.0.1:{gateway.address[1]}/ws", proxy=None
-        ) as socket:
-            await socket.recv()
-            await socket.send(sent, text=True)
+        async with client_of(gateway) as client:
+            await client.socket.send(sent, text=True)
             with pytest.raises(ConnectionClosed):
-                async with asyncio.timeout(DEADLINE_S):
-                    await socket.recv()
-            assert socket.close_code == 1007
+                await client.receive()
+            assert client.socket.close_code == 1007
 
 
 class TestFromAgents:
