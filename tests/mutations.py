@@ -77,8 +77,8 @@ MUTATIONS = [
     ),
     Mutation(
         "Clients",
-        '"total_max_attempts": 1',
-        '"total_max_attempts": 3',
+        'is_object = body[:1] + body[-1:] in (b"", b"{}")',
+        "is_object = True",
         "tests/server/test_clients.py",
     ),
     Mutation(
