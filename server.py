@@ -2787,7 +2787,7 @@ class ProjectAppend:
     Attributes:
         pending: in order; in the end each of them has its event or its refusal.
         head: set by each attempt.
-        chosen: what the transaction of this attempt has of it.
+        chosen: what this attempt is to write, with the messages of the events.
         one_by_one: whether a transaction was refused for one of its events, nobody knows which.
         failures: of its transactions since the last success.
     """
@@ -3037,7 +3037,7 @@ class EventLog:
         if not written:
             return []
         try:
-            await self._transact([item for each in written for _, item in self._items(each)])
+            await self._transact([item for append in written for _, item in self._items(append)])
         except AWS_ERRORS as exc:
             return self._split(written, exc)
         for append in written:
@@ -3061,14 +3061,8 @@ class EventLog:
             warm = self._heads.pop(name, None) or known[name]
             append.head = self._heads[name] = warm or self._head_of(items.get(name))
         self._forget_heads()
-        await asyncio.gather(
-            *(self._read_up(append) for append in group if self._is_behind(append))
-        )
-        for append in group:
-            for pending in append.waiting:
-                seq = self._recent_ids.find(append.project_id, pending.event_id)
-                if seq is not None:
-                    await self._recognise(append.project_id, pending, seq)
+        if behind := [append for append in group if self._is_behind(append)]:
+            await asyncio.gather(*map(self._read_up, behind))
 
     def _forget_heads(self) -> None:
         while len(self._heads) > self.HEADS_REMEMBERED:
@@ -3143,7 +3137,7 @@ class EventLog:
         pending.event = Event.of(message, pending.sent_at)
 
     def _items(self, append: ProjectAppend) -> list[tuple[PendingEvent | None, Any]]:
-        """A project's part in a transaction: head, events and stops, with the event of each."""
+        """A project's part in a transaction, each with its event: head, events and their stops."""
         before = cast("int", append.chosen[0][1].seq) - 1
         after, stamp = before + len(append.chosen), append.chosen[-1][1].timestamp
         head = {
@@ -3157,26 +3151,26 @@ class EventLog:
                 **({":before": {"N": str(before)}} if before else {}),
             },
         }
+        expires_at = {"N": str(int(time.time()) + self._retention_s)}
         items: list[tuple[PendingEvent | None, Any]] = [(None, {"Update": head})]
         for pending, message in append.chosen:
-            key = self._key(append.project_id, event_key(cast("int", message.seq)))
-            item = {**key, **self._members(pending, message)}
+            item = {
+                **self._key(append.project_id, event_key(cast("int", message.seq))),
+                "type": {"S": message.type},
+                "data": {"S": bytes(message.data).decode()},
+                "event_id": {"S": pending.event_id},
+                "timestamp": {"S": message.timestamp},
+                "expires_at": expires_at,
+            }
+            if message.in_reply_to is not None:
+                item["in_reply_to"] = {"S": message.in_reply_to}
+            if message.traceparent is not None:
+                item["traceparent"] = {"S": message.traceparent}
             items.append((pending, {"Put": {"TableName": self._table, "Item": item}}))
             if pending.stop is not None:
                 stop = {"TableName": self._table, **self._stop(pending.stop)}
                 items.append((pending, {"Put": stop}))
         return items
-
-    def _members(self, pending: PendingEvent, message: EventMessage) -> dict[str, Any]:
-        optional = {"in_reply_to": message.in_reply_to, "traceparent": message.traceparent}
-        return {
-            "type": {"S": message.type},
-            "data": {"S": bytes(message.data).decode()},
-            "event_id": {"S": pending.event_id},
-            "timestamp": {"S": message.timestamp},
-            "expires_at": {"N": str(int(time.time()) + self._retention_s)},
-            **{name: {"S": value} for name, value in optional.items() if value is not None},
-        }
 
     def _stop(self, key: dict[str, Any]) -> dict[str, Any]:
         """The request to write a stop; of those within ``STOP_SKEW_S`` the first is for all."""
@@ -3230,8 +3224,11 @@ class EventLog:
         named = any(codes)
         others, blamed = list[ProjectAppend](), list[ProjectAppend]()
         for append in group:
-            items = self._items(append)
-            own, codes = codes[: len(items)], codes[len(items) :]
+            owners = [pending for pending, _ in self._items(append)]
+            own, codes = codes[: len(owners)], codes[len(owners) :]
+            for pending, code in zip(owners, own, strict=False):
+                if pending is not None and code == "ConditionalCheckFailed":  # only stops have one
+                    pending.refusal = ALREADY_STOPPED
             if named and not any(own):
                 others.append(append)
                 continue
@@ -3239,24 +3236,15 @@ class EventLog:
             append.failures += 1
             append.head.stale |= not named or own[0] != ""
             if named or len(group) == 1:
-                self._blame(append, items, own, exc)
+                self._blame(append, own, exc)
         half = 0 if others else len(blamed) // 2
         return [part for part in (others, blamed[:half], blamed[half:]) if part]
 
-    def _blame(
-        self,
-        append: ProjectAppend,
-        items: list[tuple[PendingEvent | None, Any]],
-        codes: list[str],
-        exc: Exception,
-    ) -> None:
+    def _blame(self, append: ProjectAppend, codes: list[str], exc: Exception) -> None:
         """Note what a failed transaction says of the one project that it failed for."""
-        for (pending, _), code in zip(items, codes, strict=False):
-            if pending is not None and code == "ConditionalCheckFailed":  # only stops have one
-                pending.refusal = ALREADY_STOPPED
         found = {*codes} - {""} or {error_code(exc)}
         if found & {"ConditionalCheckFailed", "TransactionConflict"}:
-            self._metrics.append_conflicts += codes[0] != ""
+            self._metrics.append_conflicts += bool(codes[0])  # else it is about a stop
         elif not self._is_refusal(exc) or all(map(code_passes, found)):
             self.dependency.failed(exc, "TransactWriteItems")
         elif len(append.chosen) > 1:
