@@ -1528,7 +1528,11 @@ def usable_key(member: Any, algorithms: Sequence[str]) -> PyJWK | None:
 
 
 class Keys:
-    """The issuer's public keys, by key id; the last good ones while its endpoint is down."""
+    """The issuer's public keys, by key id; the last good ones while its endpoint is down.
+
+    Attributes:
+        document: the key set as it was read; empty before there was a good one.
+    """
 
     MAX_BYTES = 1_048_576
     REFRESH_S = 60.0  # at most so often for a key that is not known
@@ -1537,14 +1541,10 @@ class Keys:
     def __init__(self, fetch: Callable[[], Awaitable[bytes]], algorithms: Sequence[str]) -> None:
         self._fetch = fetch
         self._algorithms = algorithms
-        self._document = b""
+        self.document = b""
         self._keys: list[PyJWK] = []
-        self.changes = 0
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self._keys)
 
     def find(self, key_id: str | None, algorithm: str) -> list[PyJWK]:
         """The keys that a token may be signed with: those of its id, else those without one.
@@ -1582,9 +1582,8 @@ class Keys:
             keys = [key for member in members if (key := usable_key(member, self._algorithms))]
             if not keys:
                 raise PyJWKSetError("no key is for an algorithm in AUTH_ALGORITHMS")
-            if document != self._document:
-                self._document, self._keys = document, keys
-                self.changes += 1
+            if document != self.document:
+                self.document, self._keys = document, keys
         except Exception as exc:  # the document is a stranger's, and its parser raises all sorts
             logger.warning("the issuer's keys could not be read: %s", type(exc).__name__)
         finally:
@@ -1681,7 +1680,7 @@ class Tokens:
         self._verifier = verifier
         self._tasks = tasks
         self._known: dict[bytes, Principal] = {}  # by SHA-256: what is kept is no token
-        self._changes = 0
+        self._known_by = b""  # the key set
 
     def check(self, token: str, answer: Callable[[Principal | NotAuthenticated], None]) -> None:
         """Have ``answer`` called with whose token it is, or why it is nobody's.
@@ -1703,9 +1702,8 @@ class Tokens:
         answer(NotAuthenticated(str(found)) if isinstance(found, UnknownKey) else found)
 
     def _look_at(self, token: str) -> Principal | NotAuthenticated:
-        if self._changes != self.keys.changes:
-            self._known.clear()
-            self._changes = self.keys.changes
+        if self._known_by is not self.keys.document:
+            self._known, self._known_by = {}, self.keys.document
         digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
         known = self._known.get(digest)
         if known is not None and known.expires_at > time.time():
@@ -1723,7 +1721,7 @@ class Tokens:
         """Read the issuer's keys: without any, nobody could come in."""
         for attempt in itertools.count():
             await self.keys.read(asyncio.get_running_loop().time())
-            if self.keys:
+            if self.keys.document:
                 return
             await asyncio.sleep(full_jitter_s(attempt))
 
