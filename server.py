@@ -4705,8 +4705,12 @@ class Connection(asyncio.Protocol):
             self._go_on()
 
     def pause_reading(self) -> None:
-        """Read no more for now; what the client must send may come later by as long as that."""
-        if not self._paused_at and not self.transport.is_closing():
+        """Read no more for now; what the client must send may come later by as long as that.
+
+        Who is closing is always read from, in whatever debt: else its end would not be seen.
+        """
+        closing = self.progress is Progress.CLOSING or self.transport.is_closing()
+        if not self._paused_at and not closing:
             self._paused_at = self._gateway.now()
             self.transport.pause_reading()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.server.gateways import (
     unsettled,
 )
 from tests.server.listeners import event
-from tests.server.peers import DEFLATED, dialled, masked, peer_of, upgrade
+from tests.server.peers import DEFLATED, dialled, masked, peer_of, request, upgrade
 
 
 class TestAccount:
@@ -514,6 +515,28 @@ class TestHolds:
             assert gateway.metrics.messages_received == received
             connection.hold(-1)
             assert (await peer.receive())["type"] == "pong"
+
+    @pytest.mark.parametrize("opening", [b"", upgrade()], ids=["refused", "open"])
+    async def test_closing_is_read(self, platform: aws_standin.Platform, opening: bytes) -> None:
+        """Who is closed is read from, in whatever debt, so that its end is seen."""
+        async with running_gateway(platform) as gateway, dialled(gateway) as peer:
+            await eventually(lambda: gateway.registry.sockets)
+            [connection] = gateway.registry.sockets
+            if opening:
+                peer.write(opening)
+                assert (await peer.response())[0] == 101
+                assert (await peer.receive())["type"] == "connected"
+            connection.account.paid_at = -math.inf
+            connection.account._share = 1e-6  # whatever it does next puts it in debt
+            if opening:
+                peer.send_frame(b"\xff")
+                assert await peer.close_code() == CloseCode.INVALID_DATA
+            else:
+                peer.write(request("/elsewhere"))
+                assert (await peer.response())[0] == 404
+            assert connection.account.paid_at > gateway.now()
+            peer.end()
+            await eventually(lambda: not gateway.registry.sockets)
 
     async def test_deadlines_stand_still(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
