@@ -126,6 +126,17 @@ class TestDependency:
             "queue: Receive works again",
         ]
 
+    def test_logs_what_goes_on(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+        """An outage that goes on is in the log about once a minute, and its end once."""
+        dependency = Dependency("queue")
+        with caplog.at_level("INFO", "gateway"):
+            fail(dependency, clock, "Receive", for_s=150)
+            dependency.worked("Receive")
+        assert caplog.messages == [
+            *["queue: Receive failed with TimeoutError, retrying"] * 3,
+            "queue: Receive works again",
+        ]
+
     @pytest.mark.usefixtures("impatient")
     async def test_retry(self) -> None:
         """A call that fails in passing is made again until it works."""

@@ -238,6 +238,30 @@ class TestRefusals:
         assert await log.heads(names(4)) == {"p0": 1, "p2": 1, "p3": 1}
         assert stand_in.calls["dynamodb", "TransactWriteItems"] == 2
 
+    async def test_named_among_others(self, log: EventLog, stand_in: StandIn) -> None:
+        """Of a project's events only the one that DynamoDB names is refused, and none is lost."""
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation != "TransactWriteItems":
+                return None
+            bad = ["id2'" in str(each) for each in call.request["TransactItems"]]
+            reasons = [{"Code": "ValidationError" if each else "None"} for each in bad]
+            code, fields = "TransactionCanceledException", {"CancellationReasons": reasons}
+            return Fault(status=400, code=code, fields=fields) if any(bad) else None
+
+        stand_in.fault = fault
+        appends = [ProjectAppend("p", entries(0, 1, 2, 3, 4)), *one_each(["q"])]
+        await append_groups(log, appends)
+        assert [each.refusal for each in appends[0].pending] == [
+            None,
+            None,
+            "ValidationError",
+            None,
+            None,
+        ]
+        assert await whole_log(log, "p") == [(1, 0), (2, 1), (3, 3), (4, 4)]
+        assert places(appends[1].pending) == [1]
+
     @pytest.mark.usefixtures("impatient")
     @pytest.mark.parametrize("code", ["AccessDeniedException", "ResourceNotFoundException"])
     async def test_not_about_what_is_sent(
