@@ -118,7 +118,7 @@ class Batch:
             try:
                 order = Order(self, record)
                 if order.stopped():
-                    order.supersede_streams()
+                    order._supersede_streams()
                     order.cancelled()
                     self.settle(record)
                     continue
@@ -262,14 +262,15 @@ class Order:
         """
         if name in self._streams:
             raise StreamError(f"the order has a stream {name!r} already")
-        stream_id = self.supersede_streams(name)
+        stream_id = self._supersede_streams(name)
         stream = self._streams[name] = Stream(self, stream_id)
         return stream
 
-    def supersede_streams(self, name: str = "") -> str:
+    def _supersede_streams(self, name: str = "") -> str:
         """End what earlier attempts have streamed under a name; return this attempt's stream id.
 
-        One that was killed in the middle has not ended its stream itself.
+        One that was killed in the middle has not ended its stream itself. Which names it used, an
+        attempt that does not begin cannot know: of those it ends the stream without one.
         """
         of_order = digest(self._id, self.sqs_message_id, name)[:24]
         for attempt in range(max(1, self.attempt - ATTEMPTS_SUPERSEDED), self.attempt):

@@ -100,7 +100,7 @@ class TestStreams:
     async def test_small(self) -> None:
         """Tasks and agents are killed, pages cut, moved and reloaded; no text is ever wrong."""
         node()
-        outcome = await run(1, 20)
+        outcome = await run(1, 20, order_visibility_s=10)
         assert outcome.streams["done"] >= 19
         assert outcome.seen > 200
         assert outcome.agents_killed >= 2

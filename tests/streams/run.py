@@ -28,7 +28,7 @@ AGENTS = 2
 PAGES = 8
 PROJECTS_WATCHED = 3  # by each page, beside its own orders
 ORDERS_PER_SECOND = 10
-ORDER_VISIBILITY_S = 20  # how long a killed agent holds an order; longer than any attempt takes
+ORDER_VISIBILITY_S = 20
 UPDATE_VISIBILITY_S = 2
 SETTLE_S = 180.0  # for what is slow on a machine that has other things to do, too
 LATE_PAGE = PAGES
@@ -365,15 +365,18 @@ class Run:
         return folder
 
 
-async def run(seed: int, streams: int) -> Outcome:
-    """Run a seed. Raises StreamsError with the whole report."""
+async def run(seed: int, streams: int, order_visibility_s: int = ORDER_VISIBILITY_S) -> Outcome:
+    """Run a seed. Raises StreamsError with the whole report.
+
+    A killed agent holds its orders for ``order_visibility_s``, which is longer than an attempt.
+    """
     started = time.monotonic()
     stand_in = await StandIn().start()
     try:
         platform = stand_in.create_platform(fifo_updates=queue_kind(seed) == "fifo")
         await asyncio.to_thread(quicken, platform, UPDATE_VISIBILITY_S)
         stand_in.queues[platform.queue_names["dev"]].attributes["VisibilityTimeout"] = str(
-            ORDER_VISIBILITY_S
+            order_visibility_s
         )
         with tempfile.TemporaryDirectory() as folder:
             texts = _write_texts(Path(folder), seed, streams)
