@@ -240,14 +240,14 @@ class TestClient:
 class TestChaos:
     """No event is lost, doubled or out of order, and nothing of the dead is left."""
 
-    @pytest.mark.parametrize("seed", [1, 2, 3])
+    @pytest.mark.parametrize("seed", [1, 2])
     async def test_tasks_and_clients(self, aws: MotoAws, seed: int) -> None:
         """Tasks are killed and started, clients cut off."""
         outcome = await run_on_moto(make_plan(seed, faults=False), aws)
         assert outcome.tasks > outcome.plan.scale.tasks
         assert outcome.connections > outcome.plan.scale.clients
 
-    @pytest.mark.parametrize("seed", [1, 2, 3])
+    @pytest.mark.parametrize("seed", [1, 2])
     async def test_faults_of_aws(self, aws: MotoAws, seed: int) -> None:
         """All that, and AWS throttles, fails, hangs up, loses and repeats."""
         outcome = await run_on_moto(make_plan(seed, faults=True), aws)

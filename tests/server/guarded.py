@@ -93,9 +93,7 @@ async def status_of(gateway: Gateway, token: str | None = None, **options: Any) 
 Closed = tuple[int | None, str | None]
 
 
-async def closed_with(
-    client: Client, answers: list[Json] | None = None
-) -> tuple[int | None, str | None]:
+async def closed_with(client: Client, answers: list[Json] | None = None) -> Closed:
     """Code and reason with which the gateway closes; what it says before goes to ``answers``."""
     with contextlib.suppress(ConnectionClosed):
         while True:
