@@ -187,9 +187,6 @@ TOKEN_MAX_CHARS = 16_384
 # Connections.
 HANDSHAKE_MAX_BYTES = 16_384  # the load balancer's own limit for headers
 
-# Fan-out.
-CATCHUP_CHUNK_BYTES = 131_072
-
 # AWS.
 SQS_BATCH_ENTRIES = 10
 SQS_BATCH_BYTES = 1_048_576
@@ -3293,6 +3290,7 @@ class Feed:
     """
 
     READS = 32  # at once, of pages of up to 1 MB
+    CHUNK_BYTES = 131_072  # of one write to a client that catches up
     WRITES = 32  # of chunks, in one turn of the loop
     PAGES = 12  # kept for others who come for the same
     AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
@@ -3509,7 +3507,7 @@ class Feed:
             return exc
         run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
         channel.remember(run)
-        chunks = runs(run, lambda event: len(event.frame), CATCHUP_CHUNK_BYTES)
+        chunks = runs(run, lambda event: len(event.frame), self.CHUNK_BYTES)
         return [Chunk(events) for events in chunks] or None
 
     async def _read(self, channel: Channel, after: int, known: int) -> list[Event]:
@@ -3742,12 +3740,10 @@ async def delete(sqs: SQSClient, queue_url: str, receipts: Sequence[str]) -> lis
     ]
 
 
-EVENTS_BEGIN = b'"events":['
-"""Where the events begin in a message between tasks; nothing before it is written by others."""
-
-
 class Relay:
     """The way to the other tasks: the topic, and this task's own queue subscribed to it."""
+
+    EVENTS_BEGIN = b'"events":['  # nothing before it in a message is written by others
 
     RETENTION_S = 60
     STALE_AFTER_HEARTBEATS = 5
@@ -3843,7 +3839,7 @@ class Relay:
     async def _publish(self, batch: list[tuple[bytes, Callable[[], None]]]) -> None:
         head = {"origin": self._name, "sizes": [len(encoded) for encoded, _ in batch]}
         events = b",".join(encoded for encoded, _ in batch)
-        body = b"%b,%b%b]}" % (encode(head)[:-1], EVENTS_BEGIN, events)
+        body = b"%b,%b%b]}" % (encode(head)[:-1], self.EVENTS_BEGIN, events)
         origin: Any = {"origin": {"DataType": "String", "StringValue": self._name}}
         await self.dependency.retry(
             "Publish",
@@ -3864,7 +3860,7 @@ class Relay:
 
         What cannot be read is logged and left out: the events around it are other projects'.
         """
-        head, begin, events = body.partition(EVENTS_BEGIN)
+        head, begin, events = body.partition(self.EVENTS_BEGIN)
         try:
             batch = Decoders.relayed_batch.decode(b"%b%b]}" % (head, begin) if begin else body)
             if begin and not batch.sizes:

@@ -411,9 +411,9 @@ class TestFeed:
     def test_chunks(self, sizes: list[int]) -> None:
         """A catch-up is cut into chunks that lose nothing and are no larger than they have to."""
         events = [event(number, size=size) for number, size in enumerate(sizes)]
-        cut = list(server.runs(events, lambda each: len(each.frame), server.CATCHUP_CHUNK_BYTES))
+        cut = list(server.runs(events, lambda each: len(each.frame), server.Feed.CHUNK_BYTES))
         assert [each for chunk in cut for each in chunk] == events
         assert all(cut)
         for chunk in cut:
             size = sum(len(each.frame) for each in chunk)
-            assert size <= server.CATCHUP_CHUNK_BYTES or len(chunk) == 1
+            assert size <= server.Feed.CHUNK_BYTES or len(chunk) == 1
