@@ -1757,14 +1757,6 @@ def choose_subprotocol(_: ServerProtocol, offers: Sequence[Subprotocol]) -> Subp
 # Who is connected, who listens to what, what they were told last. Never awaits, never logs.
 
 
-class Placement(Enum):
-    """What an event is to a channel."""
-
-    NEXT = 1
-    DUPLICATE = 2
-    GAP = 3
-
-
 class Channel:
     """One project on this task: its listeners and its cursor.
 
@@ -1807,25 +1799,19 @@ class Channel:
     def idle(self) -> bool:
         return not (self.plain or self.deflating or self.visitors)
 
-    def listeners(self) -> Iterator[Connection]:
-        yield from self.plain
-        yield from self.deflating
-
-    def place(self, event: Event) -> Placement:
-        """Move the cursor over ``event`` if it is the next one; else say what it is."""
+    def place(self, event: Event) -> bool:
+        """Move the cursor over ``event``, if it is the next one; whether it was."""
         seq = cast("int", event.seq)
-        if self.cursor is None or seq > self.cursor + 1:
+        if self.cursor is None or seq != self.cursor + 1:
             self.wanted = max(self.wanted, seq)
-            return Placement.GAP
-        if seq <= self.cursor:
-            return Placement.DUPLICATE
+            return False
         self.cursor = seq
         self.moved_at = time.monotonic()
         self.recent.append(event)
         self._recent_bytes += len(event.frame)
         while len(self.recent) > self.RECENT_EVENTS or self._recent_bytes > self.RECENT_BYTES:
             self._recent_bytes -= len(self.recent.popleft().frame)
-        return Placement.NEXT
+        return True
 
     def remember(self, events: Sequence[Event]) -> None:
         """Put events that end where ``recent`` begins before it, as far as the bounds allow.
@@ -3327,10 +3313,9 @@ class Feed:
         channel = self._registry.channels.get(event.project_id)
         if channel is None:
             return False
-        placement = Placement.NEXT if event.seq is None else channel.place(event)
-        if placement is Placement.NEXT:
+        if event.seq is None or channel.place(event):
             self._fan_out.push(channel, event)
-        elif placement is Placement.GAP and channel.cursor is not None:
+        elif channel.cursor is not None and channel.wanted > channel.cursor:
             self._fill_soon(channel)
         return False
 
@@ -3514,7 +3499,7 @@ class Feed:
         """A page of the log; what in it is news to the channel is delivered on the way."""
         events = await self._log.read(channel.project_id, after, known)
         for event in events:
-            if channel.place(event) is Placement.NEXT:
+            if channel.place(event):
                 self._fan_out.push(channel, event)
         return events
 
@@ -3583,7 +3568,7 @@ class Feed:
         logger.warning("the log of %r has a hole up to %d", channel.project_id, seq)
         self._fan_out.flush_channel(channel)
         channel.jump(seq)
-        for connection in tuple(channel.listeners()):
+        for connection in (*channel.plain, *channel.deflating):
             self._confirm(connection, channel, False)
 
     def _forget_recent(self) -> None:
