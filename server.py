@@ -4813,7 +4813,8 @@ class Connection(asyncio.Protocol):
         data, self.inbox.unread = self.inbox.unread, b""
         protocol = self.inbox.protocol
         if self._asked:
-            self.transport.abort()  # it goes on before it has an answer
+            if data:
+                self.transport.abort()  # it goes on before it has an answer
             return
         self._request_bytes += len(data)
         protocol.receive_data(data)

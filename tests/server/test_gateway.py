@@ -285,6 +285,28 @@ class TestGateway:
             assert (await fetch(gateway))[0] == 200
         assert not errors_logged(caplog)
 
+    async def test_waits_for_keys_in_debt(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who waits for the keys is answered, though its turn comes again in the meantime."""
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
+        async with (
+            running_issuer() as issuer,
+            running_gateway(platform, **issuer.settings) as gateway,
+            dialled(gateway) as peer,
+        ):
+            await eventually(lambda: gateway.registry.sockets)
+            [connection] = gateway.registry.sockets
+            connection.account.paid_at = gateway.now()
+            connection.account._share = (
+                2e-3  # the handshake puts it in debt for a fraction of those
+            )
+            issuer.answer = None
+            monkeypatch.setattr(server, "CALL_TIMEOUT_S", 4.0)
+            peer.write(upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}"))
+            await eventually(lambda: issuer.reads == 2)
+            assert (await peer.response())[0] == 401  # after the call's four seconds
+
     async def test_drained_before_its_token_is_checked(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
