@@ -3714,17 +3714,6 @@ def unless_gone() -> Iterator[None]:
             raise
 
 
-async def delete(sqs: SQSClient, queue_url: str, receipts: Sequence[str]) -> list[str]:
-    """Delete up to ten messages; returns the receipts of those that are still there."""
-    entries: Any = [{"Id": str(i), "ReceiptHandle": r} for i, r in enumerate(receipts)]
-    answer = await sqs.delete_message_batch(QueueUrl=queue_url, Entries=entries)
-    return [
-        receipts[int(failure["Id"])]
-        for failure in answer.get("Failed", ())
-        if not failure.get("SenderFault")
-    ]
-
-
 class Relay:
     """The way to the other tasks: the topic, and this task's own queue subscribed to it."""
 
@@ -4159,13 +4148,24 @@ class Intake:
 
     async def _delete(self, messages: list[dict[str, Any]]) -> None:
         """Delete what is done. What stays comes again, and is recognised."""
-        left = [message["ReceiptHandle"] for message in messages]
+        left = messages
         for attempt in range(3):
+            entries: Any = [
+                {"Id": str(i), "ReceiptHandle": message["ReceiptHandle"]}
+                for i, message in enumerate(left)
+            ]
             with contextlib.suppress(*AWS_ERRORS):
                 async with self.dependency.attempt("DeleteMessageBatch"):
-                    left = await delete(self._sqs, self._url, left)
-                if not left:
-                    break
+                    answer = await self._sqs.delete_message_batch(
+                        QueueUrl=self._url, Entries=entries
+                    )
+                    left = [
+                        left[int(failure["Id"])]
+                        for failure in answer.get("Failed", ())
+                        if not failure.get("SenderFault")
+                    ]
+            if not left:
+                break
             await asyncio.sleep(full_jitter_s(attempt))
         for message in messages:
             self._let_go(message)
@@ -4176,19 +4176,18 @@ class Intake:
         So its dead-letter queue gets it within milliseconds, and nothing of its FIFO group has
         to wait for a visibility timeout.
         """
-        last = receives >= self.RECEIVES and not self._has_dead_letter_queue
+        if receives >= self.RECEIVES and not self._has_dead_letter_queue:
+            logger.error("update deleted, unusable: %s: %s", why, message["Body"])
+            self._to_delete.add(message)
+            return
+        logger.warning("update %s cannot be used: %s", message["MessageId"], why)
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                if last:
-                    logger.error("update deleted, unusable: %s: %s", why, message["Body"])
-                    await delete(self._sqs, self._url, [message["ReceiptHandle"]])
-                else:
-                    logger.warning("update %s cannot be used: %s", message["MessageId"], why)
-                    await self._sqs.change_message_visibility(
-                        QueueUrl=self._url,
-                        ReceiptHandle=message["ReceiptHandle"],
-                        VisibilityTimeout=0,
-                    )
+                await self._sqs.change_message_visibility(
+                    QueueUrl=self._url,
+                    ReceiptHandle=message["ReceiptHandle"],
+                    VisibilityTimeout=0,
+                )
         except AWS_ERRORS as exc:  # its visibility timeout does the same, later
             logger.warning("updates queue: giving back failed with %s", error_code(exc))
 
