@@ -48,6 +48,7 @@ def run_all(seed: int, workers: str) -> int:
 def only_flakes(failed: list[str], seed: int) -> bool:
     """Run each test twice more; print and return whether none of them fails again."""
     if not 0 < len(failed) <= FLAKES_AT_MOST:
+        print(f"{len(failed)} tests failed; up to {FLAKES_AT_MOST} may be flakes.")
         return False
     print(f"Twice more, alone: {len(failed)} that failed.")
     options = [f"--hypothesis-seed={seed}", "--no-cov", "--quiet", "--no-header"]
