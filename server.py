@@ -1600,10 +1600,10 @@ def projects_in(claims: Mapping[str, Any], name: str) -> frozenset[str] | None:
 
 
 class Dates(Struct):
-    """Claims that are NumericDates, unix seconds (RFC 7519, section 2): numbers, never strings."""
+    """Claims that are NumericDates, unix seconds (RFC 7519, section 2): finite, never strings."""
 
-    exp: Annotated[float, Meta(ge=0, le=SEQ_MAX)]
-    nbf: Annotated[float, Meta(ge=0, le=SEQ_MAX)] = 0.0
+    exp: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+    nbf: Annotated[float, Meta(ge=0, le=sys.float_info.max)] = 0.0
 
 
 class Verifier:

@@ -151,6 +151,11 @@ class TestTokens:
         found = verifier.verify(token_of(exp=expires))
         assert found.expires_at == pytest.approx(expires + server.TOKEN_LEEWAY_S)
 
+    async def test_date_without_end(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
+        """Issuers write "never" as the largest number that they know."""
+        async with guarded(platform, issuer) as gateway:
+            assert await status_of(gateway, token_of(exp=2**63 - 1)) == 101
+
     async def test_half_a_surrogate_pair(
         self, platform: aws_standin.Platform, issuer: Issuer
     ) -> None:
