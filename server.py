@@ -2481,23 +2481,25 @@ class Forwarder:
 
     async def _send(self, to: AgentQueue, batch: list[PendingForward]) -> None:
         """Send until every forward is confirmed, refused or past its deadline."""
+        now = asyncio.get_running_loop().time
         for attempt in itertools.count():
             batch = [forward for forward in batch if forward in self._waiting]
             if not batch:
                 return
             latest = max(forward.deadline.when() for forward in batch)
-            batch = await self._attempt(to, batch)
+            batch = await self._attempt(to, batch, min(now() + CALL_TIMEOUT_S, latest))
             if batch:
-                left_s = max(0.0, latest - asyncio.get_running_loop().time())
-                await asyncio.sleep(min(full_jitter_s(attempt), left_s))
+                await asyncio.sleep(min(full_jitter_s(attempt), max(0.0, latest - now())))
 
-    async def _attempt(self, to: AgentQueue, batch: list[PendingForward]) -> list[PendingForward]:
+    async def _attempt(
+        self, to: AgentQueue, batch: list[PendingForward], until: float
+    ) -> list[PendingForward]:
         """Make one call, settle the forwards it decides, and return those to be tried again."""
         for forward in batch:
             forward.unanswered_calls += 1
         entries: Any = [{"Id": str(i), **forward.entry} for i, forward in enumerate(batch)]
         try:
-            async with asyncio.timeout(min(CALL_TIMEOUT_S, self._timeout_s)):
+            async with asyncio.timeout_at(until):
                 answer = await self._sqs.send_message_batch(QueueUrl=to.url, Entries=entries)
             confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
             failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}

@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,28 @@ class TestDeadlines:
             desk.submit("fresh")
             assert await desk.codes() == {"old": "unavailable"}
         assert sent_ids(stand_in) == ["fresh"]
+
+    async def test_call_ends_at_the_deadline(
+        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
+    ) -> None:
+        """Who comes after a forward that was given up does not wait for its last call either."""
+        answers = iter([replace(THROTTLED, delay_s=2.0), Fault(silent=True)])
+        calls: list[str] = []
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation != "SendMessageBatch":
+                return None
+            calls.append(json.loads(call.request["Entries"][0]["MessageBody"])["message_id"])
+            return next(answers, None)
+
+        stand_in.fault = fault
+        async with desk_of(platform, aws, timeout_s=3.0) as desk:
+            desk.submit("old")
+            await eventually(lambda: desk.outcomes["old"])
+            desk.submit("fresh")
+            async with asyncio.timeout(1.5):  # a new call would have three seconds
+                assert await desk.codes() == {"old": "timeout"}
+        assert calls == ["old", "old", "fresh"]
 
 
 class TestClientIds:
