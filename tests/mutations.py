@@ -59,8 +59,8 @@ MUTATIONS = [
     ),
     Mutation(
         "Registry",
-        "if seq <= self.cursor:",
-        "if seq < self.cursor:",
+        "self.cursor is None or seq != self.cursor + 1:",
+        "self.cursor is None or seq > self.cursor + 1:",
         "tests/server/test_registry.py",
     ),
     Mutation(
