@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,10 +25,14 @@ COVERAGE_PERCENT = 98
 FLAKES_AT_MOST = 5
 
 
-def pytest(*arguments: str) -> int:
-    """Run pytest; return its exit code: 0 if all passed, 1 if some failed, or coverage did."""
-    command = [sys.executable, "-m", "pytest", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+def pytest(seed: int, *arguments: str) -> int:
+    """Run pytest; return its exit code: 0 if all passed, 1 if some failed, or coverage did.
+
+    Sets have the same order in all workers, as some name their tests by them.
+    """
+    command = [sys.executable, "-m", "pytest", f"--hypothesis-seed={seed}", *arguments]
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def last_failed() -> list[str]:
@@ -37,11 +42,11 @@ def last_failed() -> list[str]:
 
 def run_all(seed: int, workers: str) -> int:
     """Run all tests; return the higher of the two exit codes."""
-    common = [f"--hypothesis-seed={seed}", "--cov=server", "--durations=10"]
+    common = ["--cov=server", "--durations=10"]
     side_by_side = ["-m", "not measures", "-n", workers, "--dist", "worksteal"]
     enough = f"--cov-fail-under={COVERAGE_PERCENT}"
-    checked = pytest(*common, *side_by_side, "--cov-report=", "--cov-fail-under=0")
-    measured = pytest(*common, "-m", "measures", "--cov-append", enough)
+    checked = pytest(seed, *common, *side_by_side, "--cov-report=", "--cov-fail-under=0")
+    measured = pytest(seed, *common, "-m", "measures", "--cov-append", enough)
     return max(checked, measured)
 
 
@@ -50,12 +55,12 @@ def only_flakes(failed: list[str], seed: int) -> bool:
     if not 0 < len(failed) <= FLAKES_AT_MOST:
         print(f"{len(failed)} tests failed; up to {FLAKES_AT_MOST} may be flakes.")
         return False
-    print(f"Twice more, alone: {len(failed)} that failed.")
-    options = [f"--hypothesis-seed={seed}", "--no-cov", "--quiet", "--no-header"]
-    lasting = [test for test in failed if any(pytest(*options, test) for _ in range(2))]
+    print(f"Twice more, alone: {len(failed)} that failed.", flush=True)
+    options = ["--no-cov", "--quiet", "--no-header"]
+    lasting = [test for test in failed if any(pytest(seed, *options, test) for _ in range(2))]
     for test in failed:
         outcome = "failed again" if test in lasting else "flake, passed twice more"
-        print(f"{outcome}: {test} (--hypothesis-seed={seed})")
+        print(f"{outcome}: {test} (--seed {seed})")
     return not lasting
 
 
@@ -63,8 +68,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests", description="Run all tests.")
     parser.add_argument("--again", action="store_true", help="tell flakes from failures")
     parser.add_argument("--workers", default="2", help="tests side by side (2)")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="Hypothesis's")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(2**32), help="of Hypothesis, and of hashes"
+    )
     options = parser.parse_args()
+    print(f"The same once more: python -m tests --seed {options.seed}", flush=True)
     LAST_FAILED.unlink(missing_ok=True)
     code = run_all(options.seed, options.workers)
     if code == 1 and options.again and only_flakes(last_failed(), options.seed):

@@ -35,7 +35,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*failures: int) -> list[str]:
     """Run tests that fail so many times; return those that failed."""
-    everything.pytest("--no-cov", *(f"test_it.py::test_fails[{count}]" for count in failures))
+    everything.pytest(7, "--no-cov", *(f"test_it.py::test_fails[{count}]" for count in failures))
     return everything.last_failed()
 
 
@@ -44,7 +44,7 @@ def test_flake(capsys: pytest.CaptureFixture[str]) -> None:
     failed = run(0, 1)
     assert failed == ["test_it.py::test_fails[1]"]
     assert everything.only_flakes(failed, seed=7)
-    line = "flake, passed twice more: test_it.py::test_fails[1] (--hypothesis-seed=7)"
+    line = "flake, passed twice more: test_it.py::test_fails[1] (--seed 7)"
     assert line in capsys.readouterr().out
 
 
