@@ -328,12 +328,12 @@ def passes(exc: BaseException) -> bool:
     return status >= 500 or status == 429 or code_passes(error_code(exc))
 
 
-def full_jitter_s(attempt: int, *, base_s: float = 0.1, cap_s: float = 5.0) -> float:
-    """Seconds to wait before attempt ``attempt + 1``: uniform below a doubling bound.
+def full_jitter_s(attempt: int, *, base_s: float = 0.1) -> float:
+    """Seconds to wait before attempt ``attempt + 1``: uniform below a bound that doubles up to 5.
 
     Source: AWS Architecture Blog, "Exponential Backoff and Jitter".
     """
-    return random.uniform(0, min(cap_s, base_s * 2 ** min(attempt, 16)))  # noqa: S311
+    return random.uniform(0, min(5.0, base_s * 2 ** min(attempt, 16)))  # noqa: S311
 
 
 class Dependency:
@@ -1310,15 +1310,13 @@ class Account:
     as many are owed (the generic cell rate algorithm, ITU-T I.371). A share of 0 counts nothing.
 
     Attributes:
-        key: whose account it is.
         paid_at: when nothing is owed any more, by the loop's clock.
         users: open connections that are charged to it; it is not forgotten while there are any.
     """
 
-    __slots__ = ("_gate", "_share", "_window_s", "key", "paid_at", "users")
+    __slots__ = ("_gate", "_share", "_window_s", "paid_at", "users")
 
-    def __init__(self, key: str, share: float, window_s: float) -> None:
-        self.key = key
+    def __init__(self, share: float, window_s: float) -> None:
         self.paid_at = -math.inf
         self.users = 0
         self._share = share
@@ -1379,7 +1377,7 @@ class Accounts:
         if account is None:
             while len(self._accounts) >= self.REMEMBERED:
                 del self._accounts[next(iter(self._accounts))]
-            account = Account(key, worth * self._share, self._window_s)
+            account = Account(worth * self._share, self._window_s)
             self._accounts[key] = account
         return account
 
@@ -1424,7 +1422,7 @@ class Admission:
         failures = settings.max_failed_authentications_per_ip
         self._max_connections = settings.max_connections or math.inf
         self._max_per_address = settings.max_connections_per_ip or math.inf
-        self._handshakes = Account("all", in_all, window_s=2)
+        self._handshakes = Account(in_all, window_s=2)
         self._handshakes_by_address = Accounts(each, window_s=2)
         self._failures = Accounts(failures / 60, window_s=60)
         self._inside = 0

@@ -60,7 +60,7 @@ class Listener(Connection):
         self.deflates = deflates
         self.choked = False
         self.backlog_bytes = 0
-        self.account = server.Account(name, share=0, window_s=0)
+        self.account = server.Account(share=0, window_s=0)
         self.closed_with: int | None = None
         self.reads = asyncio.Event()
         self.reads.set()

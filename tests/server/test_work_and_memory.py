@@ -34,13 +34,13 @@ from tests.server.peers import DEFLATED, dialled, masked, peer_of, request, upgr
 class TestAccount:
     def test_no_share(self) -> None:
         """A share of 0 counts nothing."""
-        account = Account("a", 0, window_s=2)
+        account = Account(0, window_s=2)
         assert all(account.take(1, 0.0) for _ in range(1_000))
         assert account.paid_at < 0
 
     def test_burst(self) -> None:
         """What is saved up may be used at once, and then the share."""
-        account = Account("a", 5, window_s=2)
+        account = Account(5, window_s=2)
         assert [account.take(1, 100.0) for _ in range(12)] == [True] * 10 + [False] * 2
         assert [account.take(1, 101.0) for _ in range(7)] == [True] * 5 + [False] * 2
         assert [account.take(1, 1e5) for _ in range(12)] == [True] * 10 + [False] * 2
@@ -52,7 +52,7 @@ class TestAccount:
     )
     def test_rate(self, share: int, window_s: int, steps: list[float]) -> None:
         """However takes are spread over time, the share and one window are never exceeded."""
-        account, now, taken = Account("a", share, window_s), 0.0, 0
+        account, now, taken = Account(share, window_s), 0.0, 0
         for step in steps:
             now += step
             taken += account.take(1, now)
@@ -61,7 +61,7 @@ class TestAccount:
     @given(st.lists(st.floats(0, 1e6), max_size=50))
     def test_debt_is_capped(self, charges: list[float]) -> None:
         """However much is charged, it is paid within the window."""
-        account = Account("a", 0.05, window_s=10)
+        account = Account(0.05, window_s=10)
         for amount in charges:
             account.charge(amount, 100.0)
         assert account.paid_at <= 110.0
@@ -69,7 +69,7 @@ class TestAccount:
     async def test_afford(self) -> None:
         """Those who want more than is saved up get it one after the other, as it is paid."""
         now = asyncio.get_running_loop().time
-        account = Account("a", 1.0, window_s=0.2)
+        account = Account(1.0, window_s=0.2)
         started_at = now()
         await asyncio.gather(*(account.afford(0.1) for _ in range(6)))
         assert (
@@ -103,12 +103,15 @@ class TestAccount:
 class Toiler(Connection):
     """A connection whose input costs so much CPU time."""
 
-    def __init__(self, account: Account, costs_s: list[float], diary: list[str]) -> None:
+    def __init__(
+        self, account: Account, costs_s: list[float], diary: list[str], name: str = "a"
+    ) -> None:
         self.account = account
         self.queued = False
         self.paused = False
         self._costs_s = costs_s
         self._diary = diary
+        self._name = name
 
     def pause_reading(self) -> None:
         self.paused = True
@@ -117,7 +120,7 @@ class Toiler(Connection):
         self.paused = False
         if self._costs_s:
             burn(self._costs_s.pop(0))
-            self._diary.append(self.account.key)
+            self._diary.append(self._name)
         return bool(self._costs_s)
 
 
@@ -135,7 +138,7 @@ class TestTurns:
     async def test_at_once(self) -> None:
         """Where nobody waits, input is acted on as it comes."""
         diary: list[str] = []
-        toiler = Toiler(Account("a", 0.05, 10), [0.0], diary)
+        toiler = Toiler(Account(0.05, 10), [0.0], diary)
         Turns().give(toiler)
         assert diary == ["a"]
         assert not toiler.paused
@@ -143,7 +146,7 @@ class TestTurns:
     async def test_connections_take_turns(self) -> None:
         """Connections of one account have a turn each before one has its second."""
         diary: list[str] = []
-        turns, account = Turns(), Account("a", 0, 10)
+        turns, account = Turns(), Account(0, 10)
         toilers = [Toiler(account, [0.006] * 3, diary) for _ in range(3)]
         order: list[int] = []
         for number, toiler in enumerate(toilers):
@@ -162,11 +165,11 @@ class TestTurns:
         """Who has used least comes first, however many connections somebody else has."""
         diary: list[str] = []
         turns = Turns()
-        greedy, modest = Account("greedy", 0.5, 10), Account("modest", 0.5, 10)
+        greedy, modest = Account(0.5, 10), Account(0.5, 10)
         greedy.charge(1.0, asyncio.get_running_loop().time())
         for _ in range(50):
-            turns.queue(Toiler(greedy, [0.002] * 2, diary))
-        turns.queue(Toiler(modest, [0.002] * 2, diary))
+            turns.queue(Toiler(greedy, [0.002] * 2, diary, "greedy"))
+        turns.queue(Toiler(modest, [0.002] * 2, diary, "modest"))
         await eventually(lambda: len(diary) == 102)
         assert diary.index("modest") < 3
         assert diary[:4].count("modest") >= 1
@@ -174,7 +177,7 @@ class TestTurns:
     async def test_debt_is_paid_first(self) -> None:
         """Who owes is not acted on, nor read from, until it is paid, and then without a call."""
         diary: list[str] = []
-        turns, account = Turns(), Account("a", 1.0, 0.2)
+        turns, account = Turns(), Account(1.0, 0.2)
         now = asyncio.get_running_loop().time
         account.charge(0.35, now())
         due = account.paid_at
@@ -190,7 +193,7 @@ class TestTurns:
         diary: list[str] = []
         turns, other = Turns(), 0.0
         for _ in range(4):
-            turns.queue(Toiler(Account("a", 0, 10), [0.002] * 40, diary))
+            turns.queue(Toiler(Account(0, 10), [0.002] * 40, diary))
         for _ in range(60):
             burn(0.003)
             other += 0.003
@@ -203,15 +206,15 @@ class TestTurns:
         turns, diary = Turns(), [""]
         diary.clear()
         now = asyncio.get_running_loop().time
-        old, fresh = Account("old", 0.05, 10), Account("fresh", 0.05, 10)
+        old, fresh = Account(0.05, 10), Account(0.05, 10)
         old.paid_at = now() - 0.001  # it has just paid its debt
-        turns.queue(Toiler(old, [0.0], diary))
+        turns.queue(Toiler(old, [0.0], diary, "old"))
         later = now() + server.Turns.WORK_WINDOW_S + 0.1
         turns._loop = type("Later", (), {  # the same loop, ten seconds on
             "time": staticmethod(lambda: later),
             "call_at": staticmethod(asyncio.get_running_loop().call_at),
         })()  # fmt: skip
-        turns.queue(Toiler(fresh, [0.0], diary))
+        turns.queue(Toiler(fresh, [0.0], diary, "fresh"))
         await eventually(lambda: len(diary) == 2)
         assert diary == ["old", "fresh"]
 
