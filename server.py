@@ -692,7 +692,8 @@ class Settings:
             meant = next((each for each in near if letters_apart(name.upper(), each) <= 2), "")
             if meant or name.startswith("AUTH_"):
                 hint = f", unlike {meant}" if meant else ""
-                yield f"{name} is no setting of this server{hint}", meant.startswith("AUTH_")
+                opens = meant.startswith("AUTH_") and name[0] in "Aa"  # OAUTH_ISSUER is another's
+                yield f"{name} is no setting of this server{hint}", opens
 
     @property
     def queue_urls(self) -> dict[str, str]:

@@ -86,6 +86,12 @@ class TestHalfOfTokens:
         """Platforms set variables of their own for each service, of one named `auth` as well."""
         assert doubts(**{name: "tcp://10.0.0.1:80"}) == [f"{name} is no setting of this server"]
 
+    def test_of_another_program(self) -> None:
+        """Programs beside ours have settings for OAuth, and ours starts nevertheless."""
+        said = ["OAUTH_ISSUER is no setting of this server, unlike AUTH_ISSUER"]
+        assert doubts(OAUTH_ISSUER="https://issuer.example") == said
+        assert doubts(**AUTHENTICATION, OAUTH_ISSUER="https://issuer.example") == said
+
 
 class TestDoubts:
     @pytest.mark.parametrize(
