@@ -3225,16 +3225,17 @@ class EventLog:
     def _blame(self, append: ProjectAppend, codes: list[str], exc: Exception) -> None:
         """Note what a failed transaction says of the one project that it failed for."""
         found = {*codes} - {""} or {error_code(exc)}
+        lasting = sorted(code for code in found if not code_passes(code))
         if found & {"ConditionalCheckFailed", "TransactionConflict"}:
             self._metrics.append_conflicts += bool(codes[0])  # else it is about a stop
-        elif not self._is_refusal(exc) or all(map(code_passes, found)):
+        elif not lasting or not self._is_refusal(exc):
             self.dependency.failed(exc, "TransactWriteItems")
         elif len(append.chosen) > 1:
             append.one_by_one = True
         else:
             [(pending, _)] = append.chosen
-            pending.refusal = min(found)
-            logger.error("event log: %r: an event was refused: %s", append.project_id, min(found))
+            pending.refusal = lasting[0]
+            logger.error("event log: %r: an event was refused: %s", append.project_id, lasting[0])
 
 
 # --- Backplane ------------------------------------------------------------------------------

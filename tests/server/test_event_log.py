@@ -238,6 +238,16 @@ class TestRefusals:
         assert await log.heads(names(4)) == {"p0": 1, "p2": 1, "p3": 1}
         assert stand_in.calls["dynamodb", "TransactWriteItems"] == 2
 
+    async def test_refused_while_throttled(self, log: EventLog, stand_in: StandIn) -> None:
+        """What is said of a refused event is what will not pass."""
+        reasons = [{"Code": "ThrottlingError"}, {"Code": "ValidationError"}]
+        cancelled = {"CancellationReasons": reasons}
+        fault = Fault(status=400, code="TransactionCanceledException", fields=cancelled)
+        stand_in.fault = faults("TransactWriteItems", fault)
+        appended = entries(1)
+        await append(log, "p", appended)
+        assert [each.refusal for each in appended] == ["ValidationError"]
+
     async def test_named_among_others(self, log: EventLog, stand_in: StandIn) -> None:
         """Of a project's events only the one that DynamoDB names is refused, and none is lost."""
 
