@@ -64,9 +64,9 @@ class LogKit:
     """Makes event logs of one table: another one is what another task, or a new one, has."""
 
     def __init__(self, aws: Aws, platform: Platform) -> None:
-        self._aws = aws
+        self.aws = aws
         self.table = platform.events_table_name
         self.metrics = Metrics("test", Registry())
 
     def log(self, retention_s: int = 3_600) -> EventLog:
-        return EventLog(self._aws.dynamodb, self.table, retention_s, self.metrics)
+        return EventLog(self.aws.dynamodb, self.table, retention_s, self.metrics)

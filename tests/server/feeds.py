@@ -89,10 +89,10 @@ class Office:
             self.registry,
             FanOut(self.metrics, Ledger(self.registry, self.metrics, 10**9)),
             self.metrics,
-            self._read_state,
+            lambda project_id: self.read_state(project_id),
         )
 
-    async def _read_state(self, project_id: str) -> Any:
+    async def read_state(self, project_id: str) -> Any:
         return {"project": project_id, "state": self.state} if self.state else None
 
     def accept(self, events: Sequence[Event]) -> None:

@@ -359,7 +359,7 @@ class TestLearning:
         """Word of an event that comes while its log is read, too early to see it, is no wipe."""
         log, other = kit.log(), kit.log()
         await append_groups(log, one_each(["p"]))
-        query = log._dynamodb.query
+        query = kit.aws.dynamodb.query
 
         async def early_query(**request: Any) -> Any:
             answer = await query(**request)
@@ -368,7 +368,7 @@ class TestLearning:
                 log.learn("p", 2, "p-2")
             return answer
 
-        monkeypatch.setattr(log._dynamodb, "query", early_query)
+        monkeypatch.setattr(kit.aws.dynamodb, "query", early_query)
         log.learn("p", 7, None)  # which is not so
         again = ProjectAppend("p", [entry(2, "p-2", time.time() - 60), entry(3)])
         await append_groups(log, [again])
@@ -456,13 +456,20 @@ class TestMemory:
             ("dynamodb", "TransactWriteItems"): 1,
         }
 
-    async def test_backlog(self, kit: LogKit, stand_in: StandIn) -> None:
+    async def test_backlog(
+        self, kit: LogKit, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """After an outage longer than ids are kept, a project's log is read back once."""
         old = kit.log()
         await append_groups(old, [ProjectAppend("p", entries(*range(50)))])
         log = kit.log()
         long_ago = time.time() - 3 * server.EVENT_ID_WINDOW_S
-        log._recent_ids._generations[0] = (time.time() - server.EVENT_ID_WINDOW_S, {})
+        clock = time.time
+        for windows in (1, 2, 3):
+            monkeypatch.setattr(
+                time, "time", lambda ahead=windows * server.EVENT_ID_WINDOW_S: clock() + ahead
+            )
+            await append_groups(log, [ProjectAppend("q", entries(windows))])
         stand_in.calls.clear()
         for number in range(40, 60):
             pending = entry(number, look_back_to=long_ago + number)
@@ -507,11 +514,11 @@ class TestPartOfATransaction:
     """A query may see a transaction in part while it is being committed."""
 
     @pytest.fixture
-    def half_blind(self, log: EventLog) -> Callable[..., None]:
+    def half_blind(self, kit: LogKit, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         """Makes the log's queries leave out events, a number of times."""
 
         def leave_out(*seqs: int, times: int = 1) -> None:
-            query = log._dynamodb.query
+            query = kit.aws.dynamodb.query
             hidden = {server.event_key(seq) for seq in seqs}
             left = times
 
@@ -523,7 +530,7 @@ class TestPartOfATransaction:
                     answer["Items"] = [i for i in answer["Items"] if i["SK"]["S"] not in hidden]
                 return answer
 
-            log._dynamodb.query = partial_query  # type: ignore[method-assign]
+            monkeypatch.setattr(kit.aws.dynamodb, "query", partial_query)
 
         return leave_out
 
@@ -588,11 +595,11 @@ class HeldDynamoDb:
         async def call(**request: Any) -> Any:
             outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             self.waiting.append((outcome, operation, request))
-            return self._perform(await outcome, operation, request)
+            return self.perform(await outcome, operation, request)
 
         return call
 
-    def _perform(self, outcome: str, operation: str, request: Json) -> Any:
+    def perform(self, outcome: str, operation: str, request: Json) -> Any:
         if outcome == "throttled":
             raise ClientError({"Error": {"Code": "ThrottlingException"}}, operation)
         if outcome == "conflict" and operation == "TransactWriteItems":
@@ -750,7 +757,7 @@ class LogMachine(RuleBasedStateMachine):
         for outcome, operation, request in self.clients[task].waiting:
             if late:
                 with contextlib.suppress(ClientError, ConnectionClosedError):
-                    self.clients[task]._perform("done", operation, request)
+                    self.clients[task].perform("done", operation, request)
             outcome.cancel()
         for running in self.busy[task].values():
             running.cancel()

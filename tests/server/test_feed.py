@@ -16,7 +16,7 @@ from websockets.frames import CloseCode
 import server
 from server import Event, Progress, Subscribe, UpstreamLost
 from tests.server.feeds import MemoryLog, Office, check_story, office_of, settle
-from tests.server.gateways import eventually, how_it_ends, task_group
+from tests.server.gateways import DEADLINE_S, eventually, how_it_ends, task_group
 from tests.server.listeners import Listener, event
 
 
@@ -301,10 +301,19 @@ class TestFeed:
         log.add(100, size=10_000)
         async with task_group() as tasks:
             office = Office(tasks, log)
-            await office.subscribe(Listener(), since=0)
-            assert len(office.feed._pages) == server.Feed.PAGES
+
+            async def reads_of_another(since: int) -> int:
+                before = log.reads
+                await office.subscribe(Listener(), since=since)
+                return log.reads - before
+
+            in_all = await reads_of_another(0)
+            assert await reads_of_another(in_all - server.Feed.PAGES) == 0
+            assert await reads_of_another(in_all - server.Feed.PAGES - 1) > 0
             audit = tasks.create_task(office.feed.audit(0.01))
-            await eventually(lambda: not len(office.feed._pages))
+            async with asyncio.timeout(DEADLINE_S):
+                while not await reads_of_another(in_all - 1):
+                    await asyncio.sleep(0)
             audit.cancel()
 
     async def test_page_of_an_earlier_channel(self, log: MemoryLog) -> None:
@@ -348,7 +357,7 @@ class TestFeed:
         assert listener.messages.popleft()["recovered"] is True
         assert listener.seqs() == list(range(1, 201))
 
-    async def test_page_is_overtaken(self, log: MemoryLog) -> None:
+    async def test_page_is_overtaken(self, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where nothing was to be read, there may be something a moment later."""
         log.add(3)
         listener, other = Listener(), Listener()
@@ -360,7 +369,7 @@ class TestFeed:
                 reading.set()
                 await read.wait()
 
-            office.feed._read_state = read_state
+            monkeypatch.setattr(office, "read_state", read_state)
             office.feed.subscribe(listener, Subscribe("p", 3, snapshot=True))
             await reading.wait()
             office.accept(

@@ -29,7 +29,14 @@ from tests.server.aws import (
     sent_ids,
 )
 from tests.server.forwarders import Desk, desk_of
-from tests.server.gateways import DEADLINE_S, client_of, eventually, running_gateway, task_group
+from tests.server.gateways import (
+    DEADLINE_S,
+    client_of,
+    eventually,
+    running_gateway,
+    skip_ahead,
+    task_group,
+)
 
 FORWARD = {"action": "forward", "type": "dev"}
 
@@ -41,7 +48,11 @@ def senders(stand_in: StandIn) -> list[str]:
 
 class TestDeadlines:
     async def test_old_forward_among_fresh_ones(
-        self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
+        self,
+        platform: aws_standin.Platform,
+        aws: Aws,
+        stand_in: StandIn,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A forward that is out of time is told so, and never makes its batch go twice."""
         calls: list[list[str]] = []
@@ -59,7 +70,7 @@ class TestDeadlines:
             desk.submit("first")
             await eventually(lambda: calls)
             desk.submit("old")  # and waits for the first call to return
-            await asyncio.sleep(1.2)
+            skip_ahead(monkeypatch, 1.2)
             fresh = [f"fresh{number}" for number in range(8)]
             for message_id in fresh:
                 desk.submit(message_id)
@@ -189,7 +200,7 @@ class TestBatcher:
                 await batcher.idle()
         assert sorted(sent) == list(range(500))
 
-    async def test_lingering_begins_anew(self) -> None:
+    async def test_lingering_begins_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who comes after a full batch lingers for as long as anybody, and goes in the end."""
         sent: list[list[int]] = []
 
@@ -198,13 +209,14 @@ class TestBatcher:
 
         async with task_group() as tasks:
             batcher = server.Batcher(tasks, send, linger_s=0.2)
-            began_at = time.monotonic()
             for number in range(10):
                 batcher.add(number)
-            await asyncio.sleep(0.1)
+            await eventually(lambda: sent)
+            skip_ahead(monkeypatch, 0.1)
+            began_at = time.monotonic()
             batcher.add(10)
             await batcher.idle()
-            assert time.monotonic() - began_at >= 0.1 + 0.2 - 0.02
+            assert time.monotonic() - began_at >= 0.2 - 0.02
         assert sent == [list(range(10)), [10]]
 
 

@@ -17,7 +17,7 @@ from websockets.frames import CloseCode, Opcode
 import aws_standin
 import server
 from aws_standin import StandIn
-from server import Connection, Gateway
+from server import Account, Connection, Gateway
 from tests.issuer import key_set, public_jwk, running_issuer, token_of
 from tests.server.aws import THROTTLED, agents_say, always, aws_clients, hold_back, sent_ids
 from tests.server.gateways import (
@@ -297,10 +297,9 @@ class TestGateway:
         ):
             await eventually(lambda: gateway.registry.sockets)
             [connection] = gateway.registry.sockets
+            # The handshake puts it in debt for a fraction of the call's seconds.
+            connection.charge_to(Account(2e-3, server.Turns.WORK_WINDOW_S))
             connection.account.paid_at = gateway.now()
-            connection.account._share = (
-                2e-3  # the handshake puts it in debt for a fraction of those
-            )
             issuer.answer = None
             monkeypatch.setattr(server, "CALL_TIMEOUT_S", 4.0)
             peer.write(upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}"))

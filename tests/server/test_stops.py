@@ -30,12 +30,10 @@ def key_of(*parts: str | None) -> str:
     return f"STOP#{hashlib.sha256(encoded).hexdigest()}"
 
 
-async def stop_item(gateway: Gateway, *parts: str | None) -> Json | None:
-    key: Any = {"PK": {"S": key_of(*parts)}, "SK": {"S": "STOP"}}
-    answer = await gateway._aws.dynamodb.get_item(
-        TableName=gateway._settings.log_table, Key=key, ConsistentRead=True
-    )
-    return answer.get("Item")
+def stop_item(stand_in: StandIn, *parts: str | None) -> Json | None:
+    key = {"PK": {"S": key_of(*parts)}, "SK": {"S": "STOP"}}
+    items = (item for table in stand_in.tables.values() for item in table.items)
+    return next((item for item in items if item.items() >= key.items()), None)
 
 
 async def next_of(client: Client, kind: str) -> Json:
@@ -111,7 +109,7 @@ class TestAnswers:
 
 
 class TestStop:
-    async def test_stop(self, gateway: Gateway) -> None:
+    async def test_stop(self, gateway: Gateway, stand_in: StandIn) -> None:
         """A stop is where agents look for it, and every viewer gets it as an event."""
         async with client_of(gateway, project_id="p") as viewer, client_of(gateway) as client:
             await next_of(viewer, "subscription_confirmed")
@@ -123,27 +121,29 @@ class TestStop:
             }
             event = await next_of(viewer, "stop_requested")
         assert (event["in_reply_to"], event["seq"]) == ("m", 1)
-        item = await stop_item(gateway, "p", "m")
+        item = stop_item(stand_in, "p", "m")
         assert item is not None
         assert before - 1 <= float(item["stopped_at"]["N"]) <= time.time() + 1
         assert int(item["expires_at"]["N"]) >= int(before) + server.EventLog.STOP_KEPT_S
 
-    async def test_repeated(self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_repeated(
+        self, gateway: Gateway, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A repetition is confirmed and tells nobody; a later stop stops what was taken since."""
         async with client_of(gateway) as client:
             await stop(client)
-            first = await stop_item(gateway, "p", "m")
+            first = stop_item(stand_in, "p", "m")
             await asyncio.gather(
                 *(client.send(action="stop", message_id="m", project_id="p") for _ in "ab")
             )
             for _ in "ab":
                 await next_of(client, "stop_confirmed")
             assert len(await stops_logged(gateway)) == 1
-            assert await stop_item(gateway, "p", "m") == first
+            assert stop_item(stand_in, "p", "m") == first
             monkeypatch.setattr(server.EventLog, "STOP_SKEW_S", -1.0)
             await stop(client)
         assert len(await stops_logged(gateway)) == 2
-        assert await stop_item(gateway, "p", "m") != first
+        assert stop_item(stand_in, "p", "m") != first
 
     async def test_at_once(self, gateway: Gateway) -> None:
         """Many stops at once, the same and others, with answers between them: each once."""
@@ -155,13 +155,13 @@ class TestStop:
         logged = [each["in_reply_to"] for each in await stops_logged(gateway)]
         assert sorted(logged) == sorted({f"m{number}" for number in range(60)})
 
-    async def test_without_project(self, gateway: Gateway) -> None:
+    async def test_without_project(self, gateway: Gateway, stand_in: StandIn) -> None:
         """An order of nobody's project is stopped under its user's name, and in no log."""
         async with client_of(gateway) as client:
             confirmed = await stop(client, project_id=None)
             assert "project_id" not in confirmed
             await stop(client, project_id=None)
-        assert await stop_item(gateway, None, "m", None) is not None
+        assert stop_item(stand_in, None, "m", None) is not None
         assert await head_of(gateway.log, "*") == 0
 
     @pytest.mark.usefixtures("impatient")
@@ -176,7 +176,7 @@ class TestStop:
         async with client_of(gateway) as client:
             await stop(client)
         assert len(await stops_logged(gateway)) == 1
-        assert await stop_item(gateway, "p", "m") is not None
+        assert stop_item(stand_in, "p", "m") is not None
 
     async def test_neither_without_the_other(self, gateway: Gateway, stand_in: StandIn) -> None:
         """Item and event are of one transaction, with the answers that come at the same time."""
@@ -214,7 +214,7 @@ class TestStop:
                 assert [each["seq"] for each in told] == list(range(1, 21))
                 assert len({each["in_reply_to"] for each in told}) == 20
 
-    async def test_rights(self, gateway: Gateway) -> None:
+    async def test_rights(self, gateway: Gateway, stand_in: StandIn) -> None:
         """It takes the right that the forward took."""
         async with client_of(gateway) as client:
             (connection,) = gateway.registry.connections.values()
@@ -225,8 +225,8 @@ class TestStop:
                 assert (refused["code"], refused["action"]) == ("forbidden", "stop")
             await stop(client, project_id="q")
             await stop(client, project_id=None)
-        assert await stop_item(gateway, None, "m", "u") is not None
-        assert await stop_item(gateway, None, "m", None) is None
+        assert stop_item(stand_in, None, "m", "u") is not None
+        assert stop_item(stand_in, None, "m", None) is None
         assert await stops_logged(gateway) == []
 
     async def test_charged(self, gateway: Gateway) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import time
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.server.gateways import (
     fill_log,
     narrow,
     running_gateway,
+    skip_ahead,
     unsettled,
 )
 from tests.server.listeners import event
@@ -201,7 +201,7 @@ class TestTurns:
             assert len(diary) * 0.002 <= other + server.Turns.INPUT_SLICE_S + 0.012
         assert diary
 
-    async def test_long_waiting_come_first(self) -> None:
+    async def test_long_waiting_come_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who has waited for the window comes before all newcomers, whatever they have used."""
         turns, diary = Turns(), [""]
         diary.clear()
@@ -209,11 +209,7 @@ class TestTurns:
         old, fresh = Account(0.05, 10), Account(0.05, 10)
         old.paid_at = now() - 0.001  # it has just paid its debt
         turns.queue(Toiler(old, [0.0], diary, "old"))
-        later = now() + server.Turns.WORK_WINDOW_S + 0.1
-        turns._loop = type("Later", (), {  # the same loop, ten seconds on
-            "time": staticmethod(lambda: later),
-            "call_at": staticmethod(asyncio.get_running_loop().call_at),
-        })()  # fmt: skip
+        skip_ahead(monkeypatch, server.Turns.WORK_WINDOW_S + 0.1)
         turns.queue(Toiler(fresh, [0.0], diary, "fresh"))
         await eventually(lambda: len(diary) == 2)
         assert diary == ["old", "fresh"]
@@ -312,6 +308,11 @@ def held(gateway: Gateway) -> int:
     return gateway.ledger.clients_bytes
 
 
+def budget(size: float) -> dict[str, Any]:
+    """The setting for so many bytes."""
+    return {"memory_budget_mb": size / 1_048_576}
+
+
 class TestLedger:
     async def test_adds_up(self, platform: aws_standin.Platform) -> None:
         """What the ledger has in all is what its connections hold; nothing is left at the end."""
@@ -359,11 +360,10 @@ class TestLedger:
         """Over the budget the connection that holds most ends, at once; others notice nothing."""
         monkeypatch.setattr(server, "SOCKET_BUFFER_BYTES", 4_096)
         async with (
-            running_gateway(platform, max_backlog_bytes=10**9) as gateway,
+            running_gateway(platform, max_backlog_bytes=10**9, memory_budget_mb=1) as gateway,
             client_of(gateway) as other,
             peer_of(gateway) as greedy,
         ):
-            gateway.ledger._budget_bytes = held(gateway) + 1_000_000
             await other.ask(action="subscribe", project_id="p")
             narrow(gateway)
             connection = next(
@@ -384,12 +384,11 @@ class TestLedger:
     async def test_stalled_first(self, platform: aws_standin.Platform) -> None:
         """Of the account that holds most, the connection that has stalled longest ends."""
         async with (
-            running_gateway(platform) as gateway,
+            running_gateway(platform, **budget(115_000)) as gateway,
             peer_of(gateway, deflates=True) as first,
             peer_of(gateway) as second,
             peer_of(gateway) as third,
         ):
-            gateway.ledger._budget_bytes = held(gateway) + 100_000
             first.send_frame(deflate(b" " * 60_000), fin=False, rsv=DEFLATED)
             await eventually(lambda: gateway.ledger.figures()["input"] > 50_000)  # inflated
             second.send_frame(b" " * 30_000, fin=False)
@@ -430,11 +429,9 @@ class TestLedger:
 
     async def test_half_open(self, platform: aws_standin.Platform) -> None:
         """Sockets that say nothing are charged: the one that has waited longest ends."""
-        async with running_gateway(platform) as gateway, dialled(gateway) as first:
+        room = budget(server.Connection.HANDSHAKE_BYTES * 5 // 2)
+        async with running_gateway(platform, **room) as gateway, dialled(gateway) as first:
             await eventually(lambda: unsettled(gateway))
-            gateway.ledger._budget_bytes = (
-                held(gateway) + server.Connection.HANDSHAKE_BYTES * 3 // 2
-            )
             async with dialled(gateway) as second:
                 await eventually(lambda: len(unsettled(gateway)) == 2)
                 async with dialled(gateway) as third:
@@ -444,21 +441,21 @@ class TestLedger:
 
     async def test_full(self, platform: aws_standin.Platform) -> None:
         """Close to the budget, who comes gets 503; who is here stays."""
-        async with running_gateway(platform) as gateway, client_of(gateway) as client:
-            with_one_more = held(gateway) + server.Connection.HANDSHAKE_BYTES
-            gateway.ledger._budget_bytes = int(with_one_more * 1.05)
+        here = Connection.CONNECTION_BYTES + Connection.SUBSCRIPTION_BYTES  # to "*"
+        with_one_more = server.Ledger.CHANNEL_BYTES + here + Connection.HANDSHAKE_BYTES
+        room = budget(with_one_more * 1.05)
+        async with running_gateway(platform, **room) as gateway, peer_of(gateway) as inside:
             async with dialled(gateway) as peer:
                 peer.write(upgrade())
                 assert (await peer.response())[0] == 503
-            assert await client.has_nothing_more()
+            assert await inside.is_answered()
 
     async def test_agents_stop_the_intake(self, platform: aws_standin.Platform) -> None:
         """What agents cause stops the intake of updates and ends no client."""
         async with running_gateway(platform) as gateway, client_of(gateway) as client:
             gateway.ledger.agents_bytes = lambda: 10**12
             assert not gateway.ledger.may_receive()
-            gateway.ledger._check()
-            await asyncio.sleep(0)
+            await client.ask(action="subscribe", project_id="p")  # more is held than before
             assert await client.has_nothing_more()
 
     async def test_stalls_and_pongs(
@@ -529,8 +526,8 @@ class TestHolds:
                 peer.write(opening)
                 assert (await peer.response())[0] == 101
                 assert (await peer.receive())["type"] == "connected"
-            connection.account.paid_at = -math.inf
-            connection.account._share = 1e-6  # whatever it does next puts it in debt
+            # Whatever it does next puts it in debt.
+            connection.charge_to(Account(1e-6, server.Turns.WORK_WINDOW_S))
             if opening:
                 peer.send_frame(b"\xff")
                 assert await peer.close_code() == CloseCode.INVALID_DATA
@@ -557,7 +554,10 @@ class TestHolds:
             connection.hold(+1)
             peer.send_frame(b"", Opcode.PONG)
             await eventually(lambda: not connection.is_read)
-            await asyncio.sleep(0.7)  # what is shown is that nothing happens in this time
+            async with peer_of(gateway) as unfinished, peer_of(gateway) as silent:
+                unfinished.send_frame(b'{"action":', fin=False)
+                assert await unfinished.close_code() == CloseCode.POLICY_VIOLATION
+                await silent.rest()  # its pings were not answered
             connection.hold(-1)
             peer.send_frame(b'"ping"}', Opcode.CONT)
             assert (await peer.receive())["type"] == "pong"
@@ -608,14 +608,25 @@ class TestBusy:
     ) -> None:
         """It is not said while anything waits to be written, nor to a client that is closing."""
         monkeypatch.setattr(server.Sweep, "BUSY_EVERY_S", 0.0)
-        async with running_gateway(platform) as gateway, client_of(gateway, busy=1):
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.01)
+        asks = upgrade("/ws?busy=1")
+        async with (
+            running_gateway(platform, max_backlog_bytes=10**9) as gateway,
+            peer_of(gateway, asks) as peer,
+        ):
+            narrow(gateway)
             [connection] = gateway.registry.connections.values()
-            said: list[bytes] = []
-            monkeypatch.setattr(Connection, "send", lambda _, payload: said.append(payload))
-            connection.pause_reading()
-            connection.backlog_bytes = 1
-            gateway.sweep._say_busy(connection, gateway.now())
-            assert said == []
-            connection.backlog_bytes = 0
-            gateway.sweep._say_busy(connection, gateway.now())
-            assert said == [b'{"type":"busy"}']
+            for _ in range(60):  # more than the two kernels take
+                connection.send(b'{"type":"x","data":"' + b"x" * 50_000 + b'"}')
+            connection.hold(+1)
+            peer.send_frame(b"", Opcode.PONG)
+            async with peer_of(gateway, asks) as other:
+                for held in gateway.registry.connections.values():
+                    if held is not connection:
+                        held.hold(+1)
+                other.send_frame(b"", Opcode.PONG)
+                for _ in range(3):
+                    assert await other.receive() == {"type": "busy"}
+            connection.send(b'{"type":"last"}')
+            kinds = [(await peer.receive())["type"] for _ in range(62)]
+            assert kinds == ["x"] * 60 + ["last", "busy"]
