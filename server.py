@@ -5039,7 +5039,8 @@ class Drain:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CALL_TIMEOUT_S):
                     await self._intake.idle()
-        while self._registry.sockets:
+        leaving = set(self._registry.sockets)  # and nobody who comes now
+        while leaving & self._registry.sockets:
             await asyncio.sleep(0.05)
 
     async def _close_all(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -13,6 +14,7 @@ from server import Gateway
 from tests.server.aws import SERVER_ERROR, always, aws_clients
 from tests.server.gateways import (
     ADDRESS,
+    DEADLINE_S,
     asked_again,
     balanced_gateway,
     eventually,
@@ -20,7 +22,7 @@ from tests.server.gateways import (
     settings,
     task_group,
 )
-from tests.server.peers import fetch, peer_of
+from tests.server.peers import dialled, fetch, peer_of
 from tests.server.processes import task_metadata
 
 DENIED = Fault(status=403, code="AccessDenied")
@@ -119,6 +121,21 @@ class TestTargetHealth:
             gateway.drain.signal()
             await running
         assert not stand_in.calls["elb", "DescribeTargetHealth"]
+
+
+class TestDrain:
+    async def test_newcomers(self, platform: aws_standin.Platform) -> None:
+        """A drain does not wait for those who come after it has begun, one after the other."""
+        async with aws_clients(platform) as aws, task_group() as tasks:
+            gateway = Gateway(settings(platform, drain_seconds=0.0), tasks, aws, "task-1")
+            running = tasks.create_task(gateway.run())
+            await eventually(gateway.ready.is_set)
+            gateway.drain.signal()
+            async with asyncio.timeout(DEADLINE_S), contextlib.AsyncExitStack() as newcomers:
+                while not running.done():
+                    with contextlib.suppress(ConnectionError):  # it listens no more
+                        await newcomers.enter_async_context(dialled(gateway))
+                    await asyncio.sleep(0.2)
 
 
 class TestOwnAddress:
