@@ -3654,7 +3654,7 @@ class Receiver:
             messages += itertools.chain.from_iterable(answers)
             if messages and all(len(answer) < SQS_BATCH_ENTRIES for answer in answers):
                 break
-            patience_s = self.GATHER_S
+            patience_s = self.GATHER_S if messages else None
         return messages
 
     async def _answers(self, patience_s: float | None) -> list[list[dict[str, Any]]]:

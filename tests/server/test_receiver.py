@@ -72,6 +72,34 @@ class TestReceiver:
             async with asyncio.timeout(DEADLINE_S):
                 assert numbers(await receiving) == [1]
 
+    async def test_idle(
+        self,
+        stand_in: StandIn,
+        platform: aws_standin.Platform,
+        aws: Aws,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """After a poll that brought nothing, the next is waited for just as patiently."""
+        monkeypatch.setattr(server.Receiver, "SHORT_POLL_S", 0.0)
+        monkeypatch.setattr(server, "LONG_POLL_S", 1)
+        async with receiver_of(platform, aws) as receiver:
+            waits = 0
+            wait_for_answers = receiver._answers
+
+            async def counted(patience_s: float | None) -> list[list[Json]]:
+                nonlocal waits
+                waits += 1
+                return await wait_for_answers(patience_s)
+
+            monkeypatch.setattr(receiver, "_answers", counted)
+            receiving = asyncio.ensure_future(receiver.messages())
+            async with asyncio.timeout(DEADLINE_S):
+                while stand_in.calls["sqs", "ReceiveMessage"] < 3:
+                    await asyncio.sleep(0.05)
+            push(stand_in, *news(1))
+            assert numbers(await receiving) == [1]
+            assert waits <= stand_in.calls["sqs", "ReceiveMessage"]
+
     @pytest.fixture
     def patient(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Polls are given time even on a machine that has none."""
