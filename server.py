@@ -4615,10 +4615,11 @@ class Connection(asyncio.Protocol):
         self._gateway.ledger.update(self)
 
     def charge_to(self, account: Account) -> None:
-        """Belong to another account from now on."""
-        self.account.users -= 1
-        account.users += 1
-        self.account = account
+        """Belong to another account from now on; one that is gone has left its own."""
+        if self.progress is not Progress.LOST:
+            self.account.users -= 1
+            account.users += 1
+            self.account = account
 
     def look(self, now: float, max_backlog_bytes: int) -> bool:
         """See what the client has read since the last look; whether it reads too slowly.

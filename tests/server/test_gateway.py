@@ -306,6 +306,36 @@ class TestGateway:
             await eventually(lambda: issuer.reads == 2)
             assert (await peer.response())[0] == 401  # after the call's four seconds
 
+    async def test_gone_before_its_token_is_checked(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who has gone while the issuer's keys were read is no user of an account any more."""
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
+        async with (
+            running_issuer() as issuer,
+            running_gateway(platform, **issuer.settings) as gateway,
+        ):
+            assert gateway.door.tokens is not None
+            keys, go_on = gateway.door.tokens.keys, asyncio.Event()
+            fetch_keys = keys._fetch
+
+            async def held_back() -> bytes:
+                await go_on.wait()
+                return await fetch_keys()
+
+            monkeypatch.setattr(keys, "_fetch", held_back)
+            issuer.answer = key_set(public_jwk("key-1"), public_jwk("key-2"))
+            async with dialled(gateway) as peer:
+                peer.write(upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}"))
+                await eventually(lambda: keys._reading is not None)
+                [connection] = gateway.registry.sockets
+            await eventually(lambda: not gateway.registry.sockets)
+            account = connection.account
+            go_on.set()
+            await eventually(lambda: issuer.reads == 2 and keys._reading is None)
+            await asyncio.sleep(0)
+            assert (account.users, connection.account) == (0, account)
+
     async def test_drained_before_its_token_is_checked(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
