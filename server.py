@@ -4491,6 +4491,7 @@ class Connection(asyncio.Protocol):
     HANDSHAKE_BYTES = 36_000  # one that is not open yet
     SUBSCRIPTION_BYTES = 250
     CATCH_UP_BYTES = 5_000
+    CHUNK_BYTES = 524_288  # of a catch-up: more than any, as an item of the log has 400 KB at most
     REPLAY_PRICE_S_PER_BYTE = 5e-8  # the work it stands for: a megabyte a second for a principal
     CLOSE_TIMEOUT_S = 10.0
     HANDSHAKE_TIMEOUT_S = 10.0
@@ -4626,18 +4627,18 @@ class Connection(asyncio.Protocol):
 
         It does if it had more unread than the bound at both looks, and has not read as much between
         them: keeping what it missed is then the log's work, not memory's. However much comes at
-        once closes nobody, and who catches up does so at its own pace.
+        once closes nobody, and who catches up does so at its own pace, a chunk at a time.
         """
         size = self.transport.get_write_buffer_size()
         read_bytes = self.backlog_bytes - size
         if not size or read_bytes > 0:
             self.moved_at = now
-        was_behind, self.behind = self.behind, size > max_backlog_bytes
+        chunk_bytes = self.CHUNK_BYTES if self.catching_up else 0
+        was_behind, self.behind = self.behind, size > max_backlog_bytes + chunk_bytes
         if size != self.backlog_bytes:
             self.backlog_bytes = size
             self.recount()
-        slow = was_behind and self.behind and read_bytes < max_backlog_bytes
-        return slow and not self.catching_up
+        return was_behind and self.behind and read_bytes < max_backlog_bytes
 
     # The gateway calls these.
 
@@ -4653,6 +4654,8 @@ class Connection(asyncio.Protocol):
             self.account.charge(len(frames) * self.REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
             self._gateway.ledger.share(frames)
             self.transport.write(frames)
+            if self.choked:
+                self.backlog_bytes += len(frames)
 
     async def drained(self) -> None:
         """Return once the client has read most of what was written.

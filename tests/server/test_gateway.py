@@ -17,7 +17,7 @@ from websockets.frames import CloseCode, Opcode
 import aws_standin
 import server
 from aws_standin import StandIn
-from server import Account, Connection, Gateway
+from server import EVERYONE, Account, Connection, Gateway
 from tests.issuer import key_set, public_jwk, running_issuer, token_of
 from tests.server.aws import THROTTLED, agents_say, always, aws_clients, hold_back, sent_ids
 from tests.server.gateways import (
@@ -33,7 +33,7 @@ from tests.server.gateways import (
     task_group,
     unsettled,
 )
-from tests.server.listeners import Sink
+from tests.server.listeners import Sink, event
 from tests.server.messages import TOO_LONG
 from tests.server.peers import dialled, fetch, masked, peer_of, request, seqs_until, upgrade
 
@@ -423,6 +423,27 @@ class TestGateway:
                 assert await seqs_until(peer, count + 1) == list(range(2, count + 2))
                 assert await peer.is_answered()
             assert gateway.metrics.slow_consumers_closed == 0
+
+    async def test_catches_up_slowly_and_listens(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who catches up with one project is no slow reader of it, but may be of another."""
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
+        backlog = 65_536
+        async with running_gateway(platform, max_backlog_bytes=backlog) as gateway:
+            await fill_log(gateway, 100, 20_000)
+            async with peer_of(gateway) as peer:
+                narrow(gateway)
+                [connection] = gateway.registry.connections.values()
+                peer.send(action="subscribe", project_id="p", since=0)
+                await eventually(lambda: connection.choked)
+                written = 0
+                while gateway.registry.connections:
+                    assert written < 100 * backlog
+                    gateway.feed.accept(event(None, EVERYONE, size=50_000), None)
+                    written += 50_000
+                    await asyncio.sleep(0.005)
+                assert gateway.metrics.slow_consumers_closed == 1
 
     async def test_stalled_catch_up(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
