@@ -94,14 +94,12 @@ from tests.server.feeds import MemoryLog, Office, check_story, office_of, settle
 from tests.server.forwarders import desk_of
 from tests.server.gateways import (
     AUTHENTICATION,
-    DEADLINE_S,
     NO_LIMITS,
     REQUIRED,
     asked_again,
     balanced_gateway,
     client_of,
     errors_logged,
-    eventually,
     fill_log,
     narrow,
     over_one_gateway,
@@ -127,6 +125,7 @@ from tests.server.peers import (
     upgrade,
 )
 from tests.server.processes import SERVER, clean_environment, posix, process_of, task_metadata
+from tests.waiting import DEADLINE_S, eventually
 
 # --- Vocabulary -----------------------------------------------------------------------------
 

@@ -237,3 +237,13 @@ def iam_actions(service: str, operation: str) -> set[str]:
     if service in ("sqs", "sns"):
         operation = operation.removesuffix("Batch")
     return {f"{service}:{operation}"}
+
+
+def rules_hold(stack: Stack) -> bool:
+    """Whether the template's rules let the stack's parameters through."""
+    return all(
+        stack(assertion["Assert"])
+        for rule in load()["Rules"].values()
+        if stack(rule.get("RuleCondition", True))
+        for assertion in rule["Assertions"]
+    )

@@ -58,14 +58,7 @@ from tests.issuer import (
 )
 from tests.server.aws import Json, push
 from tests.server.fixtures import platform
-from tests.server.gateways import (
-    DEADLINE_S,
-    eventually,
-    running_gateway,
-    settings,
-    unsettled,
-    url_of,
-)
+from tests.server.gateways import running_gateway, settings, unsettled, url_of
 from tests.server.guarded import (
     admission_with,
     authorization,
@@ -77,6 +70,7 @@ from tests.server.guarded import (
     status_of,
 )
 from tests.server.peers import answer_to, request, upgrade
+from tests.waiting import DEADLINE_S, eventually
 
 __all__ = ["platform"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from aws_standin.thread import ThreadedStandIn
 from local.agents import CODE
-from tests.test_browser import ROOT, Stage
+from tests.stage import ROOT, Stage
 
 MODULES = ROOT / "client" / "node_modules"
 

@@ -11,19 +11,13 @@ import contextlib
 import json
 import os
 import re
-import select
-import shutil
 import socket
-import socketserver
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,198 +26,39 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
-from aws_standin import Platform, without_aws
 from aws_standin.thread import ThreadedStandIn
 from local.agents import CODE, STEPS
-from local.child import Child
 from local.console import console_link, serve_console
 from tests.issuer import AUDIENCE, ISSUER, key_set, public_jwk, token_of
-from tests.waiting import eventually
+from tests.stage import CHROMIUM, HOST, PROJECT, ROOT, Stage, Task, chromium
+from tests.waiting import free_port, wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 else:
     Browser = Page = Any
 
-ROOT = Path(__file__).resolve().parent.parent
 AXE = ROOT / "client" / "node_modules" / "axe-core" / "axe.min.js"
 TASK_KILLS = int(os.environ.get("BROWSER_TASK_KILLS", "2"))
 SCREENSHOTS = os.environ.get("BROWSER_SCREENSHOTS")
 SCREENSHOT_ROUNDS = 24
 """Of orders to all agents, for charts worth looking at."""
-PROJECT = "proj_123"
 MINUS = "\u2212"
 ACTIVE_SEQ = "document.getElementById('events').ariaActiveDescendantElement?.dataset.seq"
 EXPECTED = re.compile(r"WebSocket connection to|Failed to load resource|blocked by CORS policy")
 """What Chromium itself writes into its console about servers that refuse."""
-HOST = "127.0.0.1"
 
-START_S = 30.0
 SEEN_MS = 30_000  # until something is on the page; a killed task's updates take 10 s
 SILENCE_MS = 6_000 + 5_000 + 5_000  # the console's pings, the wait for an answer, a margin
 LONG_TASK_MS = 200
 STOPPED_S = 3.0  # an agent looks once a second; the rest is for a busy machine
 
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-class Task:
-    """A `server.py` on a free port."""
-
-    def __init__(self, name: str, platform: Platform, **settings: str) -> None:
-        lines: SimpleQueue[tuple[Child, str | None]] = SimpleQueue()
-        environment = without_aws(os.environ) | platform.environment() | settings
-        self.child = Child(name, ["server.py"], environment, lines)
-        self.port = self._await_port(lines)
-        self._await_health()
-
-    def _await_port(self, lines: SimpleQueue[tuple[Child, str | None]]) -> int:
-        deadline = time.monotonic() + START_S
-        output = []
-        with contextlib.suppress(Empty):
-            while line := lines.get(timeout=max(0.0, deadline - time.monotonic()))[1]:
-                output.append(line)
-                with contextlib.suppress(ValueError):
-                    record = json.loads(line)
-                    if record.get("message") == "listening":
-                        return int(record["port"])
-        self.child.kill()
-        pytest.fail("server.py does not listen:\n" + "\n".join(output))
-
-    def _await_health(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=5).close()
-            except urllib.error.HTTPError:
-                time.sleep(0.05)
-            else:
-                return
-        self.child.kill()
-        pytest.fail("server.py does not become healthy")
-
-
-class Balancer:
-    """What a load balancer does for the page: one address, and a living task behind it."""
-
-    def __init__(self) -> None:
-        self.backends: list[Task] = []
-        self.last: Task | None = None
-        """The task that got the newest connection."""
-        self.silent_since: float | None = None
-        balancer = self
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                balancer._carry(self.request)
-
-        class Server(socketserver.ThreadingTCPServer):
-            daemon_threads = True
-            allow_reuse_address = True
-
-        self._server = Server((HOST, 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        self.port: int = self._server.server_address[1]
-        self.url = f"ws://{HOST}:{self.port}/ws"
-
-    def _carry(self, client: socket.socket) -> None:
-        began = time.monotonic()
-        for task in sorted(
-            self.backends, key=lambda task: task is self.last
-        ):  # the other one first
-            try:
-                backend = socket.create_connection((HOST, task.port), timeout=2)
-            except OSError:
-                continue
-            self.last = task
-            with backend, contextlib.suppress(OSError):
-                while True:
-                    for source in select.select([client, backend], [], [], 0.5)[0]:
-                        data = source.recv(65_536)
-                        if not data:
-                            return
-                        if self.silent_since is None or began > self.silent_since:
-                            (backend if source is client else client).sendall(data)
-            return
-
-    def fall_silent(self) -> None:
-        """Swallow, from now on, all that goes over the connections there are; new ones work."""
-        self.silent_since = time.monotonic()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class Stage:
-    """Two tasks behind a balancer, the sample agents, and the console's address."""
-
-    def __init__(self, platform: Platform, console: str, step_s: float = 0.1) -> None:
-        self.platform = platform
-        self.console = console
-        self.balancer = Balancer()
-        environment = without_aws(os.environ) | platform.environment()
-        environment["AGENT_STEP_SECONDS"] = str(step_s)
-        self.agents = Child("agents", ["-m", "local.event_source"], environment, SimpleQueue())
-        self.tasks = [Task("task-1", platform), Task("task-2", platform)]
-        self.balancer.backends = self.tasks
-        self.sqs = platform.client("sqs")
-        self.sent = 0
-
-    def link(self, *projects: str) -> str:
-        return console_link(self.console, self.balancer.url, *projects)
-
-    def kill_current_task(self) -> None:
-        """Kill, as by SIGKILL, the task of the newest connection; another takes its place."""
-        task = self.balancer.last
-        assert task is not None
-        task.child.kill()
-        self.tasks[self.tasks.index(task)] = Task(task.child.name, self.platform)
-
-    def send(self, count: int, project: str = PROJECT) -> None:
-        """Send numbered updates as an agent does."""
-        for _ in range(count):
-            self.sent += 1
-            update = {
-                "project_id": project,
-                "type": "counted",
-                "event_id": f"counted-{self.sent}",
-                "data": {"text": f"number {self.sent}."},
-            }
-            self.sqs.send_message(
-                QueueUrl=self.platform.queue_urls["updates"], MessageBody=json.dumps(update)
-            )
-
-    def update(self, kind: str, data: Any, **more: Any) -> None:
-        """Send an update as an agent does."""
-        update = {"project_id": PROJECT, "type": kind, "data": data} | more
-        self.sqs.send_message(
-            QueueUrl=self.platform.queue_urls["updates"], MessageBody=json.dumps(update)
-        )
-
-    def close(self) -> None:
-        for child in (*(task.child for task in self.tasks), self.agents):
-            child.kill()
-        self.balancer.close()
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=chromium, args=CHROMIUM)
+        browser = engine.chromium.launch(executable_path=chromium(), args=CHROMIUM)
         yield browser
         browser.close()
 
@@ -726,9 +561,9 @@ class TestRefusals:
             await_state(page, "open")
             gateway.refuses = 401  # which is also what anybody without a token is answered
             gateway.greeted.pop().close(1012)
-            eventually(lambda: gateway.asked >= 2)
+            wait_until(lambda: gateway.asked >= 2)
             gateway.refuses = None
-            eventually(lambda: bool(gateway.greeted))
+            wait_until(lambda: bool(gateway.greeted))
             await_state(page, "open")
         finally:
             gateway.close()
@@ -815,11 +650,6 @@ def serve_keys() -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class ScriptedGateway:
@@ -980,7 +810,7 @@ class TestStates:
         assert boxes(page) == before
         gateway = ScriptedGateway(port)
         try:
-            eventually(lambda: bool(gateway.connections))
+            wait_until(lambda: bool(gateway.connections))
             gateway.connections[-1].close(1008, "enough " * 15)
             await_state(page, "refused")
             assert boxes(page) == before
@@ -999,7 +829,7 @@ class TestStates:
         for seconds in (1, 2, 3):
             await_text(page, "#state-more", f"Away for {seconds} s")
         soon = re.compile(r"attempt in [0-3] s|Trying")  # and would come by itself
-        eventually(lambda: not soon.search(text_of(page, "#state-more")), timeout_s=120)
+        wait_until(lambda: not soon.search(text_of(page, "#state-more")), deadline_s=120)
         gateway = ScriptedGateway(port)
         try:
             page.press("#try", "Enter")
@@ -1009,7 +839,7 @@ class TestStates:
             assert time.monotonic() - began < 3.5, "it came by itself, not for the button"
             await_text(page, "#events .brief", "Connected again")
             outage = re.compile(r"\d,\d{3} ms|\d+ s")
-            eventually(lambda: outage.fullmatch(text_of(page, "#t-outage")) is not None)
+            wait_until(lambda: outage.fullmatch(text_of(page, "#t-outage")) is not None)
         finally:
             gateway.close()
 
@@ -1078,7 +908,7 @@ class TestStates:
         await_live(page)
         page.press("#data", "Control+Enter")
         page.wait_for_selector("#orders li[data-status=sending]")
-        eventually(lambda: len(scripted.forwards) == 1)
+        wait_until(lambda: len(scripted.forwards) == 1)
         page.reload()
         await_live(page)
         await_text(page, "#orders [data-status=lost] .status", "Lost track of it")

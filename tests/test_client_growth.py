@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from local.console import serve_console
-from tests.test_browser import CHROMIUM
+from tests.stage import CHROMIUM, chromium
 
 GROWTH_MAX_BYTES = 2_000_000
 SCRIPT = """
@@ -58,13 +56,11 @@ async () => {
 @pytest.mark.measures
 def test_nothing_grows(capsys: pytest.CaptureFixture[str]) -> None:
     """1,000 reconnects and 100,000 events: each event once, and the heap is as it was."""
+    program = chromium()
     sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     with serve_console() as address, sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=chromium,
+            executable_path=program,
             args=[*CHROMIUM, "--js-flags=--expose-gc", "--enable-precise-memory-info"],
         )
         page = browser.new_page()

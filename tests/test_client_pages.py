@@ -25,8 +25,9 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from aws_standin.thread import ThreadedStandIn
-from tests.test_browser import CHROMIUM, HOST, ROOT, Stage
-from tests.waiting import eventually
+from tests.stage import CHROMIUM, HOST, ROOT, Stage
+from tests.stage import chromium as stage_chromium
+from tests.waiting import wait_until
 
 NOTICED_WITHIN_S = 100.0
 SEEN_S = 30.0
@@ -89,9 +90,7 @@ class Tab:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[ClientConnection]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    program = stage_chromium()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
         with subprocess.Popen(
@@ -141,10 +140,10 @@ def example(stage: Stage, tmp_path: Path) -> Iterator[str]:
 def test_plain_page(chromium: ClientConnection, example: str) -> None:
     """It connects, sends a task, says that SQS has it, and lists what the agent answers."""
     page = Tab(chromium, example)
-    eventually(lambda: page.text("#state") == "open", SEEN_S)
+    wait_until(lambda: page.text("#state") == "open", SEEN_S)
     page.run("document.querySelector('form button').click()")
-    eventually(lambda: page.text("output") == "SQS has it.", SEEN_S)
-    eventually(lambda: page.run("document.querySelectorAll('#events li').length") >= 4, SEEN_S)
+    wait_until(lambda: page.text("output") == "SQS has it.", SEEN_S)
+    wait_until(lambda: page.run("document.querySelectorAll('#events li').length") >= 4, SEEN_S)
     assert re.match(r"1 \w+ \{", page.text("#events li"))
 
 
@@ -153,18 +152,18 @@ def test_dead_socket_in_a_hidden_tab(
 ) -> None:
     """It is noticed within 100 s, though timers run once a minute. Takes some 60 s."""
     page = Tab(chromium, example)
-    eventually(lambda: page.text("#state") == "open", SEEN_S)
+    wait_until(lambda: page.text("#state") == "open", SEEN_S)
     page.run(WATCH)
-    eventually(lambda: page.run("window.ticks?.length > 0"), SEEN_S)
+    wait_until(lambda: page.run("window.ticks?.length > 0"), SEEN_S)
     Tab(chromium, "about:blank")
-    eventually(lambda: page.run("document.visibilityState") == "hidden", SEEN_S)
-    eventually(lambda: page.run("performance.now() - ticks.at(-1)") > THROTTLED_MS, SEEN_S)
-    eventually(lambda: page.run("performance.now() - ticks[0]") > PINGED_MS, SEEN_S)
+    wait_until(lambda: page.run("document.visibilityState") == "hidden", SEEN_S)
+    wait_until(lambda: page.run("performance.now() - ticks.at(-1)") > THROTTLED_MS, SEEN_S)
+    wait_until(lambda: page.run("performance.now() - ticks[0]") > PINGED_MS, SEEN_S)
     assert page.run("states") == {"page": [], "often": []}, "it was given up before it died"
     stage.balancer.fall_silent()
     began = page.run("performance.now()")
     seen = "states.page.length > 0 && states.often.length > 0"
-    eventually(lambda: page.run(seen), NOTICED_WITHIN_S + 5)
+    wait_until(lambda: page.run(seen), NOTICED_WITHIN_S + 5)
     first = [page.run(f"states.{which}[0]") for which in ("page", "often")]
     took = [(at - began) / 1000 for at, _ in first]
     ticks = [at for at in page.run("ticks") if began < at < began + max(took) * 1000]

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from tests.moto_aws import MotoAws, Platform
+from tests.waiting import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = "test-websocket.py"
@@ -225,14 +225,6 @@ def type_into_terminal(lines: Sequence[bytes], **more: str) -> tuple[bytes, bool
     os.close(ours)
     os.close(theirs)
     return printed, unchanged
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port at which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager
@@ -727,23 +719,26 @@ class TestResuming:
 class TestNoConnection:
     """`test-websocket.py` where there is nothing to talk to."""
 
-    def test_refused(self, free_port: int) -> None:
+    def test_refused(self) -> None:
         """A refused connection says what to start."""
-        result = run(CLIENT, f"127.0.0.1:{free_port}")
+        port = free_port()
+        result = run(CLIENT, f"127.0.0.1:{port}")
         problem, advice = result.stderr.splitlines()
-        assert problem == f"error: connection refused: nothing listens at 127.0.0.1:{free_port}"
+        assert problem == f"error: connection refused: nothing listens at 127.0.0.1:{port}"
         assert advice == "next:  start the server (make run), or check host and port"
         assert result.returncode == 1
 
-    def test_refused_with_input(self, free_port: int) -> None:
+    def test_refused_with_input(self) -> None:
         """Typed lines that come to nothing add no words of Python's own."""
-        result = run(CLIENT, f"127.0.0.1:{free_port}", typed="ping\n" * 100)
+        port = free_port()
+        result = run(CLIENT, f"127.0.0.1:{port}", typed="ping\n" * 100)
         assert len(result.stderr.splitlines()) == 2
         assert result.returncode == 1
 
-    def test_refused_once(self, free_port: int) -> None:
+    def test_refused_once(self) -> None:
         """With --once the same is one FAIL line."""
-        result = run(CLIENT, f"127.0.0.1:{free_port}", "--once")
+        port = free_port()
+        result = run(CLIENT, f"127.0.0.1:{port}", "--once")
         assert re.match("FAIL connected    connection refused: .* Next: ", result.stdout)
         assert result.returncode == 1
 
@@ -851,12 +846,13 @@ class TestIntegrationTest:
         assert verdicts == {"skip"}
         assert result.returncode == 0
 
-    def test_out_of_reach(self, free_port: int) -> None:
+    def test_out_of_reach(self) -> None:
         """A gateway that cannot be reached is one error, not a hundred."""
-        result = run(CHECKER, f"127.0.0.1:{free_port}")
+        port = free_port()
+        result = run(CHECKER, f"127.0.0.1:{port}")
         assert result.stdout == ""
         problem, advice = result.stderr.splitlines()
-        assert problem == f"error: connection refused: nothing listens at 127.0.0.1:{free_port}"
+        assert problem == f"error: connection refused: nothing listens at 127.0.0.1:{port}"
         assert advice.startswith("next:  ")
         assert result.returncode == 1
 

@@ -12,7 +12,7 @@ from botocore import xform_name
 
 from tests import template
 from tests.deployment import policy
-from tests.test_powershell import (
+from tests.scripts import (
     COMMON,
     CONNECTION,
     DEPLOY,

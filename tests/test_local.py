@@ -28,7 +28,7 @@ from aws_standin.thread import ThreadedStandIn
 from local import agents
 from local.event_source import deliver_batch, queue_arn
 from local.screen import log_line
-from tests.waiting import alive, eventually
+from tests.waiting import alive, free_port, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -230,7 +230,7 @@ class Command:
 
     def wait_until_ready(self) -> list[str]:
         """Return the URLs of its servers."""
-        eventually(lambda: "Ctrl-C ends" in self.output or not self.reader.is_alive(), 60)
+        wait_until(lambda: "Ctrl-C ends" in self.output or not self.reader.is_alive(), 60)
         ready = re.search(r"^Ready: (.+)$", self.output, re.MULTILINE)
         assert ready is not None, self.output
         return ready[1].split(", ")
@@ -379,7 +379,7 @@ class TestCommand:
             with connect(url) as client:
                 messages_until(client, type="connected")
                 command.process.send_signal(signal.SIGINT)
-                eventually(lambda: "draining" in command.output)
+                wait_until(lambda: "draining" in command.output)
                 assert command.stop() == 0
             assert not any(map(alive, children))
 
@@ -397,9 +397,9 @@ class TestCommand:
             urls = command.wait_until_ready()
             dead = command.servers()[1]
             os.kill(dead, signal.SIGKILL)
-            eventually(lambda: "server-2 ended by itself (exit code -9)" in command.output)
-            eventually(lambda: len(command.servers()) == 2 and dead not in command.servers())
-            eventually(lambda: status(urls[1]) == 200, 30)
+            wait_until(lambda: "server-2 ended by itself (exit code -9)" in command.output)
+            wait_until(lambda: len(command.servers()) == 2 and dead not in command.servers())
+            wait_until(lambda: status(urls[1]) == 200, 30)
 
     def test_ignores_a_persons_own_aws_settings(self, tmp_path: Path) -> None:
         config = tmp_path / "config"
@@ -480,11 +480,6 @@ def ignore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -509,15 +504,15 @@ class TestDeadTerminal:
 
     def when_ready(self, pid: int, port: int) -> list[int]:
         """Wait until the server does its job; return all processes there are."""
-        eventually(lambda: status(f"ws://127.0.0.1:{port}") == 200, 30)
+        wait_until(lambda: status(f"ws://127.0.0.1:{port}") == 200, 30)
         pids = family(pid)
         assert len(pids) >= 3  # itself, the agents, the server
         return pids
 
     def all_have_ended(self, pids: list[int], port: int) -> None:
-        eventually(lambda: not any(map(alive, pids)), 20)
+        wait_until(lambda: not any(map(alive, pids)), 20)
         # Of a process that is gone, another thread may still hold the port for a moment.
-        eventually(lambda: is_free(port))
+        wait_until(lambda: is_free(port))
 
     def test_reader_of_the_output_ends_with_ctrl_c(self, command: list[str], port: int) -> None:
         """As `| tee log` does: Ctrl-C ends it first, and nothing can be printed any more."""

@@ -23,7 +23,7 @@ from local.child import ROOT
 from local.event_source import queue_arn
 from tests import moto_server
 from tests.moto_aws import MotoAws, MotoAwsError, Platform
-from tests.waiting import alive, eventually
+from tests.waiting import alive, wait_until
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -411,4 +411,4 @@ class TestMotoAws:
         assert alive(pid)
         parent.kill()
         parent.wait()
-        eventually(lambda: not alive(pid))
+        wait_until(lambda: not alive(pid))

@@ -34,7 +34,7 @@ from moto.elbv2.models import FakeLoadBalancer, FakeTargetGroup
 import server
 from tests import template
 from tests.generated import shown
-from tests.template import Stack, iam_actions
+from tests.template import Stack, iam_actions, rules_hold
 
 ROOT = template.PATH.parent
 TEMPLATE = template.load()
@@ -291,15 +291,6 @@ def accepts(parameter: dict[str, Any], value: str) -> bool:
         return False
     low, high = parameter.get("MinValue"), parameter.get("MaxValue")
     return (low is None or int(value) >= low) and (high is None or int(value) <= high)
-
-
-def rules_hold(stack: Stack) -> bool:
-    return all(
-        stack(assertion["Assert"])
-        for rule in TEMPLATE["Rules"].values()
-        if stack(rule.get("RuleCondition", True))
-        for assertion in rule["Assertions"]
-    )
 
 
 class MotoStack:

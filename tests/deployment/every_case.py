@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import issuer, test_docs
-from tests.deployment.cloud import CERTIFICATE, GATEWAY_STACK, SUBNETS, Cloud
-from tests.deployment.person import Person, aws_cli_2
-from tests.test_deployment import (  # the fixtures are found by their names
+from tests import documents, issuer
+from tests.deployment.cases import (  # the fixtures are found by their names
     SECURITY,
     assert_closed,
     aws,
@@ -25,6 +23,8 @@ from tests.test_deployment import (  # the fixtures are found by their names
     pytestmark,
     typed,
 )
+from tests.deployment.cloud import CERTIFICATE, GATEWAY_STACK, SUBNETS, Cloud
+from tests.deployment.person import Person, aws_cli_2
 
 __all__ = ["aws", "cli", "cloud", "home", "person", "pytestmark"]
 
@@ -383,7 +383,7 @@ STAND_INS = {
 
 BLOCKS = [
     block
-    for block in test_docs.in_language("bash", "powershell")
+    for block in documents.in_language("bash", "powershell")
     if re.search(r"(?m)^(\w+=\$\()?(aws |\./(deploy-ecs|test-connection))", block.text)
     and "YOUR-AGENT" not in block.text  # a function of the reader's own
 ]
@@ -393,7 +393,7 @@ class TestDocuments:
     """Every command of the documentation that touches AWS, as it stands there."""
 
     @pytest.mark.parametrize("block", BLOCKS, ids=str)
-    def test_runs(self, cloud: Cloud, person: Person, block: test_docs.Block) -> None:
+    def test_runs(self, cloud: Cloud, person: Person, block: documents.Block) -> None:
         text = block.text
         for name, value in STAND_INS.items():
             text = text.replace(name, value)
@@ -424,11 +424,11 @@ class TestDocuments:
             run.line(r"^\|.*\|$|^[-+]+$")
 
 
-def by_hand_until(block: test_docs.Block) -> str:
+def by_hand_until(block: documents.Block) -> str:
     """The blocks of the same section up to this one: each goes on from those before it."""
     section = [
         each
-        for each in test_docs.in_language("bash")
+        for each in documents.in_language("bash")
         if each.path == block.path and each.line <= block.line and "python " not in each.text
     ]
     return "".join(each.text for each in section)

@@ -9,8 +9,9 @@ from typing import Any
 
 from server import Event, EventLog, FanOut, Feed, Ledger, Metrics, Registry, Subscribe
 from tests.server.aws import Json
-from tests.server.gateways import eventually, task_group
+from tests.server.gateways import task_group
 from tests.server.listeners import Listener, event
+from tests.waiting import eventually
 
 
 class MemoryLog(EventLog):

@@ -12,8 +12,9 @@ import msgspec
 import server
 from server import AgentMessage, Aws, BadMessage, Forwarder
 from tests.server.aws import Platform
-from tests.server.gateways import DEADLINE_S, task_group
+from tests.server.gateways import task_group
 from tests.server.listeners import new_metrics
+from tests.waiting import DEADLINE_S
 
 
 class Desk:

@@ -8,8 +8,8 @@ import dataclasses
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import AsyncIterator
+from typing import Any, Protocol, cast
 from urllib.parse import urlencode
 
 import pytest
@@ -25,12 +25,7 @@ from aws_standin.elb import TARGET_GROUP_ARN
 from server import Gateway, Settings, UpstreamLost
 from tests.server.aws import Json, Platform, aws_clients
 from tests.server.event_logs import append, entry
-
-T = TypeVar("T")
-
-
-DEADLINE_S = 20.0  # for what takes milliseconds, on a machine with better things to do
-
+from tests.waiting import DEADLINE_S, eventually
 
 REQUIRED = {
     **{
@@ -75,7 +70,7 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         pass
 
 
-async def how_it_ends(running: contextlib.AbstractAsyncContextManager[T]) -> str:
+async def how_it_ends(running: contextlib.AbstractAsyncContextManager[object]) -> str:
     """Wait until something ends by itself; return the sentence with which it does."""
     with pytest.raises(ExceptionGroup) as caught:
         async with running, asyncio.timeout(DEADLINE_S):
@@ -163,18 +158,6 @@ def client_of(
 ) -> contextlib.AbstractAsyncContextManager[Client]:
     """A client of ``gateway``."""
     return client_at(url_of(gateway.address, path, **query))
-
-
-async def eventually(condition: Callable[[], T], deadline_s: float = DEADLINE_S) -> T:
-    """Return what ``condition`` returns as soon as that is true.
-
-    Raises:
-        TimeoutError: it was not true in time.
-    """
-    async with asyncio.timeout(deadline_s):
-        while not (result := condition()):
-            await asyncio.sleep(0.002)
-    return result
 
 
 def skip_ahead(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

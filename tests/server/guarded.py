@@ -15,15 +15,8 @@ import aws_standin
 from server import Admission, Gateway
 from tests.issuer import Issuer
 from tests.server.aws import Json, aws_clients
-from tests.server.gateways import (
-    Client,
-    client_at,
-    eventually,
-    running_gateway,
-    settings,
-    task_group,
-    url_of,
-)
+from tests.server.gateways import Client, client_at, running_gateway, settings, task_group, url_of
+from tests.waiting import eventually
 
 
 def guarded(

@@ -20,7 +20,7 @@ from websockets.utils import apply_mask
 
 from server import Gateway
 from tests.server.aws import Json
-from tests.server.gateways import DEADLINE_S
+from tests.waiting import DEADLINE_S
 
 
 def client_protocol(*, deflates: bool = False) -> ClientProtocol:

@@ -18,7 +18,7 @@ import server
 from aws_standin import without_aws
 from server import Settings
 from tests.server.aws import Json
-from tests.server.gateways import DEADLINE_S
+from tests.waiting import DEADLINE_S
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither signals nor ptys")
 

@@ -16,14 +16,9 @@ from aws_standin import Call, Fault, StandIn
 from server import EVERYONE, Event, RelayedBatch, RelayedEvent
 from tests.server.aws import SERVER_ERROR, always, bodies, news, push
 from tests.server.feeds import MemoryLog, office_of
-from tests.server.gateways import (
-    DEADLINE_S,
-    client_of,
-    eventually,
-    received_in_order,
-    running_gateway,
-)
+from tests.server.gateways import client_of, received_in_order, running_gateway
 from tests.server.listeners import Listener, event
+from tests.waiting import DEADLINE_S, eventually
 
 Json = dict[str, Any]
 

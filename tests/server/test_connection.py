@@ -23,7 +23,6 @@ from tests.server.aws import hold_back, sent_ids
 from tests.server.gateways import (
     NO_LIMITS,
     errors_logged,
-    eventually,
     narrow,
     over_one_gateway,
     running_gateway,
@@ -32,6 +31,7 @@ from tests.server.gateways import (
 )
 from tests.server.listeners import event
 from tests.server.peers import DEFLATED, Peer, dialled, fetch, masked, peer_of, upgrade
+from tests.waiting import eventually
 
 
 class TestConnection:

@@ -14,16 +14,15 @@ from server import Gateway
 from tests.server.aws import SERVER_ERROR, always, aws_clients
 from tests.server.gateways import (
     ADDRESS,
-    DEADLINE_S,
     asked_again,
     balanced_gateway,
-    eventually,
     register,
     settings,
     task_group,
 )
 from tests.server.peers import dialled, fetch, peer_of
 from tests.server.processes import task_metadata
+from tests.waiting import DEADLINE_S, eventually
 
 DENIED = Fault(status=403, code="AccessDenied")
 

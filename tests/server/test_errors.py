@@ -23,8 +23,9 @@ import server
 from aws_standin import StandIn
 from server import Dependency, UpstreamLost
 from tests.server.aws import SERVER_ERROR, always, deny, news, push
-from tests.server.gateways import client_of, eventually, running_gateway
+from tests.server.gateways import client_of, running_gateway
 from tests.server.peers import fetch
+from tests.waiting import eventually
 
 
 class Clock:

@@ -45,7 +45,7 @@ from tests.server.event_logs import (
     whole_log,
 )
 from tests.server.feeds import settle
-from tests.server.gateways import DEADLINE_S, eventually
+from tests.waiting import DEADLINE_S, eventually
 
 Json = dict[str, Any]
 

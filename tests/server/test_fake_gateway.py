@@ -15,7 +15,8 @@ import pytest
 import aws_standin
 from server import Event, EventMessage, Gateway
 from tests.server.event_logs import append, entry
-from tests.server.gateways import DEADLINE_S, client_at, running_gateway
+from tests.server.gateways import client_at, running_gateway
+from tests.waiting import DEADLINE_S
 
 CLIENT = Path(__file__).resolve().parent.parent.parent / "client"
 VARIES = {"timestamp", "epoch", "connection_id", "sqs_message_id", "message", "data"}

@@ -16,8 +16,9 @@ from websockets.frames import CloseCode
 import server
 from server import Event, Progress, Subscribe, UpstreamLost
 from tests.server.feeds import MemoryLog, Office, check_story, office_of, settle
-from tests.server.gateways import DEADLINE_S, eventually, how_it_ends, task_group
+from tests.server.gateways import how_it_ends, task_group
 from tests.server.listeners import Listener, event
+from tests.waiting import DEADLINE_S, eventually
 
 
 class TestFeed:

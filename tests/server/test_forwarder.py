@@ -29,14 +29,8 @@ from tests.server.aws import (
     sent_ids,
 )
 from tests.server.forwarders import Desk, desk_of
-from tests.server.gateways import (
-    DEADLINE_S,
-    client_of,
-    eventually,
-    running_gateway,
-    skip_ahead,
-    task_group,
-)
+from tests.server.gateways import client_of, running_gateway, skip_ahead, task_group
+from tests.waiting import DEADLINE_S, eventually
 
 FORWARD = {"action": "forward", "type": "dev"}
 

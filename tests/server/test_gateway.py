@@ -21,10 +21,8 @@ from server import EVERYONE, Account, Connection, Gateway
 from tests.issuer import key_set, public_jwk, running_issuer, token_of
 from tests.server.aws import THROTTLED, agents_say, always, aws_clients, hold_back, sent_ids
 from tests.server.gateways import (
-    DEADLINE_S,
     client_of,
     errors_logged,
-    eventually,
     fill_log,
     narrow,
     running_gateway,
@@ -36,6 +34,7 @@ from tests.server.gateways import (
 from tests.server.listeners import Sink, event
 from tests.server.messages import TOO_LONG
 from tests.server.peers import dialled, fetch, masked, peer_of, request, seqs_until, upgrade
+from tests.waiting import DEADLINE_S, eventually
 
 BAD_MESSAGES: dict[str, tuple[str, str]] = {
     "nothing": ("", "invalid_json"),

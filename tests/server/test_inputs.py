@@ -13,8 +13,9 @@ from aws_standin import StandIn
 from server import Gateway
 from tests.inputs import CLOSED, DEAD_LETTER, INPUTS, Case, Input
 from tests.server.aws import bodies, push
-from tests.server.gateways import DEADLINE_S, client_of, eventually, running_gateway
+from tests.server.gateways import client_of, running_gateway
 from tests.server.peers import peer_of, upgrade
+from tests.waiting import DEADLINE_S, eventually
 
 FROM_CLIENTS = [each for each in INPUTS if each.client is not None]
 FROM_AGENTS = [each for each in INPUTS if each.agent is not None]

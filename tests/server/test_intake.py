@@ -10,13 +10,8 @@ from aws_standin import Call, Fault, StandIn
 from server import Aws
 from tests.server.aws import SERVER_ERROR, THROTTLED, Json, always, bodies, faults, news, push
 from tests.server.event_logs import LogKit, append, entries
-from tests.server.gateways import (
-    client_of,
-    eventually,
-    how_it_ends,
-    received_in_order,
-    running_gateway,
-)
+from tests.server.gateways import client_of, how_it_ends, received_in_order, running_gateway
+from tests.waiting import eventually
 
 
 class TestIntake:

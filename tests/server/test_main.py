@@ -16,8 +16,8 @@ import pytest
 
 import aws_standin
 import server
-from tests.server.gateways import DEADLINE_S
 from tests.server.processes import SERVER, clean_environment, process_of
+from tests.waiting import DEADLINE_S
 
 
 async def test_port_in_use_is_a_sentence(platform: aws_standin.Platform) -> None:

@@ -24,7 +24,8 @@ from tests.server.aws import (
     news,
     push,
 )
-from tests.server.gateways import DEADLINE_S, eventually, task_group
+from tests.server.gateways import task_group
+from tests.waiting import DEADLINE_S, eventually
 
 
 @contextlib.asynccontextmanager

@@ -26,14 +26,8 @@ from tests.server.aws import (
     prefixes,
     push,
 )
-from tests.server.gateways import (
-    client_of,
-    eventually,
-    how_it_ends,
-    running_gateway,
-    settings,
-    task_group,
-)
+from tests.server.gateways import client_of, how_it_ends, running_gateway, settings, task_group
+from tests.waiting import eventually
 
 
 class TestRelay:

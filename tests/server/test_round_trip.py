@@ -15,14 +15,8 @@ from hypothesis import strategies as st
 import server
 from server import MAX_NESTING, Aws, EventLog, Gateway
 from tests.server.aws import Platform, aws_clients
-from tests.server.gateways import (
-    DEADLINE_S,
-    NO_LIMITS,
-    Client,
-    client_of,
-    running_gateway,
-    settings,
-)
+from tests.server.gateways import NO_LIMITS, Client, client_of, running_gateway, settings
+from tests.waiting import DEADLINE_S
 
 # A character as RFC 8259, section 7, lets a program write it: as it is, or escaped in some way.
 # Halves of surrogate pairs are possible as escapes only; of the rest, SQS takes all but two raw.

@@ -13,7 +13,8 @@ import pytest
 import server
 from server import Keys, NotAuthenticated, Principal, Tokens, Verifier
 from tests.issuer import AUDIENCE, ISSUER, key_set, private_key, public_jwk, token_of
-from tests.server.gateways import eventually, settings, task_group
+from tests.server.gateways import settings, task_group
+from tests.waiting import eventually
 
 
 class Counting(Verifier):

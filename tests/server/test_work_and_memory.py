@@ -20,7 +20,6 @@ from server import Account, Accounts, Connection, Gateway, Turns, deflate
 from tests.server.aws import Json, hold_back
 from tests.server.gateways import (
     client_of,
-    eventually,
     fill_log,
     narrow,
     running_gateway,
@@ -29,6 +28,7 @@ from tests.server.gateways import (
 )
 from tests.server.listeners import event
 from tests.server.peers import DEFLATED, dialled, masked, peer_of, request, upgrade
+from tests.waiting import eventually
 
 
 class TestAccount:
