@@ -138,7 +138,7 @@ class StandIn:
             case "elb":
                 return self.elb.perform(call.operation, call.request)
             case "dynamodb":
-                return self.dynamodb.perform(call.operation, call.request, fault.failed)
+                return self.dynamodb.perform(call.operation, fault.paged(call), fault.failed)
 
     def create_platform(self, *, fifo_updates: bool = False, prefix: str = "agenticai") -> Platform:
         """Make what a gateway expects to find: queues, topic and tables."""

@@ -55,19 +55,23 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong with one call. Fields combine; at most one of the answers is given.
+    """What goes wrong with one call, here or in a proxy before another AWS.
+
+    Fields combine; at most one of the answers is given.
 
     Attributes:
         delay_s: the call waits so long before anything happens.
         after_effect: the answers below replace the answer of a call that took effect; otherwise
             nothing happens but the answer.
         cut: the connection is reset instead of an answer.
+        halfway: with `cut` and `after_effect`, half of the answer's body is sent before.
         silent: no answer at all; the connection stays open.
         garbage: this body is sent, with `status` (200 if that is 0).
         status, code, fields: an AWS error with this HTTP status and code; `fields` are added to
             the error's body (``CancellationReasons`` of a transaction, for one).
         failed: entries of a batch that fail: index in the batch to "the sender's fault". For
             ``BatchGetItem`` these keys come back unprocessed.
+        page: a ``Query`` ends after so many items, as it does after 1 MB; 0 for no such end.
         deliveries: of an SNS publish, when copies reach a queue: given the queue's name, a delay
             in seconds for each copy. ``[]`` drops it, ``[0, 0]`` doubles it, ``[0.3]`` lets
             later ones pass.
@@ -76,18 +80,32 @@ class Fault:
     delay_s: float = 0.0
     after_effect: bool = False
     cut: bool = False
+    halfway: bool = False
     silent: bool = False
     garbage: bytes | None = None
     status: int = 0
     code: str = ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     failed: Mapping[int, bool] = dataclasses.field(default_factory=dict)
+    page: int = 0
     deliveries: Callable[[str], Sequence[float]] | None = None
 
     @property
     def answers(self) -> bool:
         """Whether the ordinary answer is replaced."""
         return self.cut or self.silent or self.garbage is not None or bool(self.status)
+
+    @property
+    def error(self) -> AwsError:
+        """The error that answers the call, where `status` is given."""
+        code = self.code or ("InternalError" if self.status >= 500 else "Throttling")
+        return AwsError(code, "as the test asked", self.status, **self.fields)
+
+    def paged(self, call: Call) -> Json:
+        """The request of the call, with no more than `page` items to a page."""
+        if not self.page or call.operation != "Query":
+            return call.request
+        return {**call.request, "Limit": min(self.page, call.request.get("Limit", self.page))}
 
 
 NO_FAULT: Final = Fault()

@@ -98,7 +98,12 @@ def write_answer(call: Call, result: Json) -> bytes:
 
 
 def write_error(service: Service, error: AwsError) -> bytes:
-    """An HTTP response that says what went wrong, the way the service says it."""
+    """An HTTP response that says what went wrong."""
+    return _http(error.status, *error_answer(service, error))
+
+
+def error_answer(service: Service, error: AwsError) -> tuple[str, bytes, dict[str, str]]:
+    """Content type, body and further headers of an error, the way the service says it."""
     sender = "Sender" if error.status < 500 else "Receiver"
     if service in XML_SPACE:
         body = (
@@ -107,23 +112,24 @@ def write_error(service: Service, error: AwsError) -> bytes:
             f"<Message>{escape(error.message)}</Message></Error>"
             f"<RequestId>{uuid.uuid4()}</RequestId></ErrorResponse>"
         )
-        return _http(error.status, "text/xml", body.encode())
+        return "text/xml", body.encode(), {}
     if service == "sqs":
         answer = {"__type": f"com.amazonaws.sqs#{error.code}", "message": error.message}
         code = SQS_QUERY_CODES.get(error.code, error.code)
-        extra = f"x-amzn-query-error: {code};{sender}\r\n"
+        headers = {"x-amzn-query-error": f"{code};{sender}"}
     else:
         answer = {"__type": f"com.amazonaws.dynamodb.v20120810#{error.code}"}
         # The service spells this one member with a capital, and SDKs look for it so.
         cancelled = error.code == "TransactionCanceledException"
         answer["Message" if cancelled else "message"] = error.message
-        extra = ""
+        headers = {}
     body_bytes = msgspec.json.encode({**answer, **error.fields})
-    return _http(error.status, "application/x-amz-json-1.0", body_bytes, extra)
+    return "application/x-amz-json-1.0", body_bytes, headers
 
 
-def _http(status: int, content_type: str, body: bytes, extra: str = "") -> bytes:
+def _http(status: int, content_type: str, body: bytes, headers: Mapping[str, str] = {}) -> bytes:
     reason = _REASONS.get(status, "Error")
+    extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head = (
         f"HTTP/1.1 {status} {reason}\r\nContent-Type: {content_type}\r\n{extra}"
         f"x-amzn-RequestId: {uuid.uuid4()}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -238,14 +244,16 @@ class Connection(asyncio.Protocol):
         self._finish(call, fault, write_answer(call, answer))
 
     def _finish(self, call: Call, fault: Fault, response: bytes) -> None:
-        if fault.cut:
+        if fault.cut and fault.halfway and self._transport:
+            head = response.index(b"\r\n\r\n") + 4
+            self._transport.write(response[: (head + len(response)) // 2])
+            self._transport.close()
+        elif fault.cut:
             self.cut()
         elif fault.garbage is not None:
             self._answer(_http(fault.status or 200, "text/plain", fault.garbage))
         elif fault.status:
-            code = fault.code or ("InternalError" if fault.status >= 500 else "Throttling")
-            error = AwsError(code, "as the test asked", fault.status, **fault.fields)
-            self._answer(write_error(call.service, error))
+            self._answer(write_error(call.service, fault.error))
         elif not fault.silent:
             self._answer(response)
 

@@ -21,17 +21,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import enum
 import json
 import random
 import re
-import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import aiohttp
 from aiohttp import web
+
+import aws_standin
+from aws_standin import Fault
+from aws_standin.model import NO_FAULT, REGION
+from aws_standin.wire import error_answer, read_call
 
 MAX_MESSAGES_PER_RECEIVE = 10
 
@@ -47,28 +50,9 @@ _HOP_BY_HOP = {
     "x-amz-crc32",
 }
 
-IN_XML = ("sns", "elasticloadbalancing")  # services that speak the query protocol
-_CREDENTIAL = re.compile(r"Credential=[^/]+/\d+/(?P<region>[^/]+)/(?P<service>[^/]+)/aws4_request")
-
 _TASK_QUEUE = re.compile(r"-task-[^/]*$")
 
 _BATCH_ENTRIES_FAIL = {"SendMessageBatch", "DeleteMessageBatch", "ChangeMessageVisibilityBatch"}
-
-
-class Fault(enum.Enum):
-    """What happens to one call."""
-
-    THROTTLED = "throttled"
-    FAILED = "failed"
-    CUT_BEFORE = "cut before it arrived"
-    CUT_AFTER = "cut after it took effect"
-    CUT_ANSWER = "cut in its answer"
-    SLOW = "slow"
-    PARTIAL = "failed in part"
-    SHORT_PAGE = "short page"
-    DROPPED = "message dropped"
-    DOUBLED = "message doubled"
-    OVERTAKEN = "message overtaken"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,46 +109,37 @@ class Call:
     resource: str
 
     @classmethod
-    def parse(cls, headers: Mapping[str, str], body: bytes) -> Call:
-        """Read the call out of a signed request.
-
-        Raises ValueError for what is no SQS, SNS, DynamoDB or load balancing call.
-        """
-        credential = _CREDENTIAL.search(headers.get("Authorization", ""))
-        if credential is None:
-            raise ValueError("the request carries no AWS signature")
-        service, region = credential["service"], credential["region"]
-        if service in IN_XML:
-            form = dict(urllib.parse.parse_qsl(body.decode()))
-            resource = form.get("TopicArn") or form.get("SubscriptionArn") or "*"
-            return cls(service, form["Action"], resource)
-        operation = headers["X-Amz-Target"].partition(".")[2]
-        members = json.loads(body)
-        if service == "sqs":
-            return cls(service, operation, _queue_arn(region, members))
-        if service == "dynamodb":
-            return cls(service, operation, _table_arn(region, members))
-        raise ValueError(f"server.py has no business with {service}")
+    def of(cls, made: aws_standin.Call) -> Call:
+        request, resource = made.request, "*"
+        match made.service:
+            case "sns":
+                resource = request.get("TopicArn") or request.get("SubscriptionArn") or "*"
+            case "sqs":
+                resource = _queue_arn(request)
+            case "dynamodb":
+                resource = _table_arn(request)
+        service = "elasticloadbalancing" if made.service == "elb" else made.service
+        return cls(service, made.operation, resource)
 
 
-def _queue_arn(region: str, members: Mapping[str, Any]) -> str:
-    if url := members.get("QueueUrl"):
+def _queue_arn(request: Mapping[str, Any]) -> str:
+    if url := request.get("QueueUrl"):
         account, name = url.split("/")[-2:]
-        return f"arn:aws:sqs:{region}:{account}:{name}"
-    if name := members.get("QueueName"):
-        return f"arn:aws:sqs:{region}:123456789012:{name}"
+        return f"arn:aws:sqs:{REGION}:{account}:{name}"
+    if name := request.get("QueueName"):
+        return f"arn:aws:sqs:{REGION}:123456789012:{name}"
     return "*"
 
 
-def _table_arn(region: str, members: Mapping[str, Any]) -> str:
+def _table_arn(request: Mapping[str, Any]) -> str:
     """The table of a DynamoDB call; of several the first (``server.py`` makes no such call)."""
-    name = members.get("TableName")
-    if name is None and "RequestItems" in members:
-        name = next(iter(members["RequestItems"]))
-    if name is None and "TransactItems" in members:
-        (action,) = members["TransactItems"][0].values()
+    name = request.get("TableName")
+    if name is None and "RequestItems" in request:
+        name = next(iter(request["RequestItems"]))
+    if name is None and "TransactItems" in request:
+        (action,) = request["TransactItems"][0].values()
         name = action["TableName"]
-    return f"arn:aws:dynamodb:{region}:123456789012:table/{name}" if name else "*"
+    return f"arn:aws:dynamodb:{REGION}:123456789012:table/{name}" if name else "*"
 
 
 class FaultPlan:
@@ -180,27 +155,78 @@ class FaultPlan:
         self._calls_so_far[operation] += 1
         return random.Random(f"{self._seed}/{operation}/{self._calls_so_far[operation]}")
 
-    def fault(self, call: Call, dice: random.Random) -> Fault | None:
-        """The fault that strikes this call as a whole, if any."""
-        rates = self.rates
-        shares = {
-            Fault.THROTTLED: rates.throttled,
-            Fault.FAILED: rates.failed,
-            Fault.CUT_BEFORE: rates.cut_before,
-            Fault.CUT_AFTER: rates.cut_after,
-            Fault.CUT_ANSWER: rates.cut_answer,
-            Fault.SLOW: 0.0 if call.operation == "ReceiveMessage" else rates.slow,
-            Fault.PARTIAL: rates.partial if call.operation in _BATCH_ENTRIES_FAIL else 0.0,
-            Fault.SHORT_PAGE: rates.short_page
-            if call.operation in ("Query", "BatchGetItem")
-            else 0.0,
-        }
+    def kind(self, operation: str, dice: random.Random) -> str:
+        """Which of the rates strikes this call as a whole, if any."""
+        kinds = ["throttled", "failed", "cut_before", "cut_after", "cut_answer"]
+        if operation != "ReceiveMessage":
+            kinds.append("slow")
+        if operation in _BATCH_ENTRIES_FAIL:
+            kinds.append("partial")
+        if operation in ("Query", "BatchGetItem"):
+            kinds.append("short_page")
+        return self._struck(kinds, dice)
+
+    def message_kind(self, dice: random.Random) -> str:
+        """Which of the rates strikes a fan-out message, if any."""
+        return self._struck(["dropped", "doubled", "overtaken"], dice)
+
+    def _struck(self, kinds: Collection[str], dice: random.Random) -> str:
         roll = dice.random()
-        for fault, share in shares.items():
+        for kind in kinds:
+            share = getattr(self.rates, kind)
             if roll < share:
-                return fault
+                return kind
             roll -= share
-        return None
+        return ""
+
+    def fault(self, kind: str, call: aws_standin.Call, dice: random.Random) -> Fault:
+        """What a rate that strikes a call does to it."""
+        match kind:
+            case "throttled":
+                return throttled(call, dice)
+            case "failed":
+                own = {"sqs": "InternalFailure", "dynamodb": "InternalServerError"}
+                if dice.random() < 0.5:
+                    return Fault(status=503, code="ServiceUnavailable")
+                return Fault(status=500, code=own.get(call.service, "InternalError"))
+            case "cut_before":
+                return Fault(cut=True)
+            case "cut_after":
+                return Fault(cut=True, after_effect=True)
+            case "cut_answer":
+                return Fault(cut=True, after_effect=True, halfway=True)
+            case "slow":
+                return Fault(delay_s=dice.uniform(0, self.rates.slow_seconds))
+            case "partial":
+                places = range(len(call.request["Entries"]))
+                unlucky = [place for place in places if dice.random() < 0.5] or [0]
+                return Fault(failed=dict.fromkeys(unlucky, False))
+            case "short_page" if call.operation == "BatchGetItem":
+                [wanted] = call.request["RequestItems"].values()
+                return Fault(failed=dict.fromkeys(range(1, len(wanted["Keys"])), False))
+            case "short_page":
+                return Fault(page=3)
+        return NO_FAULT
+
+
+def throttled(call: aws_standin.Call, dice: random.Random) -> Fault:
+    """What the service says when it is asked too often."""
+    if call.service in ("sns", "elb"):
+        status, code = dice.choice([(429, "Throttled"), (400, "Throttling")])
+        return Fault(status=status, code=code)
+    if call.service == "sqs":
+        return Fault(status=400, code=dice.choice(["RequestThrottled", "ThrottlingException"]))
+    if call.operation == "TransactWriteItems" and dice.random() < 0.5:
+        reason = dice.choice(["TransactionConflict", "ThrottlingError"])
+        reasons = [{"Code": reason, "Message": "Please retry."}, {"Code": "None"}]
+        fields = {"CancellationReasons": reasons}
+        return Fault(status=400, code="TransactionCanceledException", fields=fields)
+    codes = [
+        "ThrottlingException",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+    ]
+    return Fault(status=400, code=dice.choice(codes))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -212,94 +238,13 @@ class Answer:
     body: bytes
 
     @classmethod
-    def of_json(
-        cls, status: int, members: Mapping[str, Any], headers: Mapping[str, str] = {}
-    ) -> Answer:
-        return cls(
-            status,
-            {
-                "Content-Type": "application/x-amz-json-1.0",
-                "x-amzn-RequestId": "00000000-0000-0000",
-                **headers,
-            },
-            json.dumps(members).encode(),
-        )
+    def of_error(cls, call: aws_standin.Call, fault: Fault) -> Answer:
+        content_type, body, headers = error_answer(call.service, fault.error)
+        return cls(fault.status, {"Content-Type": content_type, **headers}, body)
 
     def with_members(self, members: Mapping[str, Any]) -> Answer:
         """The same answer with another JSON body."""
         return dataclasses.replace(self, body=json.dumps(members).encode())
-
-
-def throttled(call: Call, dice: random.Random) -> Answer:
-    """What the service says when it is asked too often, in its own protocol."""
-    if call.service in IN_XML:
-        return _sns_error(*dice.choice([(429, "Throttled"), (400, "Throttling")]), "Rate exceeded")
-    if call.service == "sqs":
-        code = dice.choice(["RequestThrottled", "ThrottlingException"])
-        return _sqs_error(400, code, "Sender", "Rate exceeded")
-    if call.operation == "TransactWriteItems" and dice.random() < 0.5:
-        return _transaction_cancelled(dice.choice(["TransactionConflict", "ThrottlingError"]))
-    code = dice.choice(
-        ["ThrottlingException", "ProvisionedThroughputExceededException", "RequestLimitExceeded"]
-    )
-    return _dynamodb_error(400, code, "Rate of requests exceeds the allowed throughput.")
-
-
-def failed(call: Call, dice: random.Random) -> Answer:
-    """What the service says when it has a fault of its own."""
-    unavailable = dice.random() < 0.5
-    if call.service in IN_XML:
-        code = (503, "ServiceUnavailable") if unavailable else (500, "InternalError")
-        return _sns_error(*code, "We encountered an internal error. Please try again.")
-    if call.service == "sqs":
-        status, name = (503, "ServiceUnavailable") if unavailable else (500, "InternalFailure")
-        return _sqs_error(
-            status, name, "Receiver", "We encountered an internal error. Please try again."
-        )
-    status, name = (503, "ServiceUnavailable") if unavailable else (500, "InternalServerError")
-    return _dynamodb_error(status, name, "Internal server error")
-
-
-def _sns_error(status: int, code: str, message: str) -> Answer:
-    kind = "Sender" if status < 500 else "Receiver"
-    body = (
-        '<ErrorResponse xmlns="http://sns.amazonaws.com/doc/2010-03-31/">'
-        f"<Error><Type>{kind}</Type><Code>{code}</Code><Message>{message}</Message></Error>"
-        "<RequestId>00000000-0000-0000</RequestId></ErrorResponse>"
-    )
-    return Answer(status, {"Content-Type": "text/xml"}, body.encode())
-
-
-def _sqs_error(status: int, code: str, kind: str, message: str) -> Answer:
-    return Answer.of_json(
-        status,
-        {"__type": f"com.amazonaws.sqs#{code}", "message": message},
-        {"x-amzn-query-error": f"{code};{kind}"},
-    )
-
-
-def _dynamodb_error(status: int, code: str, message: str) -> Answer:
-    namespace = (
-        "com.amazon.coral.service"
-        if code == "ThrottlingException"
-        else "com.amazonaws.dynamodb.v20120810"
-    )
-    return Answer.of_json(status, {"__type": f"{namespace}#{code}", "message": message})
-
-
-def _transaction_cancelled(reason: str) -> Answer:
-    message = (
-        "Transaction cancelled, please refer cancellation reasons for specific reasons "
-        f"[{reason}, None]"
-    )
-    return Answer.of_json(
-        400,
-        {
-            "__type": "com.amazonaws.dynamodb.v20120810#TransactionCanceledException",
-            "Message": message,
-            "CancellationReasons": [{"Code": reason, "Message": "Please retry."}, {"Code": "None"}],
-        },
-    )
 
 
 class FaultProxy:
@@ -308,14 +253,14 @@ class FaultProxy:
     Attributes:
         plan: what goes wrong; its ``rates`` may be changed at any time.
         calls: every call that came in, counted.
-        injected: every fault that struck, counted by (operation, fault).
+        injected: every fault that struck, counted by (operation, rate).
         endpoint_url: the address for the SDK.
     """
 
     def __init__(self, upstream_url: str, plan: FaultPlan) -> None:
         self.plan = plan
         self.calls: Counter[Call] = Counter()
-        self.injected: Counter[tuple[str, Fault]] = Counter()
+        self.injected: Counter[tuple[str, str]] = Counter()
         self.endpoint_url = ""
         self._upstream_url = upstream_url.rstrip("/")
         self._held_back: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -351,14 +296,14 @@ class FaultProxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        call = Call.parse(request.headers, body)
-        self.calls[call] += 1
-        dice = self.plan.dice_for(call.operation)
-        fault = self.plan.fault(call, dice)
-        if fault is not None:
-            self.injected[call.operation, fault] += 1
+        made = read_call({name.lower(): value for name, value in request.headers.items()}, body)
+        self.calls[Call.of(made)] += 1
+        dice = self.plan.dice_for(made.operation)
+        kind = self.plan.kind(made.operation, dice)
+        if kind:
+            self.injected[made.operation, kind] += 1
         try:
-            return await self._answer(request, body, call, fault, dice)
+            return await self._answer(request, body, made, self.plan.fault(kind, made, dice), dice)
         except aiohttp.ClientError:
             # moto hung up: the caller sees just that.
             return _hang_up(request)
@@ -367,31 +312,24 @@ class FaultProxy:
         self,
         request: web.Request,
         body: bytes,
-        call: Call,
-        fault: Fault | None,
+        call: aws_standin.Call,
+        fault: Fault,
         dice: random.Random,
     ) -> web.StreamResponse:
-        match fault:
-            case Fault.THROTTLED:
-                return _response(throttled(call, dice))
-            case Fault.FAILED:
-                return _response(failed(call, dice))
-            case Fault.CUT_BEFORE:
-                return _hang_up(request)
-            case Fault.CUT_AFTER:
-                await self._pass_on(request, body)
-                return _hang_up(request)
-            case Fault.CUT_ANSWER:
-                return await _half_answer(request, await self._pass_on(request, body))
-            case Fault.PARTIAL:
-                return _response(await self._fail_in_part(request, body, dice))
-            case Fault.SHORT_PAGE:
-                return _response(await self._shorten_page(request, body, call))
-            case Fault.SLOW:
-                await asyncio.sleep(dice.uniform(0, self.plan.rates.slow_seconds))
+        await asyncio.sleep(fault.delay_s)
+        if fault.answers and not fault.after_effect:
+            return _hang_up(request) if fault.cut else _response(Answer.of_error(call, fault))
+        if fault.failed:
+            in_part = self._leave_out if call.operation == "BatchGetItem" else self._fail_in_part
+            return _response(await in_part(request, call.request, fault.failed))
+        if fault.page:
+            body = json.dumps(fault.paged(call)).encode()
         answer = await self._pass_on(request, body)
-        if call.operation == "ReceiveMessage" and _TASK_QUEUE.search(call.resource):
-            answer = await self._disturb(request, body, call.resource, answer, dice)
+        if fault.cut:
+            return await _half_answer(request, answer) if fault.halfway else _hang_up(request)
+        url = call.request.get("QueueUrl", "")
+        if call.operation == "ReceiveMessage" and _TASK_QUEUE.search(url) and answer.status == 200:
+            answer = await self._disturb(request, url, answer, dice)
         return _response(answer)
 
     async def _pass_on(
@@ -408,94 +346,68 @@ class FaultProxy:
             kept = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_BY_HOP}
             return Answer(answer.status, kept, await answer.read())
 
-    async def _fail_in_part(self, request: web.Request, body: bytes, dice: random.Random) -> Answer:
+    async def _fail_in_part(
+        self, request: web.Request, members: Mapping[str, Any], failed: Collection[int]
+    ) -> Answer:
         """Pass on some entries of a batch and report the others as failed, on HTTP 200."""
-        members = json.loads(body)
         entries = members["Entries"]
-        unlucky = {entry["Id"] for entry in entries if dice.random() < 0.5} or {entries[0]["Id"]}
-        members["Entries"] = [entry for entry in entries if entry["Id"] not in unlucky]
-        answered: dict[str, Any] = {}
-        if members["Entries"]:
-            answer = await self._pass_on(request, json.dumps(members).encode())
+        kept = [entry for place, entry in enumerate(entries) if place not in failed]
+        answer = Answer(200, {"Content-Type": "application/x-amz-json-1.0"}, b"{}")
+        if kept:
+            answer = await self._pass_on(request, json.dumps({**members, "Entries": kept}).encode())
             if answer.status != 200:
                 return answer
-            answered = json.loads(answer.body)
-        failures = [
+        answered = json.loads(answer.body)
+        failure = {"SenderFault": False, "Code": "InternalError", "Message": "Please try again."}
+        failures = [{"Id": entries[place]["Id"], **failure} for place in failed]
+        return answer.with_members(
             {
-                "Id": entry["Id"],
-                "SenderFault": False,
-                "Code": "InternalError",
-                "Message": "Please try again.",
+                "Successful": answered.get("Successful", []),
+                "Failed": [*answered.get("Failed", []), *failures],
             }
-            for entry in entries
-            if entry["Id"] in unlucky
-        ]
-        answered.setdefault("Successful", [])
-        answered["Failed"] = [*answered.get("Failed", []), *failures]
-        return Answer.of_json(200, answered)
+        )
 
-    async def _shorten_page(self, request: web.Request, body: bytes, call: Call) -> Answer:
-        """Make a Query stop early, as at 1 MB, or a BatchGetItem leave keys unprocessed."""
-        members = json.loads(body)
-        if call.operation == "Query":
-            members["Limit"] = min(members.get("Limit", 3), 3)
-            return await self._pass_on(request, json.dumps(members).encode())
-        left_out: dict[str, Any] = {}
-        for table, wanted in members["RequestItems"].items():
-            kept, rest = wanted["Keys"][:1], wanted["Keys"][1:]
-            if rest:
-                left_out[table] = {**wanted, "Keys": rest}
-            wanted["Keys"] = kept
-        answer = await self._pass_on(request, json.dumps(members).encode())
+    async def _leave_out(
+        self, request: web.Request, members: Mapping[str, Any], failed: Collection[int]
+    ) -> Answer:
+        """Leave keys of a BatchGetItem of one table unprocessed."""
+        [(table, wanted)] = members["RequestItems"].items()
+        kept = [key for place, key in enumerate(wanted["Keys"]) if place not in failed]
+        rest = [wanted["Keys"][place] for place in failed]
+        passed_on = {**members, "RequestItems": {table: {**wanted, "Keys": kept}}}
+        answer = await self._pass_on(request, json.dumps(passed_on).encode())
         if answer.status != 200:
             return answer
+        left_out = {table: {**wanted, "Keys": rest}}
         return answer.with_members({**json.loads(answer.body), "UnprocessedKeys": left_out})
 
     async def _disturb(
-        self, request: web.Request, body: bytes, queue: str, answer: Answer, dice: random.Random
+        self, request: web.Request, queue: str, answer: Answer, dice: random.Random
     ) -> Answer:
         """Drop, double and hold back messages in an answer out of a task's own queue."""
-        if answer.status != 200:
-            return answer
         members = json.loads(answer.body)
         late = self._held_back.pop(queue, [])
         through: list[dict[str, Any]] = []
         for message in members.get("Messages") or []:
-            match self._message_fault(dice):
-                case Fault.DROPPED:
-                    # Deleted too: one that merely stayed away would come again after its visibility
-                    # timeout.
-                    deletion = {
-                        "QueueUrl": json.loads(body)["QueueUrl"],
-                        "ReceiptHandle": message["ReceiptHandle"],
-                    }
-                    await self._pass_on(request, json.dumps(deletion).encode(), "DeleteMessage")
-                case Fault.OVERTAKEN:
-                    self._held_back[queue].append(message)
-                case Fault.DOUBLED:
-                    through.append(message)
-                    # Every receive of a message has a handle of its own.
-                    again = {**message, "ReceiptHandle": message["ReceiptHandle"] + "again"}
-                    self._held_back[queue].append(again)
-                case _:
-                    through.append(message)
+            handle = message["ReceiptHandle"]
+            kind = self.plan.message_kind(dice)
+            if kind:
+                self.injected["ReceiveMessage", kind] += 1
+            if kind == "dropped":
+                # Deleted too: one that merely stayed away would come again after its visibility
+                # timeout.
+                deletion = {"QueueUrl": queue, "ReceiptHandle": handle}
+                await self._pass_on(request, json.dumps(deletion).encode(), "DeleteMessage")
+            elif kind == "overtaken":
+                self._held_back[queue].append(message)
+            else:
+                through.append(message)
+            if kind == "doubled":
+                # Every receive of a message has a handle of its own.
+                self._held_back[queue].append({**message, "ReceiptHandle": handle + "again"})
         room = MAX_MESSAGES_PER_RECEIVE - len(through)
         self._held_back[queue] += late[room:]
         return answer.with_members({**members, "Messages": through + late[:room]})
-
-    def _message_fault(self, dice: random.Random) -> Fault | None:
-        rates = self.plan.rates
-        roll = dice.random()
-        for fault, share in (
-            (Fault.DROPPED, rates.dropped),
-            (Fault.DOUBLED, rates.doubled),
-            (Fault.OVERTAKEN, rates.overtaken),
-        ):
-            if roll < share:
-                self.injected["ReceiveMessage", fault] += 1
-                return fault
-            roll -= share
-        return None
 
 
 def _application(handler: Any) -> web.Application:

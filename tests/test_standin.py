@@ -7,10 +7,12 @@ classes after it check what moto does not do, or does differently from AWS.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -819,6 +821,21 @@ class TestDynamoDb:
         answer = dynamodb.batch_get_item(RequestItems={table: {"Keys": [key]}})
         assert answer["UnprocessedKeys"] == {table: {"Keys": [key]}}
 
+    def test_short_page(self, dynamodb: Any, stand_in: StandIn) -> None:
+        """The fault hook ends a page of a query early, and the answer says where to go on."""
+        table = make_table(dynamodb, "t")
+        for n in range(3):
+            dynamodb.put_item(TableName=table, Item={"PK": text("p"), "SK": text(str(n))})
+        stand_in.fault = lambda _call: Fault(page=2)
+        options = {
+            "TableName": table,
+            "KeyConditionExpression": "PK = :p",
+            "ExpressionAttributeValues": {":p": text("p")},
+        }
+        answer = dynamodb.query(**options)
+        assert (answer["Count"], answer["LastEvaluatedKey"]["SK"]) == (2, text("1"))
+        assert dynamodb.query(**options, Limit=1)["Count"] == 1
+
 
 class TestFaults:
     """Every fault shows at the SDK, before or after the effect as asked."""
@@ -849,6 +866,16 @@ class TestFaults:
             assert caught.value.response["Error"]["Code"] == answer["code"]
         found = running.call(lambda: queue_of(running, url).bodies)
         assert found == (["a"] if after_effect else [])
+
+    def test_half_an_answer(self, url: str, running: ThreadedStandIn) -> None:
+        """The connection ends in the middle of the answer to a call that took effect."""
+        running.stand_in.fault = lambda _call: Fault(cut=True, after_effect=True, halfway=True)
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=5)
+        body = json.dumps({"QueueUrl": url, "MessageBody": "a"})
+        connection.request("POST", "/", body, {"X-Amz-Target": "AmazonSQS.SendMessage"})
+        with connection.getresponse() as answer, pytest.raises(http.client.IncompleteRead):
+            answer.read()
+        assert running.call(lambda: queue_of(running, url).bodies) == ["a"]
 
     def test_garbage_with_status_200(self, sqs: Any, url: str, stand_in: StandIn) -> None:
         """The SDK takes an unreadable answer for an empty one: no entry is said to be sent."""

@@ -343,7 +343,7 @@ class Run:
         yield "  schedule of the processes:"
         yield from (f"    {a}" for a in self.plan.actions if a.deed not in TO_CLIENTS)
         yield "  faults of AWS:"
-        injected = ((op, fault.value, times) for (op, fault), times in self.proxy.injected.items())
+        injected = ((op, fault, times) for (op, fault), times in self.proxy.injected.items())
         yield from (f"    {op}: {fault}, {times} times" for op, fault, times in sorted(injected))
         yield f"  the ends of the servers' logs (whole in {self._write_report()}):"
         for task in self.fleet.tasks:
