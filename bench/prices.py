@@ -1,13 +1,12 @@
-"""List prices of AWS in dollars a million, of us-east-1, on demand, without any free tier.
+"""List prices of AWS in dollars a million, on demand, without any free tier.
 
-This is the one place for them in the benchmark. DynamoDB's hold since November 2024.
+This is the one place for them in the benchmark. They are those of us-east-1 in June 2026;
+DynamoDB's hold since November 2024.
 """
 
 from __future__ import annotations
 
 from typing import Final
-
-AS_OF: Final = "June 2026"
 
 WRITE_UNITS: Final = 0.625
 READ_UNITS: Final = 0.125
