@@ -4726,8 +4726,9 @@ class Connection(asyncio.Protocol):
             else:
                 protocol.send_close(code, reason)
             self._write_out()
-        elif self.progress is Progress.OPEN:  # the peer's close frame came with what we close for
+        elif self.progress is Progress.OPEN:  # the peer's close frame came, behind what is left
             self.inbox.clear()
+            self._write_out()
         elif self.progress is Progress.HANDSHAKE:
             self.transport.abort()
 
@@ -5036,16 +5037,17 @@ class Drain:
         if self.receiving:
             left_s = max(0.0, receiving_until - time.monotonic())
             await asyncio.wait({self.receiving}, timeout=left_s)
-        # 3. Finish the forwards and updates in hand, and see the closing handshakes through: the
-        #    sweep cuts who is late.
+        # 3. Finish the forwards and updates in hand, and see the closing handshakes through.
         await self._forwarder.idle()
         if self._intake:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CALL_TIMEOUT_S):
                     await self._intake.idle()
         leaving = set(self._registry.sockets)  # and nobody who comes now
-        while leaving & self._registry.sockets:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(Connection.CLOSE_TIMEOUT_S):
+                while leaving & self._registry.sockets:
+                    await asyncio.sleep(0.05)
 
     async def _close_all(self) -> None:
         began_at = time.monotonic()

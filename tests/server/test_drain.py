@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 
 import pytest
+from websockets.frames import Opcode
 
 import aws_standin
 import server
 from aws_standin import Fault, StandIn
-from server import Gateway
-from tests.server.aws import SERVER_ERROR, always, aws_clients
+from server import Connection, Gateway
+from tests.server.aws import SERVER_ERROR, always, aws_clients, hold_back
 from tests.server.gateways import (
     ADDRESS,
     asked_again,
@@ -20,7 +21,7 @@ from tests.server.gateways import (
     settings,
     task_group,
 )
-from tests.server.peers import dialled, fetch, peer_of
+from tests.server.peers import dialled, fetch, masked, peer_of
 from tests.server.processes import task_metadata
 from tests.waiting import DEADLINE_S, eventually
 
@@ -123,8 +124,12 @@ class TestTargetHealth:
 
 
 class TestDrain:
-    async def test_newcomers(self, platform: aws_standin.Platform) -> None:
+    async def test_newcomers(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A drain does not wait for those who come after it has begun, one after the other."""
+        monkeypatch.setattr(Connection, "HANDSHAKE_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(Connection, "CLOSE_TIMEOUT_S", 10 * DEADLINE_S)
         async with aws_clients(platform) as aws, task_group() as tasks:
             gateway = Gateway(settings(platform, drain_seconds=0.0), tasks, aws, "task-1")
             running = tasks.create_task(gateway.run())
@@ -135,6 +140,29 @@ class TestDrain:
                     with contextlib.suppress(ConnectionError):  # it listens no more
                         await newcomers.enter_async_context(dialled(gateway))
                     await asyncio.sleep(0.2)
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_peer_closes_behind_forwards(
+        self, platform: aws_standin.Platform, stand_in: StandIn
+    ) -> None:
+        """Who has said that it closes, behind more forwards than are taken, is answered."""
+        hold_back(stand_in)
+        async with aws_clients(platform) as aws, task_group() as tasks:
+            options = settings(platform, drain_seconds=0.0, forward_timeout_seconds=1.0)
+            gateway = Gateway(options, tasks, aws, "task-1")
+            running = tasks.create_task(gateway.run())
+            await eventually(gateway.ready.is_set)
+            async with peer_of(gateway) as peer:
+                forward = masked(b'{"action":"forward","type":"dev"}')
+                close = masked(b"", Opcode.CLOSE)
+                peer.write(forward * (Connection.FORWARDS_IN_FLIGHT + 1) + close)
+                [connection] = gateway.registry.connections.values()
+                await eventually(lambda: connection.in_flight == Connection.FORWARDS_IN_FLIGHT)
+                gateway.drain.signal()
+                assert await peer.close_code() is not None
+                peer.end()
+                await asyncio.wait({running}, timeout=DEADLINE_S)
+                assert running.done()
 
 
 class TestOwnAddress:
