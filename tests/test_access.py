@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, cast
@@ -807,6 +807,8 @@ HEADS = {
 }
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 
+StartsAfter = Callable[[Callable[[], Any]], Awaitable[None]]
+
 
 @pytest.mark.usefixtures("impatient")
 class TestKeys:
@@ -815,50 +817,50 @@ class TestKeys:
         """Keys are read again whenever there is a reason to."""
         monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
 
-    async def starts_after(
-        self, platform: aws_standin.Platform, issuer: Issuer, mend: Callable[[], Any]
-    ) -> None:
-        """It says that it is starting, for two attempts and more, until ``mend`` was called."""
-        async with starting(platform, issuer) as gateway:
-            reads = issuer.reads
-            await asyncio.sleep(0.05)
-            if issuer.url and issuer.answer is not None:
-                await eventually(lambda: issuer.reads >= reads)
-            assert b'"starting"' in await answer_to(gateway.address, request("/health"))
-            assert await status_of(gateway, token_of()) == 503
-            waited = mend()
-            if waited is not None:
-                await waited
-            await eventually(gateway.ready.is_set)
-            assert await status_of(gateway, token_of()) == 101
+    @pytest.fixture
+    def starts_after(
+        self, platform: aws_standin.Platform, issuer: Issuer, caplog: pytest.LogCaptureFixture
+    ) -> StartsAfter:
+        """It says that it is starting, for two attempts and more, until it was mended."""
+
+        async def starts_after(mend: Callable[[], Any]) -> None:
+            async with starting(platform, issuer) as gateway:
+                await eventually(lambda: caplog.text.count("keys could not be read") >= 2)
+                assert b'"starting"' in await answer_to(gateway.address, request("/health"))
+                assert await status_of(gateway, token_of()) == 503
+                waited = mend()
+                if waited is not None:
+                    await waited
+                await eventually(gateway.ready.is_set)
+                assert await status_of(gateway, token_of()) == 101
+
+        return starts_after
 
     @each_junk
     async def test_junk_at_the_start(
-        self, platform: aws_standin.Platform, issuer: Issuer, junk: bytes
+        self, issuer: Issuer, starts_after: StartsAfter, junk: bytes
     ) -> None:
         """A gateway without a key lets nobody in, and starts as soon as it has one."""
         good, issuer.answer = issuer.answer, junk
-        await self.starts_after(platform, issuer, lambda: setattr(issuer, "answer", good))
+        await starts_after(lambda: setattr(issuer, "answer", good))
 
     @each_head
     async def test_errors_at_the_start(
-        self, platform: aws_standin.Platform, issuer: Issuer, head: bytes
+        self, issuer: Issuer, starts_after: StartsAfter, head: bytes
     ) -> None:
         """So it does where the endpoint has nothing but errors."""
         good, issuer.head = issuer.head, head
-        await self.starts_after(platform, issuer, lambda: setattr(issuer, "head", good))
+        await starts_after(lambda: setattr(issuer, "head", good))
 
-    async def test_down_at_the_start(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
+    async def test_down_at_the_start(self, issuer: Issuer, starts_after: StartsAfter) -> None:
         """So it does where there is no endpoint."""
         await issuer.stop()
-        await self.starts_after(platform, issuer, issuer.start)
+        await starts_after(issuer.start)
 
-    async def test_silent_at_the_start(
-        self, platform: aws_standin.Platform, issuer: Issuer
-    ) -> None:
+    async def test_silent_at_the_start(self, issuer: Issuer, starts_after: StartsAfter) -> None:
         """So it does where the endpoint never answers."""
         good, issuer.answer = issuer.answer, None
-        await self.starts_after(platform, issuer, lambda: setattr(issuer, "answer", good))
+        await starts_after(lambda: setattr(issuer, "answer", good))
 
     async def still_works(self, gateway: Gateway) -> None:
         """A token with an unknown key is refused, one with a known key is not."""

@@ -7,13 +7,11 @@ the other has a client use what the first does not: forwards, a snapshot, an unr
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import pytest
-from websockets.asyncio.client import connect
 
 from aws_standin import StandIn
 from aws_standin.elb import TARGET_GROUP_ARN
@@ -21,6 +19,7 @@ from tests.chaos.fleet import Fleet, server_environment, task_metadata
 from tests.chaos.plan import Scale, make_plan
 from tests.chaos.run import run_on_stand_in
 from tests.fault_proxy import NO_FAULTS, Call, FaultPlan, FaultProxy
+from tests.server.gateways import client_at
 from tests.template import Stack, iam_actions
 
 SCALE = Scale(tasks=3, clients=9, projects=3, updates=60, seconds=1.0)
@@ -76,14 +75,13 @@ async def calls_for_a_client() -> Counter[Call]:
             try:
                 await fleet.start(0)
                 task = await fleet.any_healthy(random.Random(1))
-                async with connect(f"ws://127.0.0.1:{task.port}") as client:
-                    subscribe = {"action": "subscribe", "project_id": "p", "snapshot": True}
-                    await client.send(json.dumps(subscribe))
+                async with client_at(f"ws://127.0.0.1:{task.port}") as client:
+                    await client.send(action="subscribe", project_id="p", snapshot=True)
                     for agent in ("pm", "dev", "qa", "ops"):
-                        await client.send(json.dumps({"action": "forward", "type": agent}))
+                        await client.send(action="forward", type=agent)
                     awaited = Counter({"project_snapshot": 1, "forward_confirmed": 4})
                     while awaited.total():
-                        awaited[json.loads(await client.recv())["type"]] -= 1
+                        awaited[(await client.receive())["type"]] -= 1
                         awaited = +awaited
                 sqs = platform.client("sqs")
                 await asyncio.to_thread(
