@@ -128,26 +128,44 @@ class TestReceiver:
             assert len(await receiver.messages()) < 60
 
     async def test_backlog(
-        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
+        self,
+        stand_in: StandIn,
+        platform: aws_standin.Platform,
+        aws: Aws,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Where much waits, several polls go side by side; it comes once and in order."""
-        began_at: list[float] = []
-        takes_s = 0.005
+        """Where much waits, several polls go side by side, and no more than that."""
+        monkeypatch.setattr(server.Receiver, "GATHER_S", DEADLINE_S)
+        one_by_one = server.Receiver.BACKLOG // 10
+        in_all = one_by_one + server.Receiver.POLLS_AT_ONCE
 
-        def fault(call: Call) -> Fault:
-            if call.operation == "ReceiveMessage":
-                began_at.append(time.monotonic())
-            return Fault(delay_s=takes_s)
+        def fault(_call: Call) -> Fault | None:
+            return Fault(silent=True) if polls() > one_by_one else None
+
+        def polls() -> int:
+            return stand_in.calls["sqs", "ReceiveMessage"]
 
         stand_in.fault = fault
+        push(stand_in, *news(*range(600)))
+        async with receiver_of(platform, aws) as receiver:
+            receiving = asyncio.ensure_future(receiver.messages())
+            await eventually(lambda: polls() >= in_all)
+            stand_in.fault = None
+            await aws.sqs.list_queues()
+            assert polls() == in_all
+            receiving.cancel()
+
+    async def test_side_by_side(
+        self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
+    ) -> None:
+        """What polls bring that go side by side is there once."""
+        stand_in.fault = always("ReceiveMessage", Fault(delay_s=0.005))
         push(stand_in, *news(*range(600)))
         received: list[int] = []
         async with receiver_of(platform, aws) as receiver:
             while len(received) < 600:
                 received += numbers(await receiver.messages())
         assert sorted(received) == list(range(600))
-        side_by_side = max(sum(at - takes_s < b <= at for b in began_at) for at in began_at)
-        assert 1 < side_by_side <= server.Receiver.POLLS_AT_ONCE
 
     async def test_cancelled(
         self,

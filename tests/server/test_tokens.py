@@ -123,5 +123,5 @@ class TestTokens:
         assert desk.verifier.looks == 5
         desk.ask(tokens[1])
         assert desk.verifier.looks == 6
-        kept = [each for each in gc.get_objects() if isinstance(each, dict)]
+        kept = [each for each in gc.get_objects() if type(each) is dict]
         assert not any(token in each for each in kept for token in tokens)
