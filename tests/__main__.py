@@ -1,7 +1,8 @@
 """All tests: those that only check side by side, then alone those that measure.
 
-    python -m tests            # as `make test` does
-    python -m tests --again    # as continuous integration does
+    python -m tests                         # as `make test` does
+    python -m tests --again                 # as continuous integration does
+    python -m tests --again tests/server    # only these, side by side, without coverage
 
 With ``--again`` each test that failed is run twice more, alone. One that passes both times was
 disturbed by the machine: it is a flake, and reported in a line of its own. One that fails again,
@@ -16,6 +17,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,12 +42,15 @@ def last_failed() -> list[str]:
     return list(json.loads(LAST_FAILED.read_text("utf-8"))) if LAST_FAILED.exists() else []
 
 
-def run_all(seed: int, workers: str) -> int:
-    """Run all tests; return the higher of the two exit codes."""
+def run_all(seed: int, workers: str, paths: Sequence[str]) -> int:
+    """Run all tests, or those of some paths; return the highest exit code."""
     common = ["--cov=server", "--durations=10"]
-    side_by_side = ["-m", "not measures", "-n", workers, "--dist", "worksteal"]
+    side_by_side = ["-n", workers, "--dist", "worksteal"]
+    if paths:
+        return pytest(seed, "--no-cov", *side_by_side, *paths)
     enough = f"--cov-fail-under={COVERAGE_PERCENT}"
-    checked = pytest(seed, *common, *side_by_side, "--cov-report=", "--cov-fail-under=0")
+    unmeasured = ["-m", "not measures", "--cov-report=", "--cov-fail-under=0"]
+    checked = pytest(seed, *common, *side_by_side, *unmeasured)
     measured = pytest(seed, *common, "-m", "measures", "--cov-append", enough)
     return max(checked, measured)
 
@@ -66,6 +71,7 @@ def only_flakes(failed: list[str], seed: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests", description="Run all tests.")
+    parser.add_argument("paths", nargs="*", help="test files and folders (all)")
     parser.add_argument("--again", action="store_true", help="tell flakes from failures")
     parser.add_argument("--workers", default="2", help="tests side by side (2)")
     parser.add_argument(
@@ -74,7 +80,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"The same once more: python -m tests --seed {options.seed}", flush=True)
     LAST_FAILED.unlink(missing_ok=True)
-    code = run_all(options.seed, options.workers)
+    code = run_all(options.seed, options.workers, options.paths)
     if code == 1 and options.again and only_flakes(last_failed(), options.seed):
         code = 0
     return code

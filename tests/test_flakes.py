@@ -71,3 +71,18 @@ def test_exit_code(code: int, again: bool, expected: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(everything, "only_flakes", lambda *_: True)
     monkeypatch.setattr(sys, "argv", ["tests", *(["--again"] if again else [])])
     assert everything.main() == expected
+
+
+def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some paths only those run, at once and without a bound on their coverage."""
+    runs: list[tuple[str, ...]] = []
+
+    def pytest_of(_seed: int, *arguments: str) -> int:
+        runs.append(arguments)
+        return 0
+
+    monkeypatch.setattr(everything, "pytest", pytest_of)
+    assert everything.run_all(7, "2", ["tests/server"]) == 0
+    (arguments,) = runs
+    assert arguments[-1] == "tests/server"
+    assert "--no-cov" in arguments
