@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from unittest.mock import AsyncMock
 
 import pytest
@@ -316,6 +316,31 @@ class TestFeed:
                 while not await reads_of_another(in_all - 1):
                     await asyncio.sleep(0)
             audit.cancel()
+
+    async def test_audits_take_turns(self, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With more channels than one audit looks at, each is looked at in its turn."""
+        monkeypatch.setattr(server.Feed, "AUDITED_AT_ONCE", 2)
+        heads, asked = log.heads, list[int]()
+
+        async def counted(project_ids: Sequence[str], **options: bool) -> dict[str, int]:
+            asked.append(len(project_ids))
+            return await heads(project_ids, **options)
+
+        listener, projects = Listener(), "abcde"
+        async with task_group() as tasks:
+            office = Office(tasks, log)
+            for project_id in projects:
+                office.feed.subscribe(listener, Subscribe(project_id))
+            await eventually(lambda: len(listener.subscriptions) == len(projects))
+            listener.messages.clear()
+            monkeypatch.setattr(log, "heads", counted)
+            for project_id in projects:
+                log.add(1, project_id)  # and nobody is told of it
+            audit = tasks.create_task(office.feed.audit(0.01))
+            await eventually(lambda: len(listener.messages) == len(projects))
+            audit.cancel()
+        assert sorted(each["project_id"] for each in listener.received()) == list(projects)
+        assert max(asked) == 2
 
     async def test_page_of_an_earlier_channel(self, log: MemoryLog) -> None:
         """A page that somebody who left had asked for is no business of who comes then."""

@@ -17,7 +17,7 @@ import aws_standin
 import server
 from aws_standin import Call, Fault, StandIn
 from server import Gateway, Principal, Stop
-from tests.server.aws import agents_say, bodies, faults
+from tests.server.aws import agents_say, always, bodies, faults
 from tests.server.event_logs import LogKit, head_of
 from tests.server.gateways import Client, client_of, running_gateway
 
@@ -177,6 +177,30 @@ class TestStop:
             await stop(client)
         assert len(await stops_logged(gateway)) == 1
         assert stop_item(stand_in, "p", "m") is not None
+
+    async def test_refused_by_the_table(self, gateway: Gateway, stand_in: StandIn) -> None:
+        """A stop that cannot be written is refused for good, and the next one is not."""
+        stand_in.fault = always("TransactWriteItems", Fault(status=400, code="ValidationException"))
+        async with client_of(gateway) as client:
+            await client.send(action="stop", message_id="m", project_id="p")
+            refused = await next_of(client, "error")
+            assert (refused["code"], refused["action"], refused["message_id"]) == (
+                "rejected",
+                "stop",
+                "m",
+            )
+            assert "ValidationException" in refused["message"]
+            stand_in.fault = None
+            await stop(client)
+
+    async def test_without_updates(self, platform: aws_standin.Platform) -> None:
+        """A gateway that takes no answers from agents takes no stops either."""
+        async with (
+            running_gateway(platform, sqs_queue_url_updates="") as gateway,
+            client_of(gateway) as client,
+        ):
+            refused = await client.ask(action="stop", message_id="m", project_id="p")
+            assert (refused["code"], refused["action"]) == ("unavailable", "stop")
 
     async def test_neither_without_the_other(self, gateway: Gateway, stand_in: StandIn) -> None:
         """Item and event are of one transaction, with the answers that come at the same time."""
