@@ -215,6 +215,12 @@ class TestHealth:
             assert (await fetch(gateway, "/health"))[0] == 200
 
 
+def cancelled(*codes: str) -> ClientError:
+    """A transaction that was not done, with a reason for each of its items."""
+    reasons = [{"Code": code} for code in codes]
+    return deny("TransactionCanceledException", CancellationReasons=reasons)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "error",
@@ -225,6 +231,7 @@ class TestErrors:
             deny("Whatever", status=503),
             deny("Whatever", status=429),
             deny("ExpiredToken", status=403),
+            cancelled("None", "TransactionConflict", "ThrottlingError"),
             ConnectTimeoutError(endpoint_url="http://localhost"),
             ReadTimeoutError(endpoint_url="http://localhost"),
             EndpointConnectionError(endpoint_url="http://localhost"),
@@ -246,6 +253,7 @@ class TestErrors:
             deny("ResourceNotFoundException"),
             deny("AWS.SimpleQueueService.NonExistentQueue"),
             deny("ValidationException"),
+            cancelled("ThrottlingError", "ValidationError"),
             ParamValidationError(report="unknown parameter"),
         ],
         ids=repr,
