@@ -459,21 +459,21 @@ class Mover(Client):
         """How often it was turned away, or lost its connection without having been told to."""
         return self.connections - 1 - len(self.moves)
 
-    def _on_message(self, text: str) -> None:
-        super()._on_message(text)
+    def on_message(self, text: str) -> None:
+        super().on_message(text)
         if '"reconnect"' in text:
             message = json.loads(text)
             if message["type"] == "reconnect":
-                self._away_seconds = message["after_ms"] / 1000
+                self.away_seconds = message["after_ms"] / 1000
                 self.moves.append(Move(told_at=time.monotonic()))
 
-    def _on_confirmed(self, message: dict[str, Any]) -> None:
-        super()._on_confirmed(message)
+    def on_confirmed(self, message: dict[str, Any]) -> None:
+        super().on_confirmed(message)
         if self.moves and self.settled:
             self.moves[-1].back_at = time.monotonic()
 
-    def _on_event(self, message: dict[str, Any]) -> None:
-        super()._on_event(message)
+    def on_event(self, message: dict[str, Any]) -> None:
+        super().on_event(message)
         self.arrivals.append(time.monotonic())
 
 

@@ -231,7 +231,7 @@ class TestStream:
         assert "".join(piece["text"] for piece in logged(sent(platform))) == text
 
     @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
-    def test_states(self, platform: Platform, state: str) -> None:
+    def test_states(self, platform: Platform, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A stream does not end in silence: it is done, or its order failed or was stopped."""
         order = only(body())
         with order:
@@ -241,7 +241,7 @@ class TestStream:
                 raise ValueError("the work failed")
             if state == "cancelled":
                 write_stop(platform, body(), time.time())
-                order._asked_at = -agenticai_agent.STOP_CACHED_S
+                monkeypatch.setattr(agenticai_agent, "STOP_CACHED_S", 0.0)
                 assert order.stopped()
         updates = sent(platform)
         assert [(p["text"], p.get("state")) for p in logged(updates)] == [("text", state)]

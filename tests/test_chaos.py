@@ -157,7 +157,7 @@ class TestClient:
 
     @staticmethod
     def hears(client: Client, **message: Any) -> None:
-        client._on_message(json.dumps(message))
+        client.on_message(json.dumps(message))
 
     def confirmed(self, client: Client, seq: int, **members: Any) -> None:
         self.hears(

@@ -151,9 +151,9 @@ class TestMover:
         """Who was told to reconnect has not been cut off."""
         mover.connections = 2
         assert mover.cut_offs == 1
-        mover._on_message(json.dumps({"type": "reconnect", "after_ms": 250}))
+        mover.on_message(json.dumps({"type": "reconnect", "after_ms": 250}))
         assert mover.cut_offs == 0
-        assert mover._away_seconds == 0.25
+        assert mover.away_seconds == 0.25
 
 
 @pytest.mark.skipif(not installed_balancers(), reason=NOT_INSTALLED)

@@ -157,7 +157,7 @@ class Client:
         self._dice = random.Random(f"client/{seed}/{number}")
         self._connection: Connection | None = None
         self._where = ""
-        self._away_seconds = 0.0
+        self.away_seconds = 0.0
         self._abandoned: list[Connection] = []
         self._broadcast_seq = 0
         self._pong = asyncio.Event()
@@ -178,7 +178,7 @@ class Client:
             while True:
                 task = await self._fleet.any_healthy(self._dice)
                 await self._visit(task)
-                await asyncio.sleep(self._away_seconds + self._dice.uniform(0.02, 0.2))
+                await asyncio.sleep(self.away_seconds + self._dice.uniform(0.02, 0.2))
         finally:
             self.let_go()
             if self._connection is not None:
@@ -186,7 +186,7 @@ class Client:
 
     async def _visit(self, task: Task) -> None:
         self.connections += 1
-        self._away_seconds = 0.0
+        self.away_seconds = 0.0
         self._broadcast_seq = 0
         self._where = f"connection {self.connections} (task {task.name})"
         in_url = len(self.feeds) == 1 and EVERYONE not in self.feeds and self._dice.random() < 0.5
@@ -199,7 +199,7 @@ class Client:
         try:
             async with asyncio.timeout(self.PATIENCE_SECONDS):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(uri, deflate=deflate, on_message=self._on_message),
+                    lambda: Connection(uri, deflate=deflate, on_message=self.on_message),
                     "127.0.0.1",
                     task.port,
                 )
@@ -239,7 +239,7 @@ class Client:
                 feed.phase = Phase.LEAVING
                 self._send({"action": "unsubscribe", "project_id": feed.project})
             return
-        self._away_seconds = seconds
+        self.away_seconds = seconds
         if deed is Deed.CUT_HALF_OPEN:
             self._abandoned.append(self._connection)
         self._connection.cut(deed)
@@ -271,13 +271,13 @@ class Client:
                 request["epoch"] = feed.epoch
         self._send(request)
 
-    def _on_message(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         message = json.loads(text)
         match message["type"]:
             case "connected" | "reconnect":
                 pass  # a browser would leave in time; this one stays to the end, to see it through
             case "subscription_confirmed":
-                self._on_confirmed(message)
+                self.on_confirmed(message)
             case "unsubscription_confirmed":
                 self._subscribe(self.feeds[message["project_id"]])
             case "pong":
@@ -285,9 +285,9 @@ class Client:
             case "error":
                 self._on_error(message)
             case _:
-                self._on_event(message)
+                self.on_event(message)
 
-    def _on_confirmed(self, message: dict[str, Any]) -> None:
+    def on_confirmed(self, message: dict[str, Any]) -> None:
         feed = self.feeds[message["project_id"]]
         if feed.phase is not Phase.ASKED:
             self._problem(f"unasked-for confirmation: {message}")
@@ -315,7 +315,7 @@ class Client:
         if feed.phase is Phase.ASKED:
             self._subscribe(feed)
 
-    def _on_event(self, message: dict[str, Any]) -> None:
+    def on_event(self, message: dict[str, Any]) -> None:
         project = message.get("project_id") or EVERYONE
         if "seq" not in message:
             if not message["data"]["ephemeral"]:
