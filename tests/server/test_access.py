@@ -9,6 +9,7 @@ import functools
 import hmac
 import ipaddress
 import json
+import pickle
 import time
 from typing import Any
 
@@ -366,6 +367,8 @@ class TestNetworks:
         for address in inside:
             admission.left(address)
         assert admission.refusal(one_more, 0.0) is None
+        admission.forget(1e6)
+        assert b"2001:db8" not in pickle.dumps(admission)
 
     def test_handshakes(self) -> None:
         admission = admission_with(max_handshakes_per_second_per_ip=1)
