@@ -27,7 +27,7 @@ from bench.small_projects import real_shape_turn
 from server import Settings
 
 FULL_RUN = report.RESULTS / "full.json"
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 5
 
 
 def record(server: str, round_: int, rate: float, burst: int = 20) -> Record:
