@@ -43,7 +43,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -2138,7 +2138,7 @@ class Ledger:
 
 
 # --- Fan-out --------------------------------------------------------------------------------
-# Events to listeners: one write a listener, channel and turn of the loop. Knows no AWS.
+# Events to listeners: one write a listener and turn of the loop. Knows no AWS.
 
 
 class FanOut:
@@ -2163,23 +2163,36 @@ class FanOut:
         channel.pending.append(event)
 
     def flush(self) -> None:
-        """Write everything that is pending."""
+        """Write everything that is pending: to each listener in one piece, over channels too."""
         channels, self._dirty = self._dirty, []
+        if len(channels) == 1:
+            self.flush_channel(channels[0])
+            return
+        due: defaultdict[Connection, list[bytes]] = defaultdict(list)
         for channel in channels:
-            self.flush_channel(channel)
+            for listeners, data in self._taken(channel):
+                for connection in listeners:
+                    due[connection].append(data)
+        for connection, pieces in due.items():
+            self._write((connection,), b"".join(pieces) if len(pieces) > 1 else pieces[0])
 
     def flush_channel(self, channel: Channel) -> None:
         """Write what is pending in ``channel``, as before a new listener joins it."""
+        for listeners, data in self._taken(channel):
+            self._write(listeners, data)
+
+    def _taken(self, channel: Channel) -> Iterator[tuple[set[Connection], bytes]]:
+        """What is pending in ``channel``, no longer so, as the bytes for two kinds of listeners."""
         events, channel.pending = channel.pending, []
         if not events:
             return
         if channel.plain:
-            self._write(channel.plain, b"".join([event.frame for event in events]))
+            yield channel.plain, b"".join([event.frame for event in events])
         if channel.deflating:
-            self._write(channel.deflating, b"".join([event.deflated for event in events]))
+            yield channel.deflating, b"".join([event.deflated for event in events])
         self._metrics.delivered(events, len(channel.plain) + len(channel.deflating))
 
-    def _write(self, listeners: set[Connection], data: bytes) -> None:
+    def _write(self, listeners: Iterable[Connection], data: bytes) -> None:
         shared = len(data) > CHOKED_AT_BYTES
         failed = {}
         for connection in listeners:

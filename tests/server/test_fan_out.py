@@ -64,6 +64,23 @@ class TestFanOut:
                 (name, seq) for seq in (1, 2, 3)
             ]
 
+    @pytest.mark.parametrize("deflates", [False, True])
+    async def test_one_write_over_channels(self, fan_out: FanOut, *, deflates: bool) -> None:
+        """What is due to a listener in one turn is one write, though it is of several channels."""
+        everything, single = Listener(deflates=deflates), Listener("b", deflates=deflates)
+        channels = [Channel(f"p{number}") for number in range(5)]
+        for channel in channels:
+            (channel.deflating if deflates else channel.plain).add(everything)
+        (channels[0].deflating if deflates else channels[0].plain).add(single)
+        for seq in (1, 2):
+            for channel in channels:
+                fan_out.push(channel, event(seq, channel.project_id))
+        await asyncio.sleep(0)
+        assert [len(listener.transport.writes) for listener in (everything, single)] == [1, 1]
+        assert single.seqs() == [1, 2]
+        received = [(each["project_id"], each["seq"]) for each in everything.received()]
+        assert received == [(channel.project_id, seq) for channel in channels for seq in (1, 2)]
+
     async def test_early_flush(self, fan_out: FanOut, channel: Channel) -> None:
         """What was written before a newcomer joined does not reach it, and nobody else twice."""
         listener, newcomer = Listener(), Listener()
