@@ -56,6 +56,13 @@ def read_heads(dynamodb: Any, table: str, projects: Iterable[str]) -> dict[str, 
     return heads
 
 
+def messages_in(sqs: Any, queue_url: str) -> int:
+    """How many messages a queue has, those included that somebody works on."""
+    names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+    answer = sqs.get_queue_attributes(QueueUrl=queue_url, AttributeNames=names)
+    return sum(map(int, answer["Attributes"].values()))
+
+
 def _logged_event(item: dict[str, Any]) -> Event:
     data = json.loads(item["data"]["S"])
     return Event(
@@ -218,17 +225,9 @@ class Run:
         return read_heads(self.dynamodb, self.platform.events_table_name, _all_projects(self.plan))
 
     async def _queue_empty(self) -> bool:
-        return await asyncio.to_thread(self._messages_in, "updates") == 0
-
-    def _messages_in(self, queue: str) -> int:
-        answer = self.sqs.get_queue_attributes(
-            QueueUrl=self.platform.queue_urls[queue],
-            AttributeNames=[
-                "ApproximateNumberOfMessages",
-                "ApproximateNumberOfMessagesNotVisible",
-            ],
+        return (
+            await asyncio.to_thread(messages_in, self.sqs, self.platform.queue_urls["updates"]) == 0
         )
-        return sum(map(int, answer["Attributes"].values()))
 
     async def _all_received(self) -> bool:
         return all(
@@ -257,7 +256,9 @@ class Run:
                     findings = unfinished if so_far else self.findings
                     findings.append(f"client {client.number}, {project}: {divergence}")
         self.findings += unfinished  # last, as these may just be a run that was broken off
-        if dead := await asyncio.to_thread(self._messages_in, "updates_dlq"):
+        if dead := await asyncio.to_thread(
+            messages_in, self.sqs, self.platform.queue_urls["updates_dlq"]
+        ):
             self.findings.append(f"{dead} updates are in the dead-letter queue")
 
     async def _check_fan_out(self) -> None:

@@ -127,7 +127,6 @@ class TestReceiver:
         async with receiver_of(platform, aws) as receiver:
             assert len(await receiver.messages()) < 60
 
-    @pytest.mark.usefixtures("patient")
     async def test_backlog(
         self,
         stand_in: StandIn,

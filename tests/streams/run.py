@@ -18,7 +18,7 @@ from typing import Any
 from aws_standin import Platform, StandIn
 from tests.chaos import plan
 from tests.chaos.fleet import ROOT, Fleet, server_environment, task_metadata
-from tests.chaos.run import quicken
+from tests.chaos.run import messages_in, quicken
 from tests.fault_proxy import ROUGH_DAY, FaultPlan, FaultProxy
 from tests.streams.checker import Json, logged_text, unfinished
 from tests.streams.texts import ATTEMPTS, PROJECTS, message_ids, script_of
@@ -282,7 +282,9 @@ class Run:
         async def count() -> None:
             nonlocal left
             while left:
-                left = await asyncio.to_thread(self._messages_in, queue)
+                left = await asyncio.to_thread(
+                    messages_in, self.sqs, self.platform.queue_urls[queue]
+                )
                 await asyncio.sleep(0.2)
 
         counting = asyncio.get_running_loop().create_task(count())
@@ -290,16 +292,6 @@ class Run:
             await self._until(f"the queue {queue} is empty", counting.done)
         finally:
             counting.cancel()
-
-    def _messages_in(self, queue: str) -> int:
-        answer = self.sqs.get_queue_attributes(
-            QueueUrl=self.platform.queue_urls[queue],
-            AttributeNames=[
-                "ApproximateNumberOfMessages",
-                "ApproximateNumberOfMessagesNotVisible",
-            ],
-        )
-        return sum(map(int, answer["Attributes"].values()))
 
     def _read_logs(self) -> Json:
         """The texts in the logs, by project, order and stream; faults of theirs are noted."""
