@@ -552,9 +552,6 @@ class Settings:
         1_048_576,
     )
     max_connections: int = setting(number(0, 1_000_000), "beyond it 503; 0 is no limit", 20_000)
-    max_handshakes_per_second: int = setting(
-        number(0, 100_000), "beyond it 503 and `Retry-After`; 0 is no limit", 0
-    )
     max_subscriptions_per_connection: int = setting(number(0, 10_000), "0 is no limit", 100)
     memory_budget_mb: int | None = setting(
         number(16, 1_000_000),
@@ -564,9 +561,6 @@ class Settings:
     )
     max_connections_per_ip: int = setting(
         number(0, 1_000_000), "beyond it 429; 0 is no limit", 1_000
-    )
-    max_handshakes_per_second_per_ip: int = setting(
-        number(0, 100_000), "twice that in a burst, beyond it 429; 0 is no limit", 100
     )
     max_failed_authentications_per_ip: int = setting(
         number(0, 100_000), "a minute, beyond it 429; 0 is no limit", 30, "auth_jwks_url"
@@ -690,7 +684,7 @@ class Settings:
                 continue
             near = (each for each in fields if abs(len(each) - len(name)) <= 2)
             meant = next((each for each in near if letters_apart(name.upper(), each) <= 2), "")
-            if meant or name.startswith("AUTH_"):
+            if meant or name.startswith(("AUTH_", "MAX_")):
                 hint = f", unlike {meant}" if meant else ""
                 opens = meant.startswith("AUTH_") and name[0] in "Aa"  # OAUTH_ISSUER is another's
                 yield f"{name} is no setting of this server{hint}", opens
@@ -1419,12 +1413,9 @@ class Admission:
     SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
 
     def __init__(self, settings: Settings) -> None:
-        in_all, each = settings.max_handshakes_per_second, settings.max_handshakes_per_second_per_ip
         failures = settings.max_failed_authentications_per_ip
         self._max_connections = settings.max_connections or math.inf
         self._max_per_address = settings.max_connections_per_ip or math.inf
-        self._handshakes = Account(in_all, window_s=2)
-        self._handshakes_by_address = Accounts(each, window_s=2)
         self._failures = Accounts(failures / 60, window_s=60)
         self._inside = 0
         self._inside_by_address: dict[str, int] = {}
@@ -1443,17 +1434,10 @@ class Admission:
 
     def refusal(self, address: str, now: float) -> tuple[int, str] | None:
         """HTTP status and sentence for who may not come in."""
-        scopes = tuple(self.scopes_of(address))
+        scopes = self.scopes_of(address)
         if not all(self._failures.of(name, worth).has(1, now) for name, worth in scopes):
             return 429, "Too many failed authentications."
-        if crowded := self.crowded(address):
-            return crowded
-        by_address = self._handshakes_by_address
-        if not all(by_address.of(name, worth).take(1, now) for name, worth in scopes):
-            return 429, "Too many connections from this address at once."
-        if not self._handshakes.take(1, now):
-            return 503, "This server is busy."
-        return None
+        return self.crowded(address)
 
     def crowded(self, address: str) -> tuple[int, str] | None:
         """The same, for the number of connections alone."""
@@ -1483,7 +1467,6 @@ class Admission:
 
     def forget(self, now: float) -> None:
         """Let go of addresses that have been quiet."""
-        self._handshakes_by_address.forget(now)
         self._failures.forget(now)
 
 
@@ -5137,6 +5120,7 @@ class Door:
 
     WORK_SHARE = 0.05  # of the loop's CPU time, for all connections of one principal
     ADDRESS_WORK_SHARE = 0.5  # for those without a principal, ten times as much: for offices
+    SOCKET_PRICE_S = 0.0001  # the work of accepting and closing a socket, as it was measured
     PATHS = ("/", "/ws")
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
@@ -5174,6 +5158,7 @@ class Door:
         """A socket was accepted; until it says who it is, its work is its peer's."""
         connection.account = self.work_by_address.of(peer_of(connection))
         connection.account.users += 1
+        connection.account.charge(self.SOCKET_PRICE_S, self._gateway.now())
         self._gateway.registry.sockets.add(connection)
         self._gateway.ledger.update(connection)
 

@@ -94,7 +94,6 @@ from tests.server.feeds import MemoryLog, Office, check_story, office_of, settle
 from tests.server.forwarders import desk_of
 from tests.server.gateways import (
     AUTHENTICATION,
-    NO_LIMITS,
     REQUIRED,
     asked_again,
     balanced_gateway,
@@ -488,17 +487,6 @@ class TestAccess:
         for address in "ab":
             admission.entered(address)
         assert admission.refusal("c", 0.0) == (503, "This server is full.")
-
-    def test_admission_rates(self) -> None:
-        """Handshakes have a rate, for each address and for all together."""
-        limits = settings(max_handshakes_per_second_per_ip=1, max_handshakes_per_second=2)
-        admission = server.Admission(limits)
-        answers = [admission.refusal("a", 0.0) for _ in range(3)]
-        assert answers == [None, None, (429, "Too many connections from this address at once.")]
-        answers = [admission.refusal(address, 0.0) for address in "bcd"]
-        assert answers == [None, None, (503, "This server is busy.")]
-        admission.forget(10.0)
-        assert admission.refusal("a", 10.0) is None
 
     def test_admission_after_failures(self) -> None:
         """An address that fails to authenticate too often has to wait."""
@@ -1734,26 +1722,6 @@ class TestGateway:
             assert (status, "retry-after" in headers) == (429, True)
 
     @pytest.mark.parametrize(
-        ("limit", "refused"),
-        [("max_handshakes_per_second", 503), ("max_handshakes_per_second_per_ip", 429)],
-    )
-    async def test_max_handshakes(
-        self, platform: aws_standin.Platform, limit: str, refused: int
-    ) -> None:
-        """Beyond so many handshakes a second clients are told when to come back."""
-        statuses = Counter[int]()
-        options: Json = {limit: 1}
-        async with running_gateway(platform, **options) as gateway:
-            while not statuses[refused]:
-                async with dialled(gateway) as peer:
-                    peer.write(upgrade())
-                    status, headers, _ = await peer.response()
-                    statuses[status] += 1
-                    assert ("retry-after" in headers) == (status != 101)
-            assert statuses.keys() == {101, refused}
-            assert (await fetch(gateway, "/health"))[0] == 200  # not counted
-
-    @pytest.mark.parametrize(
         ("origin", "status"),
         [("https://app.example", 101), ("https://evil.example", 403), ("null", 403), (None, 101)],
     )
@@ -2148,9 +2116,7 @@ class TestGateway:
     async def test_memory_budget(self, platform: aws_standin.Platform) -> None:
         """Over the memory budget, who holds most for longest has to go, and nobody else."""
         async with contextlib.AsyncExitStack() as stack:
-            gateway = await stack.enter_async_context(
-                running_gateway(platform, memory_budget_mb=2, **NO_LIMITS)
-            )
+            gateway = await stack.enter_async_context(running_gateway(platform, memory_budget_mb=2))
             client = await stack.enter_async_context(client_of(gateway))
             peers = [await stack.enter_async_context(peer_of(gateway)) for _ in range(15)]
             for peer in peers:

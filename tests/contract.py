@@ -759,7 +759,6 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
     ("the opening handshake, bytes", server.HANDSHAKE_MAX_BYTES, "431"),
     ("connections of a task", "max_connections", "503"),
     ("connections of an IP address", "max_connections_per_ip", "429"),
-    ("handshakes of an IP address, a second", "max_handshakes_per_second_per_ip", "429"),
     (
         "bad tokens from an IP address, a minute; expired ones do not count",
         "max_failed_authentications_per_ip",

@@ -379,6 +379,7 @@ class Target:
 
     Attributes:
         half_open: how many sockets to hold open at once where that is the attack.
+        proof: the header line with its token.
         acts: how many bad things were done since ``begin``.
         misses: how often the answer was not the one that the attack aims at, by both.
     """
@@ -393,7 +394,8 @@ class Target:
     def begin(self) -> None:
         """Begin to count, with somebody who has done nothing yet and owes nothing."""
         name = f"mallory-{next(self._attackers)}"
-        self._token = token_of(name, 3_600, projects=["hers", PROJECT, LIBRARY])
+        token = token_of(name, 3_600, projects=["hers", PROJECT, LIBRARY])
+        self.proof = f"Authorization: Bearer {token}\r\n"
         self.acts = 0
         self.misses: Counter[str] = Counter()
 
@@ -428,7 +430,7 @@ class Target:
             Missed: the gateway does not let it in.
         """
         async with self.dialled() as wire:
-            proof = f"Authorization: Bearer {token or self._token}\r\n"
+            proof = f"Authorization: Bearer {token}\r\n" if token else self.proof
             handshake = HANDSHAKE.replace("/ws", f"/ws?{query}", 1) if query else HANDSHAKE
             await wire.write((handshake + somewhere() + proof + headers + "\r\n").encode())
             expect(await wire.status(), 101)
@@ -512,6 +514,18 @@ async def http_flood(target: Target) -> None:
         expect(await wire.status(), status)
         target.hit()
         await wire.read_to_end()
+
+
+@attack("handshake floods", 20)
+async def handshake_flood(target: Target) -> None:
+    """From one address, with a token that is remembered: nothing is wrong but how often.
+
+    Resets are not seen before the address's debt is paid; until then its connections count.
+    """
+    async with target.dialled() as wire:
+        await wire.write(f"{HANDSHAKE}X-Forwarded-For: 198.19.0.1\r\n{target.proof}\r\n".encode())
+        expect(await wire.status(), 101, 429)
+        target.hit()
 
 
 @attack("frames of 2^63 bytes", 10)

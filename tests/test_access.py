@@ -188,21 +188,6 @@ class TestAdmission:
         assert refusal is not None
         assert refusal[0] == 503
 
-    def test_handshakes(self) -> None:
-        """An address has a burst of twice its rate, then its rate; others are not touched."""
-        admission = admission_with(max_handshakes_per_second_per_ip=5)
-        outcomes = [admission.refusal("a", 10.0) for _ in range(12)]
-        assert [refusal is None for refusal in outcomes] == [True] * 10 + [False] * 2
-        assert admission.refusal("b", 10.0) is None
-        outcomes = [admission.refusal("a", 11.0) for _ in range(7)]
-        assert [refusal is None for refusal in outcomes] == [True] * 5 + [False] * 2
-
-    def test_handshakes_in_all(self) -> None:
-        """All addresses share the task's own rate."""
-        admission = admission_with(max_handshakes_per_second=3)
-        outcomes = [admission.refusal(f"a{i}", 0.0) for i in range(8)]
-        assert [refusal[0] if refusal else 101 for refusal in outcomes] == [101] * 6 + [503] * 2
-
     def test_failed_authentications(self) -> None:
         """Who fails too often in a minute waits; a minute later all is forgiven."""
         admission = admission_with(max_failed_authentications_per_ip=6)
@@ -1211,16 +1196,6 @@ class TestLimits:
                 assert sorted(await asyncio.gather(*coming)) == [101] * 3 + [429] * 7
                 assert len(gateway.registry.connections) == 3
 
-    async def test_handshakes(self, platform: aws_standin.Platform) -> None:
-        """Who comes too often is told to wait; another address is not."""
-        async with running_gateway(platform, max_handshakes_per_second_per_ip=1) as gateway:
-            for _ in range(30):
-                status = await status_of(gateway, X_Forwarded_For="203.0.113.1")
-                if status != 101:
-                    break
-            assert status == 429
-            assert await status_of(gateway, X_Forwarded_For="203.0.113.2") == 101
-
     async def test_failed_authentications(
         self, platform: aws_standin.Platform, issuer: Issuer
     ) -> None:
@@ -1294,8 +1269,7 @@ class TestLimits:
     async def test_off(self, platform: aws_standin.Platform) -> None:
         """Each limit is off at 0."""
         names = (
-            "max_connections", "max_connections_per_ip", "max_handshakes_per_second",
-            "max_handshakes_per_second_per_ip",
+            "max_connections", "max_connections_per_ip",
             "max_subscriptions_per_connection", "max_failed_authentications_per_ip",
         )  # fmt: skip
         off: dict[str, Any] = dict.fromkeys(names, 0)

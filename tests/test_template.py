@@ -230,8 +230,6 @@ class TestParameters:
             ("AllowedOrigins", "app.example.com"),
             ("AllowedOrigins", "https://app.example.com/"),
             ("AllowedOrigins", "https://app.example.com https://admin.example.com"),
-            ("MaxHandshakesPerSecond", "100001"),
-            ("MaxHandshakesPerSecondPerIp", "999999"),
             ("MaxSubscriptionsPerConnection", "10001"),
             ("NotificationEmail", "on call"),
         ],

@@ -278,7 +278,6 @@ def server_environment(platform: Platform, endpoint_url: str) -> dict[str, str]:
         "AUDIT_INTERVAL_SECONDS": "1",
         "DRAIN_SECONDS": "1",
         "PING_INTERVAL_SECONDS": "5",
-        "MAX_HANDSHAKES_PER_SECOND_PER_IP": "0",  # all clients have one address here
         "LOG_LEVEL": "INFO",
         "PYTHONUNBUFFERED": "1",
     }

@@ -179,10 +179,6 @@ async def received_in_order(client: Client, *numbers: int) -> list[Json]:
     return events
 
 
-NO_LIMITS: dict[str, Any] = {"max_handshakes_per_second_per_ip": 0}
-"""All clients of a test have one address."""
-
-
 @contextlib.asynccontextmanager
 async def gateway_in_a_task(platform: Platform) -> AsyncIterator[Gateway]:
     """A gateway that a fixture can start and end, though it does so in two tasks."""
@@ -192,7 +188,7 @@ async def gateway_in_a_task(platform: Platform) -> AsyncIterator[Gateway]:
 
     async def hold() -> None:
         try:
-            async with running_gateway(platform, **NO_LIMITS) as gateway:
+            async with running_gateway(platform) as gateway:
                 gateways.append(gateway)
                 started.set()
                 await over.wait()

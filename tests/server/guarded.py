@@ -101,8 +101,6 @@ def admission_with(**limits: int) -> Admission:
     off: dict[str, Any] = {
         "max_connections": 0,
         "max_connections_per_ip": 0,
-        "max_handshakes_per_second": 0,
-        "max_handshakes_per_second_per_ip": 0,
         "max_failed_authentications_per_ip": 0,
     }
     return Admission(settings(**{**off, **limits}))

@@ -21,7 +21,6 @@ from aws_standin import StandIn
 from server import EVERYONE, Gateway, deflate
 from tests.server.aws import hold_back, sent_ids
 from tests.server.gateways import (
-    NO_LIMITS,
     errors_logged,
     narrow,
     over_one_gateway,
@@ -319,7 +318,7 @@ class TestConnection:
         """Answers that are not read count as any backlog."""
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
         async with (
-            running_gateway(platform, max_backlog_bytes=65_536, **NO_LIMITS) as gateway,
+            running_gateway(platform, max_backlog_bytes=65_536) as gateway,
             peer_of(gateway) as peer,
         ):
             narrow(gateway)

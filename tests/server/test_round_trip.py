@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 import server
 from server import MAX_NESTING, Aws, EventLog, Gateway
 from tests.server.aws import Platform, aws_clients
-from tests.server.gateways import NO_LIMITS, Client, client_of, running_gateway, settings
+from tests.server.gateways import Client, client_of, running_gateway, settings
 from tests.waiting import DEADLINE_S
 
 # A character as RFC 8259, section 7, lets a program write it: as it is, or escaped in some way.
@@ -117,11 +116,10 @@ async def journey(either_platform: Platform) -> AsyncIterator[Journey]:
     over = asyncio.Event()
 
     async def hold() -> None:  # in one task, as a task group wants it
-        limits: dict[str, Any] = {**NO_LIMITS, "topic": True}
         async with (
-            running_gateway(either_platform, "task-1", **limits),
+            running_gateway(either_platform, "task-1", topic=True),
             running_gateway(
-                either_platform, "task-2", **limits, sqs_queue_url_updates=None
+                either_platform, "task-2", topic=True, sqs_queue_url_updates=None
             ) as gateway,
             aws_clients(either_platform) as aws,
             client_of(gateway, project_id="p") as client,

@@ -126,6 +126,14 @@ class TestDoubts:
             "MAX_CONECTIONS is no setting of this server, unlike MAX_CONNECTIONS"
         ]
 
+    @pytest.mark.parametrize(
+        "name", ["MAX_HANDSHAKES_PER_SECOND", "MAX_HANDSHAKES_PER_SECOND_PER_IP"]
+    )
+    def test_limits_of_earlier_versions(self, name: str) -> None:
+        """A limit that an earlier version had, and its template may still set, is named."""
+        assert doubts(**{name: "5"}) == [f"{name} is no setting of this server"]
+        assert doubts(**{name: ""}) == []
+
     async def test_are_logged(self, platform: aws_standin.Platform) -> None:
         """The server starts, and says what it passes over."""
         async with process_of(platform.environment(), AUTH_PORT="1", MAX_CONECTIONS="5") as process:

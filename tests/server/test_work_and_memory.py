@@ -244,6 +244,19 @@ class TestTurns:
             assert (await other.receive())["project_id"] == server.EVERYONE
             assert len(gateway.registry.connections) == 2
 
+    async def test_sockets_are_charged(self, platform: aws_standin.Platform) -> None:
+        """What it costs to accept a socket is its peer's to pay, if it never says a word."""
+        async with running_gateway(platform) as gateway:
+            account = gateway.door.work_by_address.of("127.0.0.1")
+            before, count = gateway.now(), 50
+            for _ in range(count):
+                async with dialled(gateway):
+                    await eventually(lambda: gateway.registry.sockets)
+                await eventually(lambda: not gateway.registry.sockets)
+            saved_from = before - server.Turns.WORK_WINDOW_S
+            paid_s = (account.paid_at - saved_from) * server.Door.ADDRESS_WORK_SHARE
+            assert paid_s >= count * server.Door.SOCKET_PRICE_S
+
     async def test_accounts_survive(self, platform: aws_standin.Platform) -> None:
         """A reconnect starts no new account."""
         async with running_gateway(platform) as gateway:
