@@ -43,7 +43,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -1754,14 +1754,13 @@ class Channel:
     RECENT_BYTES = 65_536
 
     __slots__ = (
-        "_recent_bytes", "cursor", "deflating", "filling", "moved_at", "opening", "pending",
-        "plain", "project_id", "recent", "visitors", "wanted",
+        "_recent_bytes", "cursor", "filling", "listeners", "moved_at", "opening", "pending",
+        "project_id", "recent", "visitors", "wanted",
     )  # fmt: skip
 
     def __init__(self, project_id: str) -> None:
         self.project_id = project_id
-        self.plain: set[Connection] = set()
-        self.deflating: set[Connection] = set()
+        self.listeners: set[Connection] = set()
         self.pending: list[Event] = []
         self.cursor: int | None = None
         self.wanted = 0
@@ -1779,7 +1778,7 @@ class Channel:
 
     @property
     def idle(self) -> bool:
-        return not (self.plain or self.deflating or self.visitors)
+        return not (self.listeners or self.visitors)
 
     def place(self, event: Event) -> bool:
         """Move the cursor over ``event``, if it is the next one; whether it was."""
@@ -1839,7 +1838,7 @@ class Registry:
         return channel
 
     def join(self, connection: Connection, channel: Channel) -> None:
-        (channel.deflating if connection.deflates else channel.plain).add(connection)
+        channel.listeners.add(connection)
         connection.subscriptions.add(channel.project_id)
         connection.recount()
 
@@ -1848,8 +1847,7 @@ class Registry:
         connection.subscriptions.discard(project_id)
         channel = self.channels.get(project_id)
         if channel is not None:
-            channel.plain.discard(connection)
-            channel.deflating.discard(connection)
+            channel.listeners.discard(connection)
             self.release(channel)
         connection.recount()
 
@@ -1869,7 +1867,7 @@ class Registry:
     @property
     def subscriptions(self) -> int:
         return sum(
-            len(channel.plain) + len(channel.deflating)
+            len(channel.listeners)
             for channel in self.channels.values()
             if channel.project_id != EVERYONE
         )
@@ -2124,6 +2122,28 @@ class Ledger:
 # Events to listeners: one write a listener and turn of the loop. Knows no AWS.
 
 
+class Chunk(dict[bool, bytes]):
+    """The frames of events that a client gets in one piece, by whether they are deflated.
+
+    Joined once for all who get them, so that slow readers share what they have not read, too.
+    """
+
+    __slots__ = ("events",)
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.events = events
+
+    def __missing__(self, deflated: bool) -> bytes:
+        frames = [event.deflated if deflated else event.frame for event in self.events]
+        self[deflated] = joined = b"".join(frames)
+        return joined
+
+    @property
+    def last(self) -> int:
+        """``seq`` of the last of them, which are all of the log."""
+        return cast("int", self.events[-1].seq)
+
+
 class FanOut:
     """Gathers what happens in one turn of the loop and writes it in one piece.
 
@@ -2132,64 +2152,36 @@ class FanOut:
     goes out in the turn it came in.
     """
 
-    def __init__(self, metrics: Metrics, ledger: Ledger) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._ledger = ledger
         self._dirty: list[Channel] = []
 
     def push(self, channel: Channel, event: Event) -> None:
         """Have ``event`` written to the channel's listeners at the end of this turn."""
         if not channel.pending:
             if not self._dirty:
-                asyncio.get_running_loop().call_soon(self.flush)
+                asyncio.get_running_loop().call_soon(self._flush_all)
             self._dirty.append(channel)
         channel.pending.append(event)
 
-    def flush(self) -> None:
-        """Write everything that is pending: to each listener in one piece, over channels too."""
+    def _flush_all(self) -> None:
         channels, self._dirty = self._dirty, []
-        if len(channels) == 1:
-            self.flush_channel(channels[0])
-            return
-        due: defaultdict[Connection, list[bytes]] = defaultdict(list)
+        self.flush(*channels)
+
+    def flush(self, *channels: Channel) -> None:
+        """Write what is pending, to each listener in one piece, as before a new one joins."""
+        due: dict[Connection, tuple[bytes, ...]] = {}
         for channel in channels:
-            for listeners, data in self._taken(channel):
-                for connection in listeners:
-                    due[connection].append(data)
+            if channel.pending:
+                chunk, channel.pending = Chunk(channel.pending), []
+                for connection in channel.listeners:
+                    due[connection] = (*due.get(connection, ()), chunk[connection.deflates])
+                self._metrics.delivered(chunk.events, len(channel.listeners))
         for connection, pieces in due.items():
-            self._write((connection,), b"".join(pieces) if len(pieces) > 1 else pieces[0])
-
-    def flush_channel(self, channel: Channel) -> None:
-        """Write what is pending in ``channel``, as before a new listener joins it."""
-        for listeners, data in self._taken(channel):
-            self._write(listeners, data)
-
-    def _taken(self, channel: Channel) -> Iterator[tuple[set[Connection], bytes]]:
-        """What is pending in ``channel``, no longer so, as the bytes for two kinds of listeners."""
-        events, channel.pending = channel.pending, []
-        if not events:
-            return
-        if channel.plain:
-            yield channel.plain, b"".join([event.frame for event in events])
-        if channel.deflating:
-            yield channel.deflating, b"".join([event.deflated for event in events])
-        self._metrics.delivered(events, len(channel.plain) + len(channel.deflating))
-
-    def _write(self, listeners: Iterable[Connection], data: bytes) -> None:
-        shared = len(data) > CHOKED_AT_BYTES
-        failed = {}
-        for connection in listeners:
-            if connection.choked:
-                shared = True
-                connection.backlog_bytes += len(data)
             try:
-                connection.transport.write(data)
+                connection.write_shared(pieces[0] if len(pieces) == 1 else b"".join(pieces))
             except Exception as exc:  # what is wrong with one must not keep it from the others
-                failed[connection] = exc
-        if shared:
-            self._ledger.share(data)
-        for connection, fault in failed.items():
-            connection.fail(fault)
+                connection.fail(exc)
 
 
 # --- Clients --------------------------------------------------------------------------------
@@ -3243,29 +3235,6 @@ def milliseconds(attributes: Mapping[str, str], name: str) -> float:
     return int(attributes.get(name, "0")) / 1000
 
 
-class Chunk:
-    """Events that a client gets in one piece, joined once for all who get them.
-
-    Slow readers share what they have not read, too.
-
-    Attributes:
-        last: ``seq`` of the last of them.
-    """
-
-    __slots__ = ("_events", "_joined", "last")
-
-    def __init__(self, events: Sequence[Event]) -> None:
-        self._events = events
-        self._joined: dict[bool, bytes] = {}  # by whether it is deflated
-        self.last = cast("int", events[-1].seq)
-
-    def frames(self, *, deflated: bool) -> bytes:
-        if deflated not in self._joined:
-            frames = [event.deflated if deflated else event.frame for event in self._events]
-            self._joined[deflated] = b"".join(frames)
-        return self._joined[deflated]
-
-
 class Feed:
     """Keeps every channel of this task equal to its log, and brings newcomers up to it.
 
@@ -3339,7 +3308,7 @@ class Feed:
     def subscribe(self, connection: Connection, request: Subscribe) -> None:
         """Confirm, send what was missed, go live; at once where the channel remembers enough."""
         channel = self._registry.channel(request.project_id)
-        self._fan_out.flush_channel(channel)  # whoever subscribes again gets all before it
+        self._fan_out.flush(channel)  # whoever subscribes again gets all before it
         channel.visitors += 1
         self.unsubscribe(connection, request.project_id)
         channel.visitors -= 1
@@ -3401,7 +3370,7 @@ class Feed:
         """
         if connection.progress is not Progress.OPEN:
             return  # closed meanwhile, perhaps by what was sent to confirm
-        self._fan_out.flush_channel(channel)
+        self._fan_out.flush(channel)
         if missed := [event for event in channel.recent if cast("int", event.seq) > position]:
             connection.replay(Chunk(missed))
         self._registry.join(connection, channel)
@@ -3564,9 +3533,9 @@ class Feed:
     def _skip(self, channel: Channel, seq: int) -> None:
         """Go on after events that have expired; the listeners are told to refetch their state."""
         logger.warning("the log of %r has a hole up to %d", channel.project_id, seq)
-        self._fan_out.flush_channel(channel)
+        self._fan_out.flush(channel)
         channel.jump(seq)
-        for connection in (*channel.plain, *channel.deflating):
+        for connection in tuple(channel.listeners):
             self._confirm(connection, channel, False)
 
     def _forget_recent(self) -> None:
@@ -4646,12 +4615,17 @@ class Connection(asyncio.Protocol):
     def replay(self, chunk: Chunk) -> None:
         """Write events in one piece, to a client that catches up at its own pace and cost."""
         if self.progress is Progress.OPEN:
-            frames = chunk.frames(deflated=self.deflates)
+            frames = chunk[self.deflates]
             self.account.charge(len(frames) * self.REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
+            self.write_shared(frames)
+
+    def write_shared(self, frames: bytes) -> None:
+        """Write what others are sent too: what is not read of it counts once for all of them."""
+        if self.choked or len(frames) > CHOKED_AT_BYTES:
             self._gateway.ledger.share(frames)
-            self.transport.write(frames)
-            if self.choked:
-                self.backlog_bytes += len(frames)
+        if self.choked:
+            self.backlog_bytes += len(frames)
+        self.transport.write(frames)
 
     async def drained(self) -> None:
         """Return once the client has read most of what was written.
@@ -5605,7 +5579,7 @@ class Gateway:
         self.metrics.work_owed = self.door.work_owed
         self.messages = Messages(self, settings)
         self.sweep = Sweep(self, settings)
-        fan_out = FanOut(self.metrics, self.ledger)
+        fan_out = FanOut(self.metrics)
         timeout_s = settings.forward_timeout_seconds
         self.forwarder = Forwarder(tasks, aws.sqs, settings.queue_urls, timeout_s, self.metrics)
         retention_s = settings.event_retention_hours * 3600

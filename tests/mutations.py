@@ -71,8 +71,8 @@ MUTATIONS = [
     ),
     Mutation(
         "Fan-out",
-        "            connection.fail(fault)\n",
-        "            pass\n",
+        "                connection.fail(exc)\n\n\n# --- Clients",
+        "                pass\n\n\n# --- Clients",
         "tests/server/test_fan_out.py",
     ),
     Mutation(

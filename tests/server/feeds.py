@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from server import Event, EventLog, FanOut, Feed, Ledger, Metrics, Registry, Subscribe
+from server import Event, EventLog, FanOut, Feed, Metrics, Registry, Subscribe
 from tests.server.aws import Json
 from tests.server.gateways import task_group
 from tests.server.listeners import Listener, event
@@ -88,7 +88,7 @@ class Office:
             tasks,
             log,
             self.registry,
-            FanOut(self.metrics, Ledger(self.registry, self.metrics, 10**9)),
+            FanOut(self.metrics),
             self.metrics,
             lambda project_id: self.read_state(project_id),
         )

@@ -17,7 +17,6 @@ from server import (
     Connection,
     Event,
     EventMessage,
-    Ledger,
     Metrics,
     Progress,
     Registry,
@@ -58,8 +57,6 @@ class Listener(Connection):
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None
         self.deflates = deflates
-        self.choked = False
-        self.backlog_bytes = 0
         self.account = server.Account(share=0, window_s=0)
         self.closed_with: int | None = None
         self.reads = asyncio.Event()
@@ -77,7 +74,10 @@ class Listener(Connection):
 
     def replay(self, chunk: Chunk) -> None:
         if self.progress is Progress.OPEN:
-            self.transport.write(chunk.frames(deflated=self.deflates))
+            self.transport.write(chunk[self.deflates])
+
+    def write_shared(self, frames: bytes) -> None:
+        self.transport.write(frames)
 
     async def drained(self) -> None:
         await self.reads.wait()
@@ -128,7 +128,3 @@ def event(seq: int | None, project_id: str = "p", size: int = 0) -> Event:
 
 def new_metrics() -> Metrics:
     return Metrics("test", Registry())
-
-
-def new_ledger(metrics: Metrics, budget_bytes: int = 10**9) -> Ledger:
-    return Ledger(Registry(), metrics, budget_bytes)

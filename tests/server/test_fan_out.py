@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server import Channel, Event, FanOut, Metrics
-from tests.server.listeners import Listener, Sink, event, new_ledger, new_metrics
+from tests.server.listeners import Listener, Sink, event, new_metrics
 
 
 class TestFanOut:
@@ -19,7 +19,7 @@ class TestFanOut:
 
     @pytest.fixture
     def fan_out(self, metrics: Metrics) -> FanOut:
-        return FanOut(metrics, new_ledger(metrics))
+        return FanOut(metrics)
 
     @pytest.fixture
     def channel(self) -> Channel:
@@ -28,7 +28,7 @@ class TestFanOut:
     async def test_lone_event(self, fan_out: FanOut, channel: Channel) -> None:
         """A lone event is written within the same turn of the loop, not before and not later."""
         listener = Listener()
-        channel.plain.add(listener)
+        channel.listeners.add(listener)
         fan_out.push(channel, event(1))
         assert listener.received() == []
         await asyncio.sleep(0)
@@ -37,8 +37,7 @@ class TestFanOut:
     async def test_burst(self, fan_out: FanOut, channel: Channel, metrics: Metrics) -> None:
         """What comes in one turn is one write a listener, in order, of the same bytes."""
         listeners = [Listener(), Listener(), Listener("c", deflates=True)]
-        channel.plain |= set(listeners[:2])
-        channel.deflating.add(listeners[2])
+        channel.listeners |= set(listeners)
         for seq in range(1, 21):
             fan_out.push(channel, event(seq, size=500))
         await asyncio.sleep(0)
@@ -52,8 +51,8 @@ class TestFanOut:
     async def test_channels(self, fan_out: FanOut, channel: Channel) -> None:
         """Channels do not mix, and each keeps its own order."""
         other, listeners = Channel("q"), [Listener(), Listener()]
-        channel.plain.add(listeners[0])
-        other.plain.add(listeners[1])
+        channel.listeners.add(listeners[0])
+        other.listeners.add(listeners[1])
         for seq in (1, 2, 3):
             fan_out.push(channel, event(seq))
             fan_out.push(other, event(seq, "q"))
@@ -70,8 +69,8 @@ class TestFanOut:
         everything, single = Listener(deflates=deflates), Listener("b", deflates=deflates)
         channels = [Channel(f"p{number}") for number in range(5)]
         for channel in channels:
-            (channel.deflating if deflates else channel.plain).add(everything)
-        (channels[0].deflating if deflates else channels[0].plain).add(single)
+            channel.listeners.add(everything)
+        channels[0].listeners.add(single)
         for seq in (1, 2):
             for channel in channels:
                 fan_out.push(channel, event(seq, channel.project_id))
@@ -84,10 +83,10 @@ class TestFanOut:
     async def test_early_flush(self, fan_out: FanOut, channel: Channel) -> None:
         """What was written before a newcomer joined does not reach it, and nobody else twice."""
         listener, newcomer = Listener(), Listener()
-        channel.plain.add(listener)
+        channel.listeners.add(listener)
         fan_out.push(channel, event(1))
-        fan_out.flush_channel(channel)
-        channel.plain.add(newcomer)
+        fan_out.flush(channel)
+        channel.listeners.add(newcomer)
         fan_out.push(channel, event(2))
         await asyncio.sleep(0)
         assert listener.seqs() == [1, 2]
@@ -110,7 +109,7 @@ class TestFanOut:
 
         listeners = [Listener(str(number)) for number in range(5)]
         listeners[2].transport = Broken()
-        channel.plain |= set(listeners)
+        channel.listeners |= set(listeners)
         fan_out.push(channel, event(1))
         await asyncio.sleep(0)
         assert listeners.pop(2).closed_with is not None
@@ -118,7 +117,7 @@ class TestFanOut:
 
     async def test_latency(self, fan_out: FanOut, channel: Channel, metrics: Metrics) -> None:
         """The latency of an event counts from when its agent sent it, if that is known."""
-        channel.plain.add(Listener())
+        channel.listeners.add(Listener())
         fan_out.push(channel, Event("p", 1, b"{}", sent_at=time.time() - 1))
         fan_out.push(channel, Event("p", 2, b"{}"))
         await asyncio.sleep(0)
