@@ -58,7 +58,17 @@ from enum import Enum, StrEnum
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, NoReturn, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    NoReturn,
+    ParamSpec,
+    TypeVar,
+    cast,
+)
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
 
@@ -106,6 +116,8 @@ if TYPE_CHECKING:
     from types_aiobotocore_dynamodb import DynamoDBClient
     from types_aiobotocore_sns import SNSClient
     from types_aiobotocore_sqs import SQSClient
+
+    P = ParamSpec("P")  # of a client's method
 
 T = TypeVar("T")
 logger = logging.getLogger("gateway")
@@ -282,8 +294,10 @@ PASSING_ERRORS = (
     OSError,  # a timeout too
     SdkConnectionError,  # no connection, or none in time; proxy and TLS errors too
     # The SDK's parsers raise these for answers that are not of AWS's making.
+    AttributeError,
     KeyError,
     ResponseParserError,
+    TypeError,
     UnicodeDecodeError,
 )
 
@@ -336,6 +350,26 @@ def full_jitter_s(attempt: int, *, base_s: float = 0.1) -> float:
     return random.uniform(0, min(5.0, base_s * 2 ** min(attempt, 16)))  # noqa: S311
 
 
+CALL_TIMEOUTS_S = {"ReceiveMessage": RECEIVE_TIMEOUT_S}
+"""How long an answer is waited for; that of any other operation for ``CALL_TIMEOUT_S``."""
+
+ANSWER_MEMBERS = {
+    "BatchGetItem": "Responses",
+    "CreateQueue": "QueueUrl",
+    "DescribeTargetHealth": "TargetHealthDescriptions",
+    "Query": "Items",
+    "Subscribe": "SubscriptionArn",
+    "TransactGetItems": "Responses",
+    "UpdateItem": "Attributes",
+}
+"""What an answer must have; one without it is not of AWS's making."""
+
+
+def operation_of(method: Callable[..., Any]) -> str:
+    """AWS's name of what a client's method calls: ``GetItem`` of ``get_item``."""
+    return str(cast("Any", method).__name__).title().replace("_", "")
+
+
 class Dependency:
     """A part of AWS that this task depends on, as ``/health`` sees it: each operation by itself.
 
@@ -376,46 +410,57 @@ class Dependency:
                 return operation
         return None
 
-    @contextlib.asynccontextmanager
-    async def attempt(self, operation: str, timeout_s: float | None = None) -> AsyncIterator[None]:
-        """Give one call ``timeout_s`` seconds, or ``CALL_TIMEOUT_S``; note whether it worked.
+    async def call(self, method: Callable[P, Awaitable[T]], *args: P.args, **params: P.kwargs) -> T:
+        """The answer to one call of a client's method; notes whether it worked.
 
         Raises:
-            UpstreamLost: AWS's answer is one that waiting does not change. Any other of
-                ``AWS_ERRORS`` is raised as it is: a later attempt may succeed.
+            Exception: one of ``AWS_ERRORS``. Noted are those that pass, but for transactions that
+                were cancelled: that is an answer, too.
         """
+        operation = operation_of(method)
+        member = ANSWER_MEMBERS.get(operation)
         try:
-            async with asyncio.timeout(timeout_s or CALL_TIMEOUT_S):
-                yield
+            async with asyncio.timeout(CALL_TIMEOUTS_S.get(operation, CALL_TIMEOUT_S)):
+                answer = await method(*args, **params)
+            if member is not None and member not in cast("Any", answer):
+                raise KeyError(member)
         except AWS_ERRORS as exc:
-            if not passes(exc):
-                raise UpstreamLost(
-                    f"{self.name}: {operation} failed for good with {error_code(exc)}: {exc}"
-                ) from exc
-            self.failed(exc, operation)
+            if passes(exc) and not cancellation_codes(exc):
+                self.failed(exc, operation)
             raise
         self.worked(operation)
+        return answer
 
-    async def retry(self, operation: str, call: Callable[[], Awaitable[T]], *members: str) -> T:
-        """Make ``call`` until it works, with full jitter between the attempts.
+    async def attempt(
+        self, method: Callable[P, Awaitable[T]], *args: P.args, **params: P.kwargs
+    ) -> T | None:
+        """The answer to one call; ``None`` where it failed and a later one may work.
 
-        Args:
-            operation: AWS's name of the call.
-            members: what an answer must have; one without them is not of AWS's making.
+        Raises:
+            UpstreamLost: AWS's answer is one that waiting does not change.
+        """
+        try:
+            return await self.call(method, *args, **params)
+        except AWS_ERRORS as exc:
+            if passes(exc):
+                return None
+            raise UpstreamLost(
+                f"{self.name}: {operation_of(method)} failed for good with {error_code(exc)}: {exc}"
+            ) from exc
+
+    async def retry(
+        self, method: Callable[P, Awaitable[T]], *args: P.args, **params: P.kwargs
+    ) -> T:
+        """The answer to the first call that works, with full jitter between the attempts.
 
         Raises:
             UpstreamLost: AWS's answer is one that waiting does not change.
         """
         attempt = 0
-        while True:
-            with contextlib.suppress(*AWS_ERRORS):
-                async with self.attempt(operation):
-                    result = await call()
-                    if members and not cast("Any", result).keys() >= set(members):
-                        raise KeyError(*members)
-                return result
+        while (answer := await self.attempt(method, *args, **params)) is None:
             await asyncio.sleep(full_jitter_s(attempt))
             attempt += 1
+        return answer
 
 
 # --- Settings -------------------------------------------------------------------------------
@@ -2468,31 +2513,29 @@ class Forwarder:
 
     async def _send(self, to: AgentQueue, batch: list[PendingForward]) -> None:
         """Send until every forward is confirmed, refused or past its deadline."""
-        now = asyncio.get_running_loop().time
-        for attempt in itertools.count():
-            batch = [forward for forward in batch if forward in self._waiting]
-            if not batch:
-                return
-            latest = max(forward.deadline.when() for forward in batch)
-            batch = await self._attempt(to, batch, min(now() + CALL_TIMEOUT_S, latest))
-            if batch:
-                await asyncio.sleep(min(full_jitter_s(attempt), max(0.0, latest - now())))
+        try:
+            async with asyncio.timeout_at(max(forward.deadline.when() for forward in batch)):
+                for attempt in itertools.count():
+                    batch = [forward for forward in batch if forward in self._waiting]
+                    if not batch or not (batch := await self._attempt(to, batch)):
+                        return
+                    await asyncio.sleep(full_jitter_s(attempt))
+        except TimeoutError as exc:
+            to.dependency.failed(exc, "SendMessageBatch")
 
-    async def _attempt(
-        self, to: AgentQueue, batch: list[PendingForward], until: float
-    ) -> list[PendingForward]:
+    async def _attempt(self, to: AgentQueue, batch: list[PendingForward]) -> list[PendingForward]:
         """Make one call, settle the forwards it decides, and return those to be tried again."""
         for forward in batch:
             forward.unanswered_calls += 1
         entries: Any = [{"Id": str(i), **forward.entry} for i, forward in enumerate(batch)]
         try:
-            async with asyncio.timeout_at(until):
-                answer = await self._sqs.send_message_batch(QueueUrl=to.url, Entries=entries)
+            answer = await to.dependency.call(
+                self._sqs.send_message_batch, QueueUrl=to.url, Entries=entries
+            )
             confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
             failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
-        except (*AWS_ERRORS, AttributeError, TypeError) as exc:  # or the answer is not SQS's
+        except AWS_ERRORS as exc:
             return await self._after_error(to, batch, exc)
-        to.dependency.worked("SendMessageBatch")
         again = []
         for i, forward in enumerate(batch):
             failure = failed.get(str(i))
@@ -2845,24 +2888,15 @@ class EventLog:
         Raises:
             UpstreamLost: the table is missing, or closed to this task.
         """
-        key: Any = {"PK": {"S": "EVENTLOG"}, "SK": {"S": "EPOCH"}}
-        new = {**key, "epoch": {"S": uuid.uuid4().hex}}
-        await self._put({"Item": new, "ConditionExpression": "attribute_not_exists(PK)"})
-        read = partial(self._dynamodb.get_item, TableName=self._table, ConsistentRead=True)
-        answer = await self.dependency.retry("GetItem", partial(read, Key=key), "Item")
-        self.epoch = answer["Item"]["epoch"]["S"]
-
-    async def _put(self, request: dict[str, Any]) -> None:
-        """Write an item, unless its condition says that this is needless."""
-
-        async def put() -> None:
-            try:
-                await self._dynamodb.put_item(TableName=self._table, **request)
-            except ClientError as exc:
-                if error_code(exc) != "ConditionalCheckFailedException":
-                    raise
-
-        await self.dependency.retry("PutItem", put)
+        answer = await self.dependency.retry(
+            self._dynamodb.update_item,
+            TableName=self._table,
+            Key={"PK": {"S": "EVENTLOG"}, "SK": {"S": "EPOCH"}},
+            UpdateExpression="SET epoch = if_not_exists(epoch, :new)",
+            ExpressionAttributeValues={":new": {"S": uuid.uuid4().hex}},
+            ReturnValues="ALL_NEW",
+        )
+        self.epoch = answer["Attributes"]["epoch"]["S"]
 
     # Reading.
 
@@ -2889,9 +2923,7 @@ class EventLog:
             request: Any = {self._table: {"Keys": left[:100], "ConsistentRead": consistent}}
             left = left[100:]
             answer = await self.dependency.retry(
-                "BatchGetItem",
-                partial(self._dynamodb.batch_get_item, RequestItems=request),
-                "Responses",
+                self._dynamodb.batch_get_item, RequestItems=request
             )
             for item in answer["Responses"].get(self._table, []):
                 found[item["PK"]["S"].removeprefix("PROJECT#")] = cast("dict[str, Any]", item)
@@ -2932,26 +2964,24 @@ class EventLog:
         self, project_id: str, low: str, high: str, **options: Any
     ) -> AsyncIterator[list[dict[str, Any]]]:
         """The items between two sort keys, page by page; bounded, for METADATA comes after."""
-        query = partial(
-            self._dynamodb.query,
-            TableName=self._table,
-            KeyConditionExpression="PK = :project AND SK BETWEEN :low AND :high",
-            ExpressionAttributeValues={
-                ":project": {"S": f"PROJECT#{project_id}"},
-                ":low": {"S": low},
-                ":high": {"S": high},
-            },
-            ConsistentRead=True,
-            Limit=100,
-            **options,
-        )
-        start: dict[str, Any] = {}
         while True:
-            answer = await self.dependency.retry("Query", partial(query, **start), "Items")
+            answer = await self.dependency.retry(
+                self._dynamodb.query,
+                TableName=self._table,
+                KeyConditionExpression="PK = :project AND SK BETWEEN :low AND :high",
+                ExpressionAttributeValues={
+                    ":project": {"S": f"PROJECT#{project_id}"},
+                    ":low": {"S": low},
+                    ":high": {"S": high},
+                },
+                ConsistentRead=True,
+                Limit=100,
+                **options,
+            )
             yield cast("list[dict[str, Any]]", answer["Items"])
             if "LastEvaluatedKey" not in answer:
                 return
-            start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
+            options["ExclusiveStartKey"] = answer["LastEvaluatedKey"]
 
     async def _items_at(self, project_id: str, seqs: Sequence[int]) -> list[dict[str, Any]]:
         """The events with these numbers, at most 16, of one moment: all of a transaction or none.
@@ -2962,11 +2992,7 @@ class EventLog:
             {"Get": {"TableName": self._table, "Key": self._key(project_id, event_key(seq))}}
             for seq in seqs
         ]
-        answer = await self.dependency.retry(
-            "TransactGetItems",
-            partial(self._dynamodb.transact_get_items, TransactItems=gets),
-            "Responses",
-        )
+        answer = await self.dependency.retry(self._dynamodb.transact_get_items, TransactItems=gets)
         return [cast("dict[str, Any]", each["Item"]) for each in answer["Responses"] if each]
 
     # Appending.
@@ -3154,13 +3180,11 @@ class EventLog:
 
     async def stop(self, key: dict[str, Any]) -> None:
         """Write the stop of an order that has no project, and so no log to tell of it."""
-        await self._put(self._stop(key))
+        item = self._stop(key)["Item"]
+        await self.dependency.retry(self._dynamodb.put_item, TableName=self._table, Item=item)
 
     async def _transact(self, items: list[Any]) -> None:
         """Repeat a transaction until DynamoDB says what became of it, or for some attempts.
-
-        Whatever is about this task or its table is waited for, while ``/health`` tells of it: to
-        end would only send all updates in hand to the next task, and then to the dead letters.
 
         Raises:
             ClientError: it was refused; nothing was written.
@@ -3169,20 +3193,17 @@ class EventLog:
         token = uuid.uuid4().hex
         for attempt in itertools.count(1):
             try:
-                async with asyncio.timeout(CALL_TIMEOUT_S):
-                    await self._dynamodb.transact_write_items(
-                        TransactItems=items, ClientRequestToken=token
-                    )
-            except AWS_ERRORS as exc:
-                if self._is_refusal(exc):
-                    raise
-                self.dependency.failed(exc, "TransactWriteItems")
-                if attempt == self.SAME_TRANSACTION_ATTEMPTS:
-                    raise
-                await asyncio.sleep(full_jitter_s(attempt))
-            else:
-                self.dependency.worked("TransactWriteItems")
+                await self.dependency.call(
+                    self._dynamodb.transact_write_items,
+                    TransactItems=items,
+                    ClientRequestToken=token,
+                )
                 return
+            except AWS_ERRORS as exc:
+                answered = any(cancellation_codes(exc)) or not passes(exc)
+                if answered or attempt == self.SAME_TRANSACTION_ATTEMPTS:
+                    raise
+            await asyncio.sleep(full_jitter_s(attempt))
 
     def _is_refusal(self, exc: Exception) -> bool:
         """Whether DynamoDB has refused what it was sent, and not who sent it."""
@@ -3643,20 +3664,18 @@ class Receiver:
             UpstreamLost: the queue is gone, or closed to this task.
         """
         began_at = time.monotonic()
-        batch: list[dict[str, Any]] = []
-        with contextlib.suppress(*AWS_ERRORS):
-            async with self._dependency.attempt("ReceiveMessage", RECEIVE_TIMEOUT_S):
-                answer = await self._sqs.receive_message(
-                    QueueUrl=self._url,
-                    MaxNumberOfMessages=SQS_BATCH_ENTRIES,
-                    WaitTimeSeconds=LONG_POLL_S,
-                    MessageSystemAttributeNames=[
-                        "ApproximateReceiveCount",
-                        "ApproximateFirstReceiveTimestamp",
-                        "SentTimestamp",
-                    ],
-                )
-                batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
+        answer = await self._dependency.attempt(
+            self._sqs.receive_message,
+            QueueUrl=self._url,
+            MaxNumberOfMessages=SQS_BATCH_ENTRIES,
+            WaitTimeSeconds=LONG_POLL_S,
+            MessageSystemAttributeNames=[
+                "ApproximateReceiveCount",
+                "ApproximateFirstReceiveTimestamp",
+                "SentTimestamp",
+            ],
+        )
+        batch = cast("list[dict[str, Any]]", answer.get("Messages", []) if answer else [])
         if batch:
             self._empty_answers = 0
         # An error, or nothing although nobody waited for it: either would spin.
@@ -3728,34 +3747,28 @@ class Relay:
         arn_start = self._topic_arn.split(":sns:")[0]
         queue_arn = f"{arn_start}:sqs:{self._region}:{self._account}:{self._name}"
         queue = await self.dependency.retry(
-            "CreateQueue",
-            lambda: self._sqs.create_queue(
-                QueueName=self._name,
-                Attributes={
-                    "MessageRetentionPeriod": str(self.RETENTION_S),
-                    # Nothing comes twice before it expires, so that nothing need be deleted. SQS
-                    # holds 120,000 messages in this way: 2,000 a second.
-                    "VisibilityTimeout": str(2 * self.RETENTION_S),
-                    "Policy": self._policy(queue_arn),
-                },
-                tags={"heartbeat": str(int(time.time()))},
-            ),
-            "QueueUrl",
+            self._sqs.create_queue,
+            QueueName=self._name,
+            Attributes={
+                "MessageRetentionPeriod": str(self.RETENTION_S),
+                # Nothing comes twice before it expires, so that nothing need be deleted. SQS
+                # holds 120,000 messages in this way: 2,000 a second.
+                "VisibilityTimeout": str(2 * self.RETENTION_S),
+                "Policy": self._policy(queue_arn),
+            },
+            tags={"heartbeat": str(int(time.time()))},
         )
         self._queue_url = queue["QueueUrl"]
         # Own events need not come back. The filter may take 15 minutes to be in force: until then
         # they do, and `events_of` sees whose they are.
         others = json.dumps({"origin": [{"anything-but": [self._name]}]})
         subscription = await self.dependency.retry(
-            "Subscribe",
-            lambda: self._sns.subscribe(
-                TopicArn=self._topic_arn,
-                Protocol="sqs",
-                Endpoint=queue_arn,
-                Attributes={"RawMessageDelivery": "true", "FilterPolicy": others},
-                ReturnSubscriptionArn=True,
-            ),
-            "SubscriptionArn",
+            self._sns.subscribe,
+            TopicArn=self._topic_arn,
+            Protocol="sqs",
+            Endpoint=queue_arn,
+            Attributes={"RawMessageDelivery": "true", "FilterPolicy": others},
+            ReturnSubscriptionArn=True,
         )
         self._subscription_arn = subscription["SubscriptionArn"]
         logger.info("fan-out queue ready", extra={"queue": self._name})
@@ -3783,10 +3796,10 @@ class Relay:
         body = b"%b,%b%b]}" % (encode(head)[:-1], self.EVENTS_BEGIN, events)
         origin: Any = {"origin": {"DataType": "String", "StringValue": self._name}}
         await self.dependency.retry(
-            "Publish",
-            lambda: self._sns.publish(
-                TopicArn=self._topic_arn, Message=body.decode(), MessageAttributes=origin
-            ),
+            self._sns.publish,
+            TopicArn=self._topic_arn,
+            Message=body.decode(),
+            MessageAttributes=origin,
         )
         for encoded, done in batch:
             self.bytes_in_hand -= len(encoded)
@@ -3833,11 +3846,10 @@ class Relay:
         while True:
             await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
             tags = {"heartbeat": str(int(time.time()))}
-            show = partial(self._sqs.tag_queue, QueueUrl=self._queue_url, Tags=tags)
-            await self.dependency.retry("TagQueue", show)
-            arn = self._subscription_arn
-            look = partial(self._sns.get_subscription_attributes, SubscriptionArn=arn)
-            await self.dependency.retry("GetSubscriptionAttributes", look)
+            await self.dependency.retry(self._sqs.tag_queue, QueueUrl=self._queue_url, Tags=tags)
+            await self.dependency.retry(
+                self._sns.get_subscription_attributes, SubscriptionArn=self._subscription_arn
+            )
 
     async def reap(self) -> NoReturn:
         """Clear away what killed tasks have left; not in the heartbeat's loop, to delay none."""
@@ -3981,10 +3993,7 @@ class Intake:
     async def run(self) -> None:
         """Receive until ``stop``, whenever there is room for more."""
         attributes = await self.dependency.retry(
-            "GetQueueAttributes",
-            lambda: self._sqs.get_queue_attributes(
-                QueueUrl=self._url, AttributeNames=["RedrivePolicy"]
-            ),
+            self._sqs.get_queue_attributes, QueueUrl=self._url, AttributeNames=["RedrivePolicy"]
         )
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
         receiver = Receiver(self._tasks, self._sqs, self._url, self.dependency)
@@ -4121,16 +4130,15 @@ class Intake:
                 {"Id": str(i), "ReceiptHandle": message["ReceiptHandle"]}
                 for i, message in enumerate(left)
             ]
-            with contextlib.suppress(*AWS_ERRORS):
-                async with self.dependency.attempt("DeleteMessageBatch"):
-                    answer = await self._sqs.delete_message_batch(
-                        QueueUrl=self._url, Entries=entries
-                    )
-                    left = [
-                        left[int(failure["Id"])]
-                        for failure in answer.get("Failed", ())
-                        if not failure.get("SenderFault")
-                    ]
+            answer = await self.dependency.attempt(
+                self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
+            )
+            if answer:
+                left = [
+                    left[int(failure["Id"])]
+                    for failure in answer.get("Failed", ())
+                    if not failure.get("SenderFault")
+                ]
             if not left:
                 break
             await asyncio.sleep(full_jitter_s(attempt))
@@ -4148,15 +4156,7 @@ class Intake:
             self._to_delete.add(message)
             return
         logger.warning("update %s cannot be used: %s", message["MessageId"], why)
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await self._sqs.change_message_visibility(
-                    QueueUrl=self._url,
-                    ReceiptHandle=message["ReceiptHandle"],
-                    VisibilityTimeout=0,
-                )
-        except AWS_ERRORS as exc:  # its visibility timeout does the same, later
-            logger.warning("updates queue: giving back failed with %s", error_code(exc))
+        await self._show_after(0, [message["ReceiptHandle"]])
 
     async def keep(self) -> NoReturn:
         """Hold on to updates that take long, as while DynamoDB throttles.
@@ -4168,15 +4168,18 @@ class Intake:
             long_ago = time.monotonic() - self.VISIBILITY_S / 4
             held = [receipt for receipt, since in self._held.items() if since < long_ago]
             for start in range(0, len(held), SQS_BATCH_ENTRIES):
-                batch: Any = [
-                    {"Id": str(i), "ReceiptHandle": r, "VisibilityTimeout": self.VISIBILITY_S}
-                    for i, r in enumerate(held[start : start + SQS_BATCH_ENTRIES])
-                ]
-                with contextlib.suppress(*AWS_ERRORS):
-                    async with self.dependency.attempt("ChangeMessageVisibilityBatch"):
-                        await self._sqs.change_message_visibility_batch(
-                            QueueUrl=self._url, Entries=batch
-                        )
+                batch = held[start : start + SQS_BATCH_ENTRIES]
+                await self._show_after(self.VISIBILITY_S, batch)
+
+    async def _show_after(self, visibility_s: int, receipts: Sequence[str]) -> None:
+        """Have SQS hand out what was received again in so many seconds, if the call works."""
+        entries: Any = [
+            {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": visibility_s}
+            for i, receipt in enumerate(receipts)
+        ]
+        await self.dependency.attempt(
+            self._sqs.change_message_visibility_batch, QueueUrl=self._url, Entries=entries
+        )
 
     async def idle(self) -> None:
         """Return once nothing is in hand; meant for after ``run`` was stopped."""
@@ -4928,17 +4931,16 @@ class TargetHealth:
     async def _state(self) -> str | None:
         """The target's state now; ``None`` where the call fails, which changes nothing."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                answer = await self._elbv2.describe_target_health(
-                    TargetGroupArn=self._target_group_arn, Targets=[self._target]
-                )
-            state = answer["TargetHealthDescriptions"][0]["TargetHealth"]["State"]
-        except (*AWS_ERRORS, IndexError, TypeError) as exc:
+            answer = await self._dependency.call(
+                self._elbv2.describe_target_health,
+                TargetGroupArn=self._target_group_arn,
+                Targets=[self._target],
+            )
+            return str(answer["TargetHealthDescriptions"][0]["TargetHealth"]["State"])
+        except (*AWS_ERRORS, IndexError) as exc:
             self._metrics.target_health_errors += 1
             self._dependency.failed(exc, "DescribeTargetHealth")
             return None
-        self._dependency.worked("DescribeTargetHealth")
-        return str(state)
 
 
 class Drain:
@@ -5664,12 +5666,10 @@ class Gateway:
     async def _read_state(self, project_id: str) -> Any:
         """The platform's own item of a project as JSON has it; ``None`` if there is none."""
         answer = await self.log.dependency.retry(
-            "GetItem",
-            lambda: self._aws.dynamodb.get_item(
-                TableName=self._settings.dynamodb_table_name,
-                Key={"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "METADATA"}},
-                ConsistentRead=True,
-            ),
+            self._aws.dynamodb.get_item,
+            TableName=self._settings.dynamodb_table_name,
+            Key={"PK": {"S": f"PROJECT#{project_id}"}, "SK": {"S": "METADATA"}},
+            ConsistentRead=True,
         )
         plain = TypeDeserializer().deserialize
         item = answer.get("Item")

@@ -727,7 +727,7 @@ class TestEventLog:
         ("operation", "fault"),
         [
             pytest.param(operation, fault, id=f"{operation} {name}")
-            for operation in ("TransactWriteItems", "PutItem", "GetItem", "Query", "BatchGetItem")
+            for operation in ("TransactWriteItems", "UpdateItem", "Query", "BatchGetItem")
             for name, fault in PASSING_FAULTS.items()
             if name != "garbage" or operation in ("Query", "BatchGetItem")
         ],
@@ -1654,7 +1654,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """Until the log can be read a task is alive, not healthy, and lets nobody in."""
-        stand_in.fault = always("GetItem", THROTTLED)
+        stand_in.fault = always("UpdateItem", THROTTLED)
         async with aws_clients(platform) as aws, task_group() as tasks:
             gateway = Gateway(settings(platform), tasks, aws, "task-1")
             running = tasks.create_task(gateway.run())
@@ -2192,7 +2192,7 @@ class TestMain:
         self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """A task that still waits for AWS ends as well."""
-        stand_in.fault = always("GetItem", THROTTLED)
+        stand_in.fault = always("UpdateItem", THROTTLED)
         async with process_of(platform.environment()) as process:
             await process.logged("listening")
             process.signal(signal.SIGTERM)

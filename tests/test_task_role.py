@@ -89,7 +89,7 @@ async def calls_for_a_client() -> Counter[Call]:
                     QueueUrl=platform.queue_urls["updates"],
                     MessageBody="not an update",
                 )
-                last = {"ChangeMessageVisibility", "DescribeTargetHealth"}
+                last = {"ChangeMessageVisibilityBatch", "DescribeTargetHealth"}
                 while not last <= {call.operation for call in proxy.calls}:
                     await asyncio.sleep(0.05)
                 return proxy.calls

@@ -143,45 +143,45 @@ class TestDependency:
         """A call that fails in passing is made again until it works."""
         outcomes: deque[Exception | str] = deque([deny("SlowDown"), OSError(), "done"])
 
-        async def call() -> str:
+        async def receive_message() -> str:
             outcome = outcomes.popleft()
             if isinstance(outcome, Exception):
                 raise outcome
             return outcome
 
-        assert await Dependency("queue").retry("Receive", call) == "done"
+        assert await Dependency("queue").retry(receive_message) == "done"
 
     @pytest.mark.usefixtures("impatient")
     async def test_retry_has_a_timeout(self) -> None:
         """A call that never returns is given up and made again."""
         calls = 0
 
-        async def call() -> int:
+        async def receive_message() -> int:
             nonlocal calls
             calls += 1
             if calls == 1:
                 await asyncio.Event().wait()
             return calls
 
-        assert await Dependency("queue").retry("Receive", call) == 2
+        assert await Dependency("queue").retry(receive_message) == 2
 
     async def test_retry_gives_up(self) -> None:
         """A call that AWS refuses for good ends in one sentence that says what is lost."""
 
-        async def call() -> None:
+        async def query() -> None:
             raise deny("ResourceNotFoundException")
 
         with pytest.raises(UpstreamLost, match=r"^event log: Query .* ResourceNotFoundException"):
-            await Dependency("event log").retry("Query", call)
+            await Dependency("event log").retry(query)
 
     async def test_retry_lets_faults_of_ours_through(self) -> None:
         """What is no error of AWS's is not retried."""
 
-        async def call() -> None:
+        async def query() -> None:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            await Dependency("event log").retry("Query", call)
+            await Dependency("event log").retry(query)
 
 
 class TestHealth:

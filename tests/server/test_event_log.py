@@ -1112,6 +1112,6 @@ class TestEventLog:
 
     async def test_closed_table(self, log: EventLog, stand_in: StandIn) -> None:
         """A table that this task may not write to ends the process when it starts."""
-        stand_in.fault = always("PutItem", Fault(status=400, code="AccessDeniedException"))
-        with pytest.raises(UpstreamLost, match=r"^event log: PutItem .*AccessDeniedException"):
+        stand_in.fault = always("UpdateItem", Fault(status=400, code="AccessDeniedException"))
+        with pytest.raises(UpstreamLost, match=r"^event log: UpdateItem .*AccessDeniedException"):
             await log.open()

@@ -173,7 +173,7 @@ class TestGateway:
         self, platform: aws_standin.Platform, stand_in: StandIn
     ) -> None:
         """A task that is told to end before it was ready ends."""
-        stand_in.fault = always("GetItem", THROTTLED)
+        stand_in.fault = always("UpdateItem", THROTTLED)
         async with aws_clients(platform) as aws, task_group() as tasks:
             gateway = Gateway(settings(platform, topic=True), tasks, aws, "task-1")
             running = tasks.create_task(gateway.run())

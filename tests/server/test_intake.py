@@ -30,14 +30,14 @@ class TestIntake:
         assert [(each.levelname, "no JSON at all" in each.message) for each in told] == [
             ("ERROR", True)
         ]
-        assert stand_in.calls["sqs", "ChangeMessageVisibility"] == 4
+        assert stand_in.calls["sqs", "ChangeMessageVisibilityBatch"] == 4
 
     async def test_unreadable_cannot_be_given_back(
         self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
         """An unreadable update that cannot be given back comes again by itself."""
         stand_in.queues["agenticai-updates"].attributes["VisibilityTimeout"] = "1"
-        stand_in.fault = faults("ChangeMessageVisibility", SERVER_ERROR)
+        stand_in.fault = faults("ChangeMessageVisibilityBatch", SERVER_ERROR)
         async with running_gateway(platform):
             push(stand_in, "hello")
             await eventually(lambda: bodies(stand_in, "agenticai-updates-dlq") == ["hello"])
