@@ -4303,42 +4303,43 @@ class Metrics:
             for name, field in cls._fields().items()
         }
 
-    def _values(
-        self, of_counter: Callable[[str, int], int], of_sample: Callable[[Sample], Any]
-    ) -> dict[str, Any]:
-        """Every metric that has a value; one with kinds has them under ``<name>ByKind`` too."""
+    def stats(self) -> dict[str, Any]:
+        """For ``GET /stats``: counters since the start, latencies of the running minute.
+
+        Every metric that has a value; one with kinds has them under ``<name>ByKind`` too.
+        """
         found: dict[str, Any] = {}
         for name, field in self._fields().items():
             value = getattr(self, field.name)
-            if isinstance(value, int):
-                found[name] = of_counter(name, value)
-            elif isinstance(value, Sample):
-                found[name] = of_sample(value) or None
-            elif value is not None:
-                found[name] = reading = value()
-                if isinstance(reading, Mapping):
-                    found |= {name: sum(reading.values()), f"{name}ByKind": dict(reading)}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def stats(self) -> dict[str, Any]:
-        """For ``GET /stats``: counters since the start, latencies of the running minute."""
-        return self._values(lambda _, count: count, Sample.summary)
-
-    def _since_last(self, name: str, count: int) -> int:
-        before, self._reported[name] = self._reported.get(name, 0), count
-        return count - before
+            if isinstance(value, Sample):
+                value = value.summary() or None
+            elif callable(value):
+                value = value()
+                if isinstance(value, Mapping):
+                    found[f"{name}ByKind"] = dict(value)
+                    value = sum(value.values())
+            if value is not None:
+                found[name] = value
+        return found
 
     def line(self) -> dict[str, Any]:
         """One object in CloudWatch's Embedded Metric Format, of what happened since the last.
 
         What is no metric, as figures by kind, is in the log only, where it costs nothing.
         """
-        values = self._values(self._since_last, Sample.take)
-        units = {name: unit for name, (unit, _) in self.described().items() if name in values}
+        values = self.stats()
+        metrics = [(name, field) for name, field in self._fields().items() if name in values]
+        for name, field in metrics:
+            value = getattr(self, field.name)
+            if isinstance(value, Sample):
+                values[name] = value.take()
+            elif isinstance(value, int):
+                values[name] -= self._reported.get(name, 0)
+                self._reported[name] = value
         definition = {
             "Namespace": "AgenticAI/WebSocket",
             "Dimensions": [["Environment", "Service"]],
-            "Metrics": [{"Name": name, "Unit": unit} for name, unit in units.items()],
+            "Metrics": [{"Name": name, "Unit": field.metadata["unit"]} for name, field in metrics],
         }
         return {
             "_aws": {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [definition]},
