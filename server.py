@@ -43,7 +43,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -1955,8 +1955,7 @@ class Turns:
         self._left_s = self.INPUT_SLICE_S
         self._spent_s = 0.0
         self._sliced_at_s = time.thread_time()
-        self._next: asyncio.Handle | None = None
-        self._next_at = math.inf
+        self._next: asyncio.TimerHandle | None = None
 
     def give(self, connection: Connection) -> None:
         """Have a connection act on its input: now if nobody waits, else in its turn."""
@@ -1998,14 +1997,15 @@ class Turns:
 
     def _slice_at(self, at: float) -> None:
         """Have the next slice then, or at once if that has passed; an earlier one stays."""
-        if at < self._next_at:
-            if self._next is not None:
-                self._next.cancel()
-            self._next_at, self._next = at, self._loop.call_at(at, self._slice)
+        if self._next is not None and self._next.when() > at:
+            self._next.cancel()
+            self._next = None
+        if self._next is None:
+            self._next = self._loop.call_at(at, self._slice)
 
     def _slice(self) -> None:
         """Let those act whose turn it is, for as long as input may take now."""
-        self._next_at, self._next = math.inf, None
+        self._next = None
         now_s = time.thread_time()
         others_s = now_s - self._sliced_at_s - self._spent_s
         self._sliced_at_s, self._spent_s = now_s, 0.0
@@ -2069,17 +2069,13 @@ class Ledger:
         return self.clients_bytes + self.agents_bytes() <= self._budget_bytes
 
     def update(self, connection: Connection) -> None:
-        """Charge a connection with what it holds now."""
-        self.add(connection, connection.held_bytes() - connection.charged_bytes)
-
-    def add(self, connection: Connection, change_bytes: int) -> None:
-        """Charge a connection with so much more, or less; one that is gone was forgotten."""
-        if connection.progress is Progress.LOST:
-            return
-        self._held_bytes += change_bytes
-        connection.charged_bytes += change_bytes
-        if change_bytes > 0:
-            self._check()
+        """Charge a connection with what it holds now; one that is gone was forgotten."""
+        if connection.progress is not Progress.LOST:
+            change_bytes = connection.held_bytes() - connection.charged_bytes
+            connection.charged_bytes += change_bytes
+            self._held_bytes += change_bytes
+            if change_bytes > 0:
+                self._check()
 
     def forget(self, connection: Connection) -> None:
         self._held_bytes -= connection.charged_bytes
@@ -2124,27 +2120,22 @@ class Ledger:
         """
         self._relief_is_due = False
         self.let_go()
-        accounts: dict[Account, list[Connection]] = {}
-        for connection in sorted(
-            self._registry.sockets, key=lambda c: c.stalled_since, reverse=True
-        ):
+        by_account: defaultdict[Account, list[Connection]] = defaultdict(list)
+        held_bytes: defaultdict[Account, int] = defaultdict(int)
+        for connection in sorted(self._registry.sockets, key=lambda each: -each.stalled_since):
             if not connection.transport.is_closing():
-                accounts.setdefault(connection.account, []).append(connection)
-        order = [
-            (-sum(connection.held_bytes(shared=True) for connection in connections), place)
-            for place, connections in enumerate(accounts.values())
-        ]
-        heapq.heapify(order)
-        by_place = list(accounts.values())
+                by_account[connection.account].append(connection)
+                held_bytes[connection.account] += connection.held_bytes(shared=True)
         for _ in range(self.ENDED_AT_ONCE):
-            if not order or self.clients_bytes <= self._budget_bytes * self.RELIEVE_TO:
+            if not held_bytes or self.clients_bytes <= self._budget_bytes * self.RELIEVE_TO:
                 return
-            held, place = heapq.heappop(order)
-            victim = by_place[place].pop()
-            freed = victim.held_bytes(shared=True)
-            self._end(victim, freed, -held)
-            if by_place[place]:
-                heapq.heappush(order, (held + freed, place))
+            account = max(held_bytes, key=held_bytes.__getitem__)
+            victim = by_account[account].pop()
+            freed_bytes = victim.held_bytes(shared=True)
+            self._end(victim, freed_bytes, held_bytes[account])
+            held_bytes[account] -= freed_bytes
+            if not by_account[account]:
+                del held_bytes[account]
         self._check()
 
     def _end(self, connection: Connection, held_bytes: int, account_bytes: int) -> None:
@@ -4446,7 +4437,7 @@ class Connection(asyncio.Protocol):
         behind: at the last look it had more unread than a client may have.
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
         deadline: when handshake, authentication or close must be over, by the loop's clock.
-        in_flight, in_flight_bytes: forwards that are not settled yet.
+        in_flight, in_flight_bytes: forwards that are not settled yet, and what else holds it up.
         moved_at: when the client last read something, or had nothing left to read.
         principal: who it belongs to; ``None`` until that is known.
         queued: it waits for its turn to act on its input.
@@ -4467,11 +4458,11 @@ class Connection(asyncio.Protocol):
     FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 
     __slots__ = (
-        "_asked", "_drained", "_gateway", "_held_input", "_holds", "_paused_at", "_private_bytes",
-        "_request_bytes", "account", "address", "backlog_bytes", "behind", "catch_up_turn",
-        "catching_up", "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id",
-        "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal",
-        "progress", "queued", "said_busy_at", "subscriptions", "transport", "warned",
+        "_asked", "_drained", "_gateway", "_paused_at", "_private_bytes", "_request_bytes",
+        "account", "address", "backlog_bytes", "behind", "catch_up_turn", "catching_up",
+        "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id", "in_flight",
+        "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal", "progress",
+        "queued", "said_busy_at", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     account: Account
@@ -4496,9 +4487,8 @@ class Connection(asyncio.Protocol):
         self.warned = False
         self.said_busy_at = math.inf
         self.charged_bytes = self.backlog_bytes = self._private_bytes = 0
-        self._asked = self._held_input = False
+        self._asked = False
         self._drained: asyncio.Future[None] | None = None
-        self._holds = 0
         self._paused_at = 0.0
         self._request_bytes = 0
 
@@ -4536,13 +4526,13 @@ class Connection(asyncio.Protocol):
         self.choked = self.behind = False
         self.moved_at = self._gateway.now()
         self.recount()
-        self._wake()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self.progress = Progress.LOST
         self.inbox.clear()
         self.inbox.protocol.extensions = []
-        self._wake()
         self._gateway.forget(self)
 
     # What it holds and what it costs.
@@ -4632,17 +4622,13 @@ class Connection(asyncio.Protocol):
         self.transport.write(frames)
 
     async def drained(self) -> None:
-        """Return once the client has read most of what was written.
+        """Return once the client has read most of what was written, to the one who waits for it.
 
-        Raises:
-            CancelledError: it is gone; the sweep closes those that read nothing at all.
+        The sweep closes who reads nothing, and then whoever waits is cancelled.
         """
-        if self.choked and self.progress is Progress.OPEN:
-            if self._drained is None:
-                self._drained = asyncio.get_running_loop().create_future()
-            await asyncio.wait({self._drained})
-        if self.progress is not Progress.OPEN:
-            raise asyncio.CancelledError
+        if self.choked:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
 
     def ping(self) -> None:
         self.pinged_at = self._gateway.now()
@@ -4650,19 +4636,17 @@ class Connection(asyncio.Protocol):
             self.inbox.protocol.send_ping(b"")
             self._write_out()
 
-    def forwarding(self, change: int, size_bytes: int) -> None:
-        """Count forwards in flight, and stop reading from a client that is far ahead of SQS."""
+    def hold(self, change: int, size_bytes: int = 0) -> None:
+        """Count forwards under way, of ``size_bytes`` each; beyond the bound act on nothing more.
+
+        Whatever has to end before anything else is acted on counts for as many as there may be.
+        """
+        could_act = self._may_act
         self.in_flight += change
         self.in_flight_bytes += size_bytes * change
-        self._gateway.ledger.add(self, size_bytes * change)
-        if self.in_flight == self.FORWARDS_IN_FLIGHT // 2 and change < 0:
-            self._go_on()
-
-    def hold(self, change: int) -> None:
-        """Act on nothing more, for each +1 until its -1 comes."""
-        self._holds += change
-        if not self._holds:
-            self._go_on()
+        self.recount()
+        if self._may_act and not could_act:
+            self._gateway.turns.queue(self)
 
     def pause_reading(self) -> None:
         """Read no more for now; what the client must send may come later by as long as that.
@@ -4739,13 +4723,21 @@ class Connection(asyncio.Protocol):
                 self._act(until_s)
         except Exception as exc:  # as in ``failing_alone``, at less cost
             self.fail(exc)
-        return self._go_on_reading()
+        if self.transport.is_closing() or self.progress is Progress.CLOSING:
+            return False
+        left = self.inbox.has_frames or bool(self.inbox.unread)
+        if left or not self._may_act:
+            self.pause_reading()
+        else:
+            self.resume_reading()
+        self.recount()
+        return left and self._may_act
 
     # Inside.
 
     @property
     def _may_act(self) -> bool:
-        return self.in_flight < self.FORWARDS_IN_FLIGHT and not self._holds
+        return self.in_flight < self.FORWARDS_IN_FLIGHT
 
     def _act(self, until_s: float) -> None:
         """Act on messages, and parse a piece more where there is no complete one."""
@@ -4763,30 +4755,6 @@ class Connection(asyncio.Protocol):
                 break
         if self.inbox.protocol.state is State.OPEN or not self.inbox.has_frames:
             self._write_out()  # what came before the peer's own close frame still counts
-
-    def _go_on_reading(self) -> bool:
-        """Read on if everything was acted on; return whether something waits for another turn."""
-        if self.transport.is_closing() or self.progress is Progress.CLOSING:
-            return False
-        left = self.inbox.has_frames or bool(self.inbox.unread)
-        if left or not self._may_act:
-            self.pause_reading()
-        else:
-            self.resume_reading()
-        holds_input = self.inbox.held_bytes > 0
-        if holds_input or self._held_input:  # else nothing has changed, as for most messages
-            self._held_input = holds_input
-            self.recount()
-        return left and self._may_act
-
-    def _go_on(self) -> None:
-        if self.progress is Progress.OPEN and not self.transport.is_closing():
-            self._gateway.turns.queue(self)
-
-    def _wake(self) -> None:
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
-        self._drained = None
 
     def _handshake(self) -> None:
         """Read the request, however slowly it comes, and answer it."""
@@ -5035,7 +5003,7 @@ class Drain:
                     async with asyncio.timeout(left_s):
                         await self.hurry.wait()
             if connection.in_flight:
-                connection.hold(+1)
+                connection.hold(+Connection.FORWARDS_IN_FLIGHT)
                 busy.append(connection)
             else:
                 self._send_away(connection)
@@ -5355,7 +5323,7 @@ class Messages:
         if tokens is None:
             connection.send(encode(Authenticated(SESSION_WITHOUT_END_S, ref=ref_of(message))))
         else:
-            connection.hold(+1)
+            connection.hold(+Connection.FORWARDS_IN_FLIGHT)
             done = partial(self._authenticated, connection, ref_of(message))
             tokens.check(message.token, done)
 
@@ -5373,7 +5341,7 @@ class Messages:
                 connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
             else:
                 self._use(connection, found, ref)
-            connection.hold(-1)
+            connection.hold(-Connection.FORWARDS_IN_FLIGHT)
 
     def _use(self, connection: Connection, principal: Principal, ref: str | UnsetType) -> None:
         """Go on with a principal; what it may not use any more ends."""
@@ -5396,7 +5364,7 @@ class Messages:
         position = self._position(message.project_id)
 
         def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
-            connection.forwarding(-1, size_bytes)
+            connection.hold(-1, size_bytes)
             if error is not None:
                 self.refuse(connection, error, message)
             elif sqs_message_id is not None:
@@ -5417,7 +5385,7 @@ class Messages:
             traceparent=message.traceparent or UNSET,
         )
         self._gateway.forwarder.submit(queue, body, done)
-        connection.forwarding(+1, size_bytes)
+        connection.hold(+1, size_bytes)
 
     def _position(self, project_id: str | None) -> dict[str, Any]:
         """Where to read a project's log from, for what comes after this moment; no call is made."""
@@ -5437,7 +5405,7 @@ class Messages:
             raise BadMessage(ErrorCode.UNAVAILABLE, "This gateway takes no answers from agents.")
 
         def done(refusal: str | None = None) -> None:
-            connection.forwarding(-1, 0)
+            connection.hold(-1, 0)
             if refusal not in (None, ALREADY_STOPPED):
                 sentence = f"The stop cannot be written ({refusal})."
                 error = BadMessage(ErrorCode.REJECTED, sentence, retryable=False)
@@ -5448,7 +5416,7 @@ class Messages:
             connection.send(encode(confirmed))
 
         connection.account.charge(PAGE_PRICE_S, self._gateway.now())
-        connection.forwarding(+1, 0)
+        connection.hold(+1, 0)
         if message.project_id:
             intake.stop_order(message.project_id, message.message_id, key, done)
         else:

@@ -321,7 +321,7 @@ async def _connection(data: bytes) -> None:
                     await a_few_turns()
             await a_few_turns()
             if state == "on hold" and not pipe.closed:
-                connection.hold(-1)
+                connection.hold(-Connection.FORWARDS_IN_FLIGHT)
                 await a_few_turns()
             if not pipe.closed and not connection.eof_received():
                 pipe.abort()
@@ -343,7 +343,7 @@ def _bring_into(state: str, connection: Connection) -> None:
     elif state == "failed":
         connection.data_received(b"\xff\xff")
     elif state == "on hold":
-        connection.hold(+1)
+        connection.hold(+Connection.FORWARDS_IN_FLIGHT)
     elif state == "half":
         connection.data_received(b"\x01\x83\x00\x00\x00\x00\xf0\x9f\x8e")
 

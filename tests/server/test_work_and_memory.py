@@ -518,15 +518,15 @@ class TestHolds:
         """The end of one reason to act on nothing does not end another."""
         async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             [connection] = gateway.registry.connections.values()
-            connection.hold(+1)  # a token is looked up
-            connection.hold(+1)  # the drain waits for forwards
+            connection.hold(+Connection.FORWARDS_IN_FLIGHT)  # a token is looked up
+            connection.hold(+Connection.FORWARDS_IN_FLIGHT)  # the drain waits for forwards
             received = gateway.metrics.messages_received
             peer.send(action="ping")
-            connection.hold(-1)
+            connection.hold(-Connection.FORWARDS_IN_FLIGHT)
             await eventually(lambda: not connection.is_read)
             await asyncio.sleep(0)
             assert gateway.metrics.messages_received == received
-            connection.hold(-1)
+            connection.hold(-Connection.FORWARDS_IN_FLIGHT)
             assert (await peer.receive())["type"] == "pong"
 
     @pytest.mark.parametrize("opening", [b"", upgrade()], ids=["refused", "open"])
@@ -564,14 +564,14 @@ class TestHolds:
             [connection] = gateway.registry.connections.values()
             peer.send_frame(b'{"action":', fin=False)
             await eventually(lambda: connection.inbox.unfinished_since)
-            connection.hold(+1)
+            connection.hold(+Connection.FORWARDS_IN_FLIGHT)
             peer.send_frame(b"", Opcode.PONG)
             await eventually(lambda: not connection.is_read)
             async with peer_of(gateway) as unfinished, peer_of(gateway) as silent:
                 unfinished.send_frame(b'{"action":', fin=False)
                 assert await unfinished.close_code() == CloseCode.POLICY_VIOLATION
                 await silent.rest()  # its pings were not answered
-            connection.hold(-1)
+            connection.hold(-Connection.FORWARDS_IN_FLIGHT)
             peer.send_frame(b'"ping"}', Opcode.CONT)
             assert (await peer.receive())["type"] == "pong"
 
@@ -603,13 +603,13 @@ class TestBusy:
             client_of(gateway) as other,
         ):
             for connection in gateway.registry.connections.values():
-                connection.hold(+1)
+                connection.hold(+Connection.FORWARDS_IN_FLIGHT)
             await asked.send(action="ping")
             await other.send(action="ping")
             for _ in range(3):
                 assert await asked.receive() == {"type": "busy"}
             for connection in gateway.registry.connections.values():
-                connection.hold(-1)
+                connection.hold(-Connection.FORWARDS_IN_FLIGHT)
             while (answer := await asked.receive()) == {"type": "busy"}:
                 pass
             assert answer["type"] == "pong"
@@ -631,12 +631,12 @@ class TestBusy:
             [connection] = gateway.registry.connections.values()
             for _ in range(60):  # more than the two kernels take
                 connection.send(b'{"type":"x","data":"' + b"x" * 50_000 + b'"}')
-            connection.hold(+1)
+            connection.hold(+Connection.FORWARDS_IN_FLIGHT)
             peer.send_frame(b"", Opcode.PONG)
             async with peer_of(gateway, asks) as other:
                 for held in gateway.registry.connections.values():
                     if held is not connection:
-                        held.hold(+1)
+                        held.hold(+Connection.FORWARDS_IN_FLIGHT)
                 other.send_frame(b"", Opcode.PONG)
                 for _ in range(3):
                     assert await other.receive() == {"type": "busy"}
