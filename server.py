@@ -947,28 +947,26 @@ class RelayedBatch(Struct):
     sizes: list[int] = []
 
 
+def unread(names: Iterable[str], *, array_like: bool = False) -> msgspec.json.Decoder[Any]:
+    """A decoder of an object's members, or an array's, that finds each and reads none."""
+    fields = [(name, Raw | UnsetType, UNSET) for name in dict.fromkeys(names)]
+    return msgspec.json.Decoder(msgspec.defstruct("Unread", fields, array_like=array_like))
+
+
 class Decoders:
     """Made once: building one costs more than using it."""
 
     client_message = msgspec.json.Decoder(ClientMessage)
     authenticate = msgspec.json.Decoder(Authenticate)
     update = msgspec.json.Decoder(Update)
-    data_without_d = msgspec.json.Decoder(
-        msgspec.defstruct("DataWithoutD", [("data", Raw, Raw())], rename={"data": "cata"})
-    )
     relayed_batch = msgspec.json.Decoder(RelayedBatch)
     relayed_event = msgspec.json.Decoder(RelayedEvent)
-    raws = msgspec.json.Decoder(list[Raw])
-    envelope = msgspec.json.Decoder(
-        msgspec.defstruct(
-            "Envelope",
-            {
-                name: (name, Raw, Raw())
-                for message in (Subscribe, Unsubscribe, Forward, Stop, Authenticate, Update)
-                for name in ("action", *message.__struct_fields__)
-            }.values(),
-        )
+    members = unread(
+        name
+        for message in (Subscribe, Unsubscribe, Forward, Stop, Authenticate, Update)
+        for name in ("action", *message.__struct_fields__)
     )
+    relayed_members = unread(RelayedEvent.__struct_fields__, array_like=True)
 
 
 class Encoders:
@@ -1141,48 +1139,20 @@ def too_deep(text: bytes) -> bool:
     return max(depths, default=0) >= MAX_NESTING  # without the innermost, which are taken out
 
 
-# Half a surrogate pair may stand in JSON as an escape (RFC 8259, section 8.2): it is what becomes
-# of text that was cut inside an emoji. The parser takes none. So what begins like one is written
-# in a way that it does take, and that can be told from everything else: no UTF-8 has these bytes.
-HALVES = ((b"\\\\", b"\xfd\xfd"), (b"\\ud", b"\xfe\\u0"), (b"\\uD", b"\xff\\u0"))
+def members_of(decoder: msgspec.json.Decoder[Any], text: bytes) -> dict[str, bytes]:
+    """The members of a JSON text as they are written, with halves of surrogate pairs or without.
 
+    A half may stand in JSON as an escape (RFC 8259, section 8.2): it is what becomes of text that
+    was cut inside an emoji. The parser takes none. So it reads a copy of the same length, in which
+    no escape begins like one. What it finds there are views, over which the text itself is laid.
 
-def without_halves(payload: bytes) -> bytes:
-    for escape, stand_in in HALVES:
-        payload = payload.replace(escape, stand_in)
-    return payload
-
-
-def with_halves(text: bytes) -> bytes:
-    for escape, stand_in in HALVES:
-        if stand_in[:1] in text:
-            text = text.replace(stand_in, escape)
-    return text
-
-
-def members_of(text: bytes) -> dict[str, bytes]:
-    """The members of a JSON object that have a meaning here, as they are written."""
-    envelope = Decoders.envelope.decode(without_halves(text))
-    members = {name: bytes(getattr(envelope, name)) for name in envelope.__struct_fields__}
-    return {name: with_halves(value) for name, value in members.items() if value}
-
-
-def members_around_data(payload: bytes) -> dict[str, bytes] | None:
-    """The same by a short cut: ``data``, which may be large, are cut out of the message first.
-
-    The parser gets a copy with a c for every d: of the same length, and without surrogates. Where
-    the ``data`` are in it, they are in the message; ``None`` if that place is not easily found.
+    Args:
+        decoder: one made by ``unread``.
     """
-    copy = payload.translate(bytes.maketrans(b"dD", b"cc"))
-    data = bytes(cast("Any", Decoders.data_without_d.decode(copy)).data)
-    key = re.search(rb'"data"[ \t\r\n]*:[ \t\r\n]*', payload)
-    if data and key and copy.startswith(data, key.end()):
-        start, end = key.end(), key.end() + len(data)
-        with contextlib.suppress(msgspec.DecodeError):
-            members = members_of(b"%bnull%b" % (payload[:start], payload[end:]))
-            if members.get("data") == b"null":  # else what was found is deeper inside
-                return members | {"data": payload[start:end]}
-    return None
+    copy = bytearray(text.replace(rb"\ud", rb"\uc").replace(rb"\uD", rb"\uc"))
+    members = msgspec.structs.asdict(decoder.decode(copy))
+    copy[:] = text
+    return {name: bytes(value) for name, value in members.items() if value is not UNSET}
 
 
 def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
@@ -1192,7 +1162,7 @@ def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
         BadMessage: it is in a field that this program reads itself.
         msgspec.DecodeError: that was not what is wrong with the message.
     """
-    members = members_around_data(payload) or members_of(payload)
+    members = members_of(Decoders.members, payload)
     data = members.pop("data", b"null")
     readable: list[bytes] = []
     halved: list[str] = []
@@ -1225,11 +1195,10 @@ def decode_relayed(encoded: bytes) -> RelayedEvent:
     """
     with contextlib.suppress(msgspec.DecodeError):
         return Decoders.relayed_event.decode(encoded)
-    members = [with_halves(bytes(part)) for part in Decoders.raws.decode(without_halves(encoded))]
-    place = RelayedEvent.__struct_fields__.index("payload")
-    payload = b"".join(members[place : place + 1])
-    members[place : place + 1] = [b"null"]
-    event = Decoders.relayed_event.decode(b"[%b]" % b",".join(members))
+    members = members_of(Decoders.relayed_members, encoded)
+    payload = members.get("payload", b"")
+    members["payload"] = b"null"
+    event = Decoders.relayed_event.decode(b"[%b]" % b",".join(members.values()))
     event.payload = Raw(payload)
     return event
 
