@@ -4825,6 +4825,7 @@ class Connection(asyncio.Protocol):
 # The orderly end of a task: what begins it, and when clients are sent away. Knows no requests.
 
 
+@dataclasses.dataclass(eq=False)
 class TargetHealth:
     """The state of this task's own target in the load balancer.
 
@@ -4837,14 +4838,11 @@ class TargetHealth:
 
     EVERY_S = 10.0
 
-    def __init__(
-        self, elbv2: Any, target_group_arn: str, target: Mapping[str, Any], metrics: Metrics
-    ) -> None:
-        self._elbv2 = elbv2
-        self._target_group_arn = target_group_arn
-        self._target = target
-        self._metrics = metrics
-        self._dependency = Dependency("load balancer")
+    elbv2: Any
+    target_group_arn: str
+    target: Mapping[str, Any]
+    metrics: Metrics
+    dependency: Dependency = dataclasses.field(default_factory=partial(Dependency, "load balancer"))
 
     async def begin(self, drain: asyncio.Event) -> None:
         """Set ``drain`` once the target's state becomes ``draining``.
@@ -4869,22 +4867,24 @@ class TargetHealth:
     async def _state(self) -> str | None:
         """The target's state now; ``None`` where the call fails, which changes nothing."""
         try:
-            answer = await self._dependency.call(
-                self._elbv2.describe_target_health,
-                TargetGroupArn=self._target_group_arn,
-                Targets=[self._target],
+            answer = await self.dependency.call(
+                self.elbv2.describe_target_health,
+                TargetGroupArn=self.target_group_arn,
+                Targets=[self.target],
             )
             return str(answer["TargetHealthDescriptions"][0]["TargetHealth"]["State"])
         except (*AWS_ERRORS, IndexError) as exc:
-            self._metrics.target_health_errors += 1
-            self._dependency.failed(exc, "DescribeTargetHealth")
+            self.metrics.target_health_errors += 1
+            self.dependency.failed(exc, "DescribeTargetHealth")
             return None
 
 
+@dataclasses.dataclass(eq=False)
 class Drain:
     """Ends a task in order, in ``BUDGET_S``.
 
     Attributes:
+        spread_s: seconds over which clients are sent away.
         wanted: set once the task is to end; it then takes nobody in any more.
         hurry: set once it is to wait no more than a second.
         receiving: the task that receives updates, which is seen through and not cut.
@@ -4893,91 +4893,81 @@ class Drain:
     BUDGET_S = 110.0  # of the 120 s after which the platform kills the task
     RECONNECT_SPREAD_MS = 1_000
 
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        forwarder: Forwarder,
-        intake: Intake | None,
-        relay: Relay | None,
-    ) -> None:
-        self.wanted = asyncio.Event()
-        self.hurry = asyncio.Event()
-        self.receiving: asyncio.Task[None] | None = None
-        self._drain_s = settings.drain_seconds
-        self._registry = registry
-        self._forwarder = forwarder
-        self._intake = intake
-        self._relay = relay
-        self._signalled = False
+    spread_s: float
+    registry: Registry
+    forwarder: Forwarder
+    intake: Intake | None
+    relay: Relay | None
+    receiving: asyncio.Task[None] | None = None
+    wanted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    hurry: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    signalled: bool = False
 
     def signal(self) -> None:
         """Begin, or hurry if a signal has come before."""
-        (self.hurry if self._signalled else self.wanted).set()
-        self._signalled = True
+        (self.hurry if self.signalled else self.wanted).set()
+        self.signalled = True
 
-    async def run(self, tasks: asyncio.TaskGroup, loops: list[asyncio.Task[Any]]) -> None:
-        """Send everybody away, finish what is in hand, then end ``loops``."""
-        logger.info("draining", extra={"connections": len(self._registry.connections)})
+    async def run(self, tasks: asyncio.TaskGroup, working: asyncio.Task[None]) -> None:
+        """Send everybody away, finish what is in hand, then end ``working``."""
+        logger.info("draining", extra={"connections": len(self.registry.connections)})
         finishing = tasks.create_task(self._finish())
         hurry = tasks.create_task(self.hurry.wait())
         first = asyncio.FIRST_COMPLETED
         await asyncio.wait({finishing, hurry}, timeout=self.BUDGET_S, return_when=first)
         await asyncio.wait({finishing}, timeout=1.0 if hurry.done() else 0.0)
-        # 4. End the loops, and take the own queue away.
-        ending = (finishing, hurry, *loops)
+        # 4. End all work, and take the own queue away.
+        ending = (finishing, hurry, working)
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
-        if self._relay:
-            await self._relay.close()
+        if self.relay:
+            await self.relay.close()
         # 5. Cut who is still there.
-        for connection in tuple(self._registry.sockets):
+        for connection in tuple(self.registry.sockets):
             connection.transport.abort()
 
     async def _finish(self) -> None:
         # 1. No more sockets (the door sees to that) and no more updates. A long poll under way is
         #    seen through, if that takes no longer than the drain: what SQS hands to a call that
         #    was cut is invisible to everybody for ten seconds.
-        receiving_until = time.monotonic() + self._drain_s
-        if self._intake:
-            self._intake.stop()
+        receiving_until = time.monotonic() + self.spread_s
+        if self.intake:
+            self.intake.stop()
         # 2. Send the clients away, spread out so that the others can take them in.
         await self._close_all()
         if self.receiving:
             left_s = max(0.0, receiving_until - time.monotonic())
             await asyncio.wait({self.receiving}, timeout=left_s)
         # 3. Finish the forwards and updates in hand, and see the closing handshakes through.
-        await self._forwarder.idle()
-        if self._intake:
+        await self.forwarder.idle()
+        if self.intake:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CALL_TIMEOUT_S):
-                    await self._intake.idle()
-        leaving = set(self._registry.sockets)  # and nobody who comes now
+                await asyncio.wait_for(self.intake.idle(), CALL_TIMEOUT_S)
+        leaving = set(self.registry.sockets)  # and nobody who comes now
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(Connection.CLOSE_TIMEOUT_S):
-                while leaving & self._registry.sockets:
+                while leaving & self.registry.sockets:
                     await asyncio.sleep(0.05)
 
     async def _close_all(self) -> None:
         began_at = time.monotonic()
-        spread_s = min(self._drain_s, self.BUDGET_S / 2)
-        connections = list(self._registry.connections.values())
+        spread_s = min(self.spread_s, self.BUDGET_S / 2)
+        connections = list(self.registry.connections.values())
         random.shuffle(connections)
         busy = []
         for i, connection in enumerate(connections):
             left_s = began_at + spread_s * i / len(connections) - time.monotonic()
             if left_s > 0 and not self.hurry.is_set():
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(left_s):
-                        await self.hurry.wait()
+                    await asyncio.wait_for(self.hurry.wait(), left_s)
             if connection.in_flight:
                 connection.hold(+Connection.FORWARDS_IN_FLIGHT)
                 busy.append(connection)
             else:
                 self._send_away(connection)
         if busy:  # who waits for confirmations gets them first
-            await self._forwarder.idle()
+            await self.forwarder.idle()
         for connection in busy:
             self._send_away(connection)
 
@@ -5254,12 +5244,10 @@ class Messages:
         if isinstance(message, Authenticate):
             self._authenticate(connection, message)
             return
-        if connection.principal is None:
-            raise BadMessage(ErrorCode.UNAUTHENTICATED, "Authenticate first.")
         project_id = getattr(message, "project_id", None)
         # An agent answers where it was asked: a forward for everyone comes back to everyone.
         strictly = isinstance(message, Forward | Stop)
-        may_use = connection.principal.may_use
+        may_use = cast("Principal", connection.principal).may_use
         if not isinstance(message, Ping) and not may_use(project_id, strictly=strictly):
             raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
         match message:
@@ -5272,10 +5260,19 @@ class Messages:
             case Unsubscribe():
                 if project_id != EVERYONE:  # whose events reach everyone, asked for or not
                     self._gateway.feed.unsubscribe(connection, message.project_id)
-                answer = UnsubscriptionConfirmed(message.project_id, ref=ref_of(message))
-                connection.send(encode(answer))
+                self._answer(connection, message, UnsubscriptionConfirmed(message.project_id))
             case Ping():
-                connection.send(encode(Pong(timestamp(), ref=ref_of(message))))
+                self._answer(connection, message, Pong(timestamp()))
+
+    def _answer(
+        self, connection: Connection, message: ClientMessage, answer: Answer | BadMessage
+    ) -> None:
+        """Send the answer to a message, with the ``ref`` that it came with."""
+        if isinstance(answer, BadMessage):
+            self.refuse(connection, answer, message)
+        else:
+            answer.ref = ref_of(message)
+            connection.send(encode(answer))
 
     def _subscribe(self, connection: Connection, message: Subscribe) -> None:
         limit = self._settings.max_subscriptions_per_connection
@@ -5290,14 +5287,13 @@ class Messages:
         """Take a token as the first message, or a fresh one of the same subject."""
         tokens = self._gateway.door.tokens
         if tokens is None:
-            connection.send(encode(Authenticated(SESSION_WITHOUT_END_S, ref=ref_of(message))))
+            self._answer(connection, message, Authenticated(SESSION_WITHOUT_END_S))
         else:
             connection.hold(+Connection.FORWARDS_IN_FLIGHT)
-            done = partial(self._authenticated, connection, ref_of(message))
-            tokens.check(message.token, done)
+            tokens.check(message.token, partial(self._authenticated, connection, message))
 
     def _authenticated(
-        self, connection: Connection, ref: str | UnsetType, found: Principal | NotAuthenticated
+        self, connection: Connection, message: Authenticate, found: Principal | NotAuthenticated
     ) -> None:
         with connection.failing_alone():
             before = connection.principal
@@ -5309,10 +5305,10 @@ class Messages:
                 self._gateway.door.count_failure(connection, found)
                 connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
             else:
-                self._use(connection, found, ref)
+                self._use(connection, message, found)
             connection.hold(-Connection.FORWARDS_IN_FLIGHT)
 
-    def _use(self, connection: Connection, principal: Principal, ref: str | UnsetType) -> None:
+    def _use(self, connection: Connection, message: Authenticate, principal: Principal) -> None:
         """Go on with a principal; what it may not use any more ends."""
         gateway = self._gateway
         if connection.principal is None:
@@ -5320,7 +5316,7 @@ class Messages:
         gateway.door.know(connection, principal)
         connection.warned = False
         connection.deadline = math.inf
-        connection.send(encode(Authenticated(seconds_left(principal), ref=ref)))
+        self._answer(connection, message, Authenticated(seconds_left(principal)))
         for project_id in tuple(connection.subscriptions | connection.catching_up.keys()):
             if not principal.may_use(project_id):
                 gateway.feed.unsubscribe(connection, project_id)
@@ -5329,18 +5325,13 @@ class Messages:
     def _forward(self, connection: Connection, message: Forward) -> None:
         queue = queue_of(message)
         message.message_id = message_id = message.message_id or str(uuid.uuid4())
-        size_bytes = memoryview(message.data).nbytes
         position = self._position(message.project_id)
+        size_bytes = memoryview(message.data).nbytes
 
         def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
             connection.hold(-1, size_bytes)
-            if error is not None:
-                self.refuse(connection, error, message)
-            elif sqs_message_id is not None:
-                answer = ForwardConfirmed(
-                    message_id, sqs_message_id, **position, ref=ref_of(message)
-                )
-                connection.send(encode(answer))
+            confirmed = ForwardConfirmed(message_id, sqs_message_id or "", **position)
+            self._answer(connection, message, error or confirmed)
 
         body = AgentMessage(
             type=message.type,
@@ -5374,18 +5365,15 @@ class Messages:
             raise BadMessage(ErrorCode.UNAVAILABLE, "This gateway takes no answers from agents.")
 
         def done(refusal: str | None = None) -> None:
-            connection.hold(-1, 0)
+            connection.hold(-1)
+            answer: Any = StopConfirmed(message.message_id, message.project_id or UNSET)
             if refusal not in (None, ALREADY_STOPPED):
                 sentence = f"The stop cannot be written ({refusal})."
-                error = BadMessage(ErrorCode.REJECTED, sentence, retryable=False)
-                self.refuse(connection, error, message)
-                return
-            project_id = message.project_id or UNSET
-            confirmed = StopConfirmed(message.message_id, project_id, ref=ref_of(message))
-            connection.send(encode(confirmed))
+                answer = BadMessage(ErrorCode.REJECTED, sentence, retryable=False)
+            self._answer(connection, message, answer)
 
         connection.account.charge(PAGE_PRICE_S, self._gateway.now())
-        connection.hold(+1, 0)
+        connection.hold(+1)
         if message.project_id:
             intake.stop_order(message.project_id, message.message_id, key, done)
         else:
@@ -5539,7 +5527,8 @@ class Gateway:
         )
         self.address: tuple[str, int] = ("", 0)
         self.ready = asyncio.Event()
-        self.drain = Drain(settings, self.registry, self.forwarder, self.intake, self.relay)
+        spread_s = settings.drain_seconds
+        self.drain = Drain(spread_s, self.registry, self.forwarder, self.intake, self.relay)
 
     async def run(self, own_address: str = "") -> None:
         """Serve until a drain is wanted, and drain.
@@ -5568,38 +5557,37 @@ class Gateway:
             logger.warning("AUTH_JWKS_URL is not set: everybody may use every project")
         if not self._settings.allowed_origins:
             logger.warning("ALLOWED_ORIGINS is not set: pages of every origin may connect")
-        loops: list[asyncio.Task[Any]] = [self.tasks.create_task(self.sweep.run())]
-        if arn := self._settings.target_group_arn:
-            target = {"Id": own_address, "Port": port}
-            health = TargetHealth(self._aws.elbv2, arn, target, self.metrics)
-            loops.append(self.tasks.create_task(health.begin(self.drain.wanted)))
-        starting = self.tasks.create_task(self._start(loops))
+        working = self.tasks.create_task(self._work(own_address))
         await self.drain.wanted.wait()
-        starting.cancel()
-        await self.drain.run(self.tasks, loops)
+        await self.drain.run(self.tasks, working)
         metrics_logger.info("metrics", extra=self.metrics.line())
         logger.info("drained")
         server.close()
 
-    async def _start(self, loops: list[asyncio.Task[Any]]) -> None:
-        """Open the log, then the fan-out, and only then the doors."""
-        if self.door.tokens is not None:
-            await self.door.tokens.first_keys()
-            loops.append(self.tasks.create_task(self.door.tokens.keep_keys()))
-        await self.log.open()
-        await self.feed.open(self.registry.channel(EVERYONE))
-        loops.append(self.tasks.create_task(self.feed.audit(self._settings.audit_interval_seconds)))
-        if self.relay:
-            await self.relay.start()
-            loops.append(self.tasks.create_task(self.relay.run(self.feed.accept_relayed)))
-            loops.append(self.tasks.create_task(self.relay.heartbeat()))
-            loops.append(self.tasks.create_task(self.relay.reap()))
-        if self.intake:
-            self.drain.receiving = self.tasks.create_task(self.intake.run())
-            loops.append(self.drain.receiving)
-            loops.append(self.tasks.create_task(self.intake.keep()))
-        self.ready.set()
-        logger.info("ready", extra={"epoch": self.log.epoch})
+    async def _work(self, own_address: str) -> None:
+        """Open the log, then the fan-out, and only then the doors; go on until it is cancelled."""
+        settings, relay, intake = self._settings, self.relay, self.intake
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self.sweep.run())
+            if arn := settings.target_group_arn:
+                target = {"Id": own_address, "Port": self.address[1]}
+                health = TargetHealth(self._aws.elbv2, arn, target, self.metrics)
+                loops.create_task(health.begin(self.drain.wanted))
+            if tokens := self.door.tokens:
+                await tokens.first_keys()
+                loops.create_task(tokens.keep_keys())
+            await self.log.open()
+            await self.feed.open(self.registry.channel(EVERYONE))
+            loops.create_task(self.feed.audit(settings.audit_interval_seconds))
+            if relay:
+                await relay.start()
+                for each in (relay.run(self.feed.accept_relayed), relay.heartbeat(), relay.reap()):
+                    loops.create_task(each)
+            if intake:
+                self.drain.receiving = loops.create_task(intake.run())
+                loops.create_task(intake.keep())
+            self.ready.set()
+            logger.info("ready", extra={"epoch": self.log.epoch})
 
     async def _read_state(self, project_id: str) -> Any:
         """The platform's own item of a project as JSON has it; ``None`` if there is none."""
