@@ -1753,23 +1753,70 @@ def choose_subprotocol(_: ServerProtocol, offers: Sequence[Subprotocol]) -> Subp
 # Who is connected, who listens to what, what they were told last. Never awaits, never logs.
 
 
+class Chunk:
+    """Events that a client gets in one piece, joined once for all who get them.
+
+    Slow readers share what they have not read, too.
+
+    Attributes:
+        size_bytes: of the events' frames.
+    """
+
+    MAX_BYTES = 131_072  # of one write to a client that catches up; a larger event is alone
+
+    __slots__ = ("_joined", "events", "size_bytes")
+
+    def __init__(self, events: list[Event]) -> None:
+        self.events = events
+        self.size_bytes = sum([len(event.frame) for event in events])
+        self._joined: dict[bool, bytes] = {}
+
+    def frames(self, deflated: bool) -> bytes:
+        joined = self._joined.get(deflated)
+        if joined is None:
+            frames = [event.deflated if deflated else event.frame for event in self.events]
+            joined = self._joined[deflated] = b"".join(frames)
+        return joined
+
+    # Of those whose events are consecutive ones of a log.
+
+    @property
+    def first(self) -> int:
+        return cast("int", self.events[0].seq)
+
+    @property
+    def last(self) -> int:
+        return cast("int", self.events[-1].seq)
+
+    def after(self, position: int) -> Chunk:
+        """The events after ``position``: all of them are this chunk itself."""
+        return Chunk(self.events[position + 1 - self.first :]) if position >= self.first else self
+
+    def take(self, event: Event) -> bool:
+        """Add the next event, if it is one and there is room; whether it was."""
+        size_bytes = self.size_bytes + len(event.frame)
+        if event.seq != self.last + 1 or size_bytes > self.MAX_BYTES:
+            return False
+        self.events.append(event)
+        self.size_bytes = size_bytes
+        self._joined.clear()
+        return True
+
+
 class Channel:
     """One project on this task: its listeners and its cursor.
 
     Attributes:
         cursor: ``seq`` of the last event delivered here; ``None`` until the log was asked.
         wanted: highest ``seq`` heard of; above ``cursor`` it means a gap.
-        recent: the last events, without a hole, up to ``cursor``.
+        chunks: what is remembered of the events up to ``cursor``, without overlaps.
         pending: events to be written at the end of this turn of the loop.
         visitors: clients still catching up, for whom the channel must stay.
     """
 
-    RECENT_EVENTS = 128  # per channel, for clients that come back at once
-    RECENT_BYTES = 65_536
-
     __slots__ = (
-        "_recent_bytes", "cursor", "filling", "listeners", "moved_at", "opening", "pending",
-        "project_id", "recent", "visitors", "wanted",
+        "chunks", "cursor", "filling", "listeners", "opening", "pending", "project_id",
+        "visitors", "wanted",
     )  # fmt: skip
 
     def __init__(self, project_id: str) -> None:
@@ -1778,17 +1825,26 @@ class Channel:
         self.pending: list[Event] = []
         self.cursor: int | None = None
         self.wanted = 0
-        self.moved_at = 0.0
-        self.recent: deque[Event] = deque()
-        self._recent_bytes = 0
+        self.chunks: list[Chunk] = []
         self.opening: asyncio.Future[None] | None = None
         self.filling: asyncio.Task[None] | None = None
         self.visitors = 0
 
     @property
+    def behind(self) -> bool:
+        """Whether events are known to be in the log that were not delivered here."""
+        return self.cursor is not None and self.wanted > self.cursor
+
+    @property
     def floor(self) -> int:
-        """Everything after this ``seq`` is in ``recent``."""
-        return cast("int", self.recent[0].seq) - 1 if self.recent else self.cursor or 0
+        """Everything after this ``seq`` is in the chunk that ends at the cursor."""
+        cursor = self.cursor or 0
+        chunk = self.chunk_with(cursor)
+        return chunk.first - 1 if chunk else cursor
+
+    def chunk_with(self, seq: int) -> Chunk | None:
+        found = (chunk for chunk in reversed(self.chunks) if chunk.first <= seq <= chunk.last)
+        return next(found, None)
 
     @property
     def idle(self) -> bool:
@@ -1801,35 +1857,7 @@ class Channel:
             self.wanted = max(self.wanted, seq)
             return False
         self.cursor = seq
-        self.moved_at = time.monotonic()
-        self.recent.append(event)
-        self._recent_bytes += len(event.frame)
-        while len(self.recent) > self.RECENT_EVENTS or self._recent_bytes > self.RECENT_BYTES:
-            self._recent_bytes -= len(self.recent.popleft().frame)
         return True
-
-    def remember(self, events: Sequence[Event]) -> None:
-        """Put events that end where ``recent`` begins before it, as far as the bounds allow.
-
-        When a task is replaced, thousands come back for the same few: one reads them for all.
-        """
-        older = [event for event in events if cast("int", event.seq) <= self.floor]
-        for event in reversed(older):
-            size = self._recent_bytes + len(event.frame)
-            if (
-                event.seq != self.floor
-                or len(self.recent) == self.RECENT_EVENTS
-                or size > self.RECENT_BYTES
-            ):
-                break
-            self.recent.appendleft(event)
-            self._recent_bytes = size
-
-    def jump(self, seq: int) -> None:
-        """Go on from ``seq``, over events that nobody can have any more."""
-        self.cursor = seq
-        self.recent.clear()
-        self._recent_bytes = 0
 
 
 class Registry:
@@ -1840,10 +1868,14 @@ class Registry:
         connections: those of them that are open, by id.
     """
 
+    REMEMBERED_BYTES = 16_777_216  # of events of all channels
+
     def __init__(self) -> None:
         self.sockets: set[Connection] = set()
         self.connections: dict[str, Connection] = {}
         self.channels: dict[str, Channel] = {}
+        self._chunks: deque[tuple[Channel, Chunk]] = deque()  # the oldest first
+        self._remembered_bytes = 0
 
     def channel(self, project_id: str) -> Channel:
         channel = self.channels.get(project_id)
@@ -1869,6 +1901,23 @@ class Registry:
         """Forget a channel nobody listens to; everyone's own stays."""
         if channel.idle and channel.project_id != EVERYONE:
             self.channels.pop(channel.project_id, None)
+
+    def remember(self, channel: Channel, event: Event, chunk: Chunk | None) -> Chunk:
+        """Keep an event up to the cursor for clients that come back, and forget the oldest chunks.
+
+        When a task is replaced, thousands come back at once that have missed the same. It is kept
+        in ``chunk``, if that ends before it and has room; returns the chunk that it is in.
+        """
+        if chunk is None or not chunk.take(event):
+            chunk = Chunk([event])
+            channel.chunks.append(chunk)
+            self._chunks.append((channel, chunk))
+        self._remembered_bytes += len(event.frame)
+        while self._remembered_bytes > self.REMEMBERED_BYTES:
+            forgetful, oldest = self._chunks.popleft()
+            forgetful.chunks.remove(oldest)
+            self._remembered_bytes -= oldest.size_bytes
+        return chunk
 
     def drop(self, connection: Connection) -> None:
         """Send a connection nothing more, whatever it is subscribed to or catches up with."""
@@ -2127,28 +2176,6 @@ class Ledger:
 # Events to listeners: one write a listener and turn of the loop. Knows no AWS.
 
 
-class Chunk(dict[bool, bytes]):
-    """The frames of events that a client gets in one piece, by whether they are deflated.
-
-    Joined once for all who get them, so that slow readers share what they have not read, too.
-    """
-
-    __slots__ = ("events",)
-
-    def __init__(self, events: Sequence[Event]) -> None:
-        self.events = events
-
-    def __missing__(self, deflated: bool) -> bytes:
-        frames = [event.deflated if deflated else event.frame for event in self.events]
-        self[deflated] = joined = b"".join(frames)
-        return joined
-
-    @property
-    def last(self) -> int:
-        """``seq`` of the last of them, which are all of the log."""
-        return cast("int", self.events[-1].seq)
-
-
 class FanOut:
     """Gathers what happens in one turn of the loop and writes it in one piece.
 
@@ -2180,7 +2207,7 @@ class FanOut:
             if channel.pending:
                 chunk, channel.pending = Chunk(channel.pending), []
                 for connection in channel.listeners:
-                    due[connection] = (*due.get(connection, ()), chunk[connection.deflates])
+                    due[connection] = (*due.get(connection, ()), chunk.frames(connection.deflates))
                 self._metrics.delivered(chunk.events, len(channel.listeners))
         for connection, pieces in due.items():
             try:
@@ -3223,12 +3250,8 @@ class Feed:
     gap is read from the log before anything else is delivered.
     """
 
-    READS = 32  # at once, of pages of up to 1 MB
-    CHUNK_BYTES = 131_072  # of one write to a client that catches up
-    WRITES = 32  # of chunks, in one turn of the loop
-    PAGES = 12  # kept for others who come for the same
+    TURNS = 32  # pages of up to 1 MB read at once, and chunks written in one turn of the loop
     AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
-    RECENT_FOR_S = 60.0  # then a quiet channel costs nothing but its cursor
 
     def __init__(
         self,
@@ -3245,11 +3268,9 @@ class Feed:
         self._fan_out = fan_out
         self._metrics = metrics
         self._read_state = read_state
-        self._reads = asyncio.Semaphore(self.READS)
-        self._turns = asyncio.Semaphore(self.WRITES)
-        self._pages: dict[tuple[Channel, int], asyncio.Task[list[Chunk] | Exception | None]] = {}
+        self._turns = asyncio.Semaphore(self.TURNS)
+        self._reads: dict[tuple[Channel, int], asyncio.Task[bool | Exception]] = {}
         self._to_open = Batcher(tasks, self._open, entries=100)
-        self._audited = ""
 
     def accept(self, event: Event, connection_id: str | None = None) -> bool:
         """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled.
@@ -3261,11 +3282,19 @@ class Feed:
         channel = self._registry.channels.get(event.project_id)
         if channel is None:
             return False
-        if event.seq is None or channel.place(event):
+        if event.seq is None:
             self._fan_out.push(channel, event)
-        elif channel.cursor is not None and channel.wanted > channel.cursor:
+        elif not self._place(channel, event) and channel.behind:
             self._fill_soon(channel)
         return False
+
+    def _place(self, channel: Channel, event: Event) -> bool:
+        """Deliver an event of the log, if it is the next one; whether it was."""
+        if placed := channel.place(event):
+            latest = channel.chunk_with(cast("int", event.seq) - 1)
+            self._registry.remember(channel, event, latest)
+            self._fan_out.push(channel, event)
+        return placed
 
     def _send_to(self, connection_id: str, event: Event) -> bool:
         """Send an event to one client, who must have a right to its project at this moment."""
@@ -3352,8 +3381,8 @@ class Feed:
         if connection.progress is not Progress.OPEN:
             return  # closed meanwhile, perhaps by what was sent to confirm
         self._fan_out.flush(channel)
-        if missed := [event for event in channel.recent if cast("int", event.seq) > position]:
-            connection.replay(Chunk(missed))
+        if missed := channel.chunk_with(position + 1):
+            connection.replay(missed.after(position))
         self._registry.join(connection, channel)
 
     async def _catch_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
@@ -3377,85 +3406,73 @@ class Feed:
         if request.since is not None and request.since > (channel.cursor or 0):
             await self._fill(channel)  # the client comes from a task that is ahead of this one
         position, recovered = self._resume_at(channel, request)
-        page = await self._read_on(connection, channel, position)
-        if page is None:
-            position, recovered, page = channel.cursor or 0, False, []
+        if not await self._find(connection, channel, position):
+            position, recovered = channel.cursor or 0, False
         self._confirm(connection, channel, recovered, ref_of(request))
         if request.snapshot:
             await self._send_snapshot(connection, request.project_id, ref_of(request))
         while position < channel.floor:
-            for chunk in page:
-                async with self._turns:  # a crowd that gets the same page at once stops nobody else
-                    connection.replay(chunk)
+            if chunk := channel.chunk_with(position + 1):
+                async with self._turns:  # a crowd that gets the same at once stops nobody else
+                    connection.replay(chunk.after(position))
+                    position = chunk.last
                     await asyncio.sleep(0)
                 await connection.drained()
-                position = chunk.last
-            page = await self._read_on(connection, channel, position)
-            if page is None:
-                position, page = channel.cursor or 0, []
+            elif not await self._find(connection, channel, position):
+                position = channel.cursor or 0
                 self._confirm(connection, channel, False)
         self._go_live(connection, channel, position)
 
-    async def _read_on(
-        self, connection: Connection, channel: Channel, position: int
-    ) -> list[Chunk] | None:
-        """What follows ``position`` and is older than what the channel remembers; a page of it.
+    async def _find(self, connection: Connection, channel: Channel, position: int) -> bool:
+        """Have what follows ``position`` remembered; whether the log still reaches back so far.
 
-        Read once for all who come for it until the next audit, even if the first has gone: when
-        a task is replaced, thousands come back at once that have missed the same. ``None`` if the
-        log no longer reaches back so far.
+        It is read once for all who wait for it, even if the first of them has gone.
         """
-        if position >= channel.floor:
-            return []
+        if position >= (channel.cursor or 0) or channel.chunk_with(position + 1):
+            return True
         await connection.account.afford(PAGE_PRICE_S)
-        if position >= channel.floor:
-            return []
-        key = (channel, position)
-        page = self._pages.get(key)
-        if page is None:
-            page = self._pages[key] = self._tasks.create_task(self._page(channel, position))
-            if len(self._pages) > self.PAGES:
-                del self._pages[next(iter(self._pages))]
-        found = await asyncio.shield(page)
-        if (not found or isinstance(found, Exception)) and self._pages.get(key) is page:
-            del self._pages[key]
+        place = (channel, position)
+        if place not in self._reads:
+            self._reads[place] = self._tasks.create_task(self._read_back(channel, position))
+            self._reads[place].add_done_callback(partial(self._reads.pop, place))
+        found = await asyncio.shield(self._reads[place])
         if isinstance(found, Exception):
             raise RuntimeError("a page of the log could not be read") from found
         return found
 
-    async def _page(self, channel: Channel, position: int) -> list[Chunk] | Exception | None:
-        """A page of the log up to the first hole: the next read then begins with that.
+    async def _read_back(self, channel: Channel, position: int) -> bool | Exception:
+        """Read a page of the log for clients that come back; whether it follows ``position``.
 
         A fault of ours is returned: it is to end the connections that wait, not the process.
         """
         try:
-            async with self._reads:
-                if position >= channel.floor:
-                    return []  # somebody else's read has brought it back by now
+            async with self._turns:
+                if channel.chunk_with(position + 1):
+                    return True  # somebody else's read has brought it back by now
                 self._metrics.catch_ups += 1
                 events = await self._read(channel, position, channel.cursor or 0)
         except UpstreamLost:
             raise
         except Exception as exc:
             return exc
-        run = [event for seq, event in enumerate(events, position + 1) if event.seq == seq]
-        channel.remember(run)
-        chunks = runs(run, lambda event: len(event.frame), self.CHUNK_BYTES)
-        return [Chunk(events) for events in chunks] or None
+        return bool(events) and events[0].seq == position + 1
 
     async def _read(self, channel: Channel, after: int, known: int) -> list[Event]:
-        """A page of the log; what in it is news to the channel is delivered on the way."""
+        """A page of the log, remembered; what in it is news to the channel is delivered."""
         events = await self._log.read(channel.project_id, after, known)
+        chunk: Chunk | None = None
         for event in events:
-            if channel.place(event):
-                self._fan_out.push(channel, event)
+            seq = cast("int", event.seq)
+            delivered = self._place(channel, event)
+            if not delivered and seq <= (channel.cursor or 0) and not channel.chunk_with(seq):
+                chunk = self._registry.remember(channel, event, chunk)
         return events
 
     async def _send_snapshot(
         self, connection: Connection, project_id: str, ref: str | UnsetType
     ) -> None:
         try:
-            async with self._reads:
+            async with self._turns:
                 state = await self._read_state(project_id)
         except UpstreamLost as exc:  # the platform's table is not what this task lives by
             logger.error("no snapshot of %r: %s", project_id, exc)
@@ -3483,19 +3500,13 @@ class Feed:
             if channel.opening is not None:
                 channel.opening.set_result(None)
                 channel.opening = None
-            if channel.wanted > channel.cursor:
+            if channel.behind:
                 self._fill_soon(channel)
 
     def _fill_soon(self, channel: Channel) -> None:
-        if channel.filling is None:
+        if channel.filling is None or channel.filling.done():
             self._metrics.gaps_filled += 1
-            channel.filling = self._tasks.create_task(self._fill_gap(channel))
-
-    async def _fill_gap(self, channel: Channel) -> None:
-        try:
-            await self._fill(channel)
-        finally:
-            channel.filling = None  # in the same step: a gap may open in the next
+            channel.filling = self._tasks.create_task(self._fill(channel))
 
     async def _fill(self, channel: Channel) -> None:
         """Deliver everything the log has beyond the cursor."""
@@ -3515,16 +3526,9 @@ class Feed:
         """Go on after events that have expired; the listeners are told to refetch their state."""
         logger.warning("the log of %r has a hole up to %d", channel.project_id, seq)
         self._fan_out.flush(channel)
-        channel.jump(seq)
+        channel.cursor = seq
         for connection in tuple(channel.listeners):
             self._confirm(connection, channel, False)
-
-    def _forget_recent(self) -> None:
-        """What is kept for clients that come back at once is in nobody's way for long."""
-        self._pages.clear()
-        for channel in self._registry.channels.values():
-            if channel.recent and time.monotonic() - channel.moved_at > self.RECENT_FOR_S:
-                channel.jump(channel.cursor or 0)
 
     async def audit(self, interval_s: float) -> NoReturn:
         """Compare cursors with their logs now and then: of ``AUDITED_AT_ONCE`` channels a time.
@@ -3533,22 +3537,20 @@ class Feed:
         """
         while True:
             await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))  # noqa: S311
-            self._forget_recent()
             heads = await self._log.heads(self._next_to_audit())
             await asyncio.sleep(min(1.0, interval_s))  # what is on its way may arrive
             for project_id, head in heads.items():
-                channel = self._registry.channels.get(project_id)
-                if channel is not None and channel.cursor is not None and channel.cursor < head:
+                if channel := self._registry.channels.get(project_id):
                     channel.wanted = max(channel.wanted, head)
-                    self._fill_soon(channel)
+                    if channel.behind:
+                        self._fill_soon(channel)
 
     def _next_to_audit(self) -> list[str]:
-        """The open channels whose turn it is, by name, round and round."""
-        names = [name for name, each in self._registry.channels.items() if each.cursor is not None]
-        if len(names) > self.AUDITED_AT_ONCE:
-            names.sort(key=lambda name: (name <= self._audited, name))
-            del names[self.AUDITED_AT_ONCE :]
-            self._audited = names[-1]
+        """The channels that were looked at longest ago; they come last from now on."""
+        channels = self._registry.channels
+        names = list(itertools.islice(channels, self.AUDITED_AT_ONCE))
+        for name in names:
+            channels[name] = channels.pop(name)
         return names
 
 
@@ -4578,7 +4580,7 @@ class Connection(asyncio.Protocol):
     def replay(self, chunk: Chunk) -> None:
         """Write events in one piece, to a client that catches up at its own pace and cost."""
         if self.progress is Progress.OPEN:
-            frames = chunk[self.deflates]
+            frames = chunk.frames(self.deflates)
             self.account.charge(len(frames) * self.REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
             self.write_shared(frames)
 

@@ -904,7 +904,7 @@ class TestFeed:
             await eventually(lambda: listener.transport.writes[1:])
             await settle()
             written = sum(map(len, listener.transport.writes))
-            assert written <= server.Feed.CHUNK_BYTES + 1_000
+            assert written <= server.Chunk.MAX_BYTES + 1_000
             office.accept(log.add(3))
             listener.reads.set()
             await eventually(lambda: "p" in listener.subscriptions)

@@ -74,7 +74,7 @@ class Listener(Connection):
 
     def replay(self, chunk: Chunk) -> None:
         if self.progress is Progress.OPEN:
-            self.transport.write(chunk[self.deflates])
+            self.transport.write(chunk.frames(self.deflates))
 
     def write_shared(self, frames: bytes) -> None:
         self.transport.write(frames)

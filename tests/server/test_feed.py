@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from unittest.mock import AsyncMock
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from websockets.frames import CloseCode
 
 import server
@@ -18,7 +16,7 @@ from server import Event, Progress, Subscribe, UpstreamLost
 from tests.server.feeds import MemoryLog, Office, check_story, office_of, settle
 from tests.server.gateways import how_it_ends, task_group
 from tests.server.listeners import Listener, event
-from tests.waiting import DEADLINE_S, eventually
+from tests.waiting import eventually
 
 
 class TestFeed:
@@ -126,22 +124,6 @@ class TestFeed:
             log.gone.clear()
             await eventually(lambda: len(listener.messages) == 3)
         assert listener.seqs() == [1, 2, 3]
-
-    async def test_quiet_channel(self, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What a channel keeps for those who come back is let go when nothing happens there."""
-        monkeypatch.setattr(server.Feed, "RECENT_FOR_S", -1.0)
-        listener = Listener()
-        async with office_of(log) as office:
-            await office.subscribe(listener)
-            office.accept(log.add(3))
-            channel = office.registry.channel("p")
-            assert channel.floor == 0
-            auditing = asyncio.ensure_future(office.feed.audit(0.01))
-            await eventually(lambda: channel.floor == 3)
-            auditing.cancel()
-            office.accept(log.add())
-            await settle()
-        assert listener.seqs() == [1, 2, 3, 4]
 
     async def test_events_while_opening(self) -> None:
         """Events that come while a project's log is looked up are not lost."""
@@ -296,26 +278,34 @@ class TestFeed:
             assert listener.seqs() == list(range(1, 201))
         assert log.reads <= 200 / 20
 
-    async def test_pages_are_not_kept_for_long(self) -> None:
-        """Pages that were read are bounded in number, and forgotten with the next audit."""
+    async def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Events that were read are kept for others up to a bound, and then read again."""
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 200_000)
         log = MemoryLog(page=1)
         log.add(100, size=10_000)
-        async with task_group() as tasks:
-            office = Office(tasks, log)
+        async with office_of(log) as office:
 
             async def reads_of_another(since: int) -> int:
                 before = log.reads
                 await office.subscribe(Listener(), since=since)
                 return log.reads - before
 
-            in_all = await reads_of_another(0)
-            assert await reads_of_another(in_all - server.Feed.PAGES) == 0
-            assert await reads_of_another(in_all - server.Feed.PAGES - 1) > 0
-            audit = tasks.create_task(office.feed.audit(0.01))
-            async with asyncio.timeout(DEADLINE_S):
-                while not await reads_of_another(in_all - 1):
-                    await asyncio.sleep(0)
-            audit.cancel()
+            assert await reads_of_another(0) >= 85
+            assert await reads_of_another(90) == 0
+            assert await reads_of_another(50) >= 30
+
+    async def test_neighbours_share(self, log: MemoryLog) -> None:
+        """Clients that have missed about the same, each another number of events, share reads."""
+        log.add(2_000)
+        listeners = [Listener(str(since)) for since in range(1_500, 1_600)]
+        async with office_of(log) as office:
+            for listener in listeners:
+                office.feed.subscribe(listener, Subscribe("p", int(listener.id)))
+            await eventually(lambda: office.registry.subscriptions == 100)
+        for listener in listeners:
+            listener.messages.popleft()
+            assert listener.seqs() == list(range(int(listener.id) + 1, 2_001))
+        assert log.reads <= 2 * server.Feed.TURNS
 
     async def test_audits_take_turns(self, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
         """With more channels than one audit looks at, each is looked at in its turn."""
@@ -398,15 +388,14 @@ class TestFeed:
             monkeypatch.setattr(office, "read_state", read_state)
             office.feed.subscribe(listener, Subscribe("p", 3, snapshot=True))
             await reading.wait()
-            office.accept(
-                log.add(server.Channel.RECENT_EVENTS + 10)
-            )  # more than the channel remembers
+            count = 1 + server.Chunk.MAX_BYTES // len(event(1_000).frame)
+            office.accept(log.add(count))  # more than the last chunk holds
             read.set()
             await eventually(lambda: "p" in listener.subscriptions)
         assert [message.get("seq") for message in listener.received()] == [
             3,
             None,
-            *range(4, server.Channel.RECENT_EVENTS + 14),
+            *range(4, count + 4),
         ]
 
     async def test_fault_in_a_shared_page(
@@ -441,14 +430,3 @@ class TestFeed:
             await eventually(lambda: len(stories) == 50)
         assert len(set(stories)) == 1
         assert "malformed" in stories[0]
-
-    @given(sizes=st.lists(st.sampled_from([0, 100, 40_000, 65_536, 200_000]), max_size=20))
-    def test_chunks(self, sizes: list[int]) -> None:
-        """A catch-up is cut into chunks that lose nothing and are no larger than they have to."""
-        events = [event(number, size=size) for number, size in enumerate(sizes)]
-        cut = list(server.runs(events, lambda each: len(each.frame), server.Feed.CHUNK_BYTES))
-        assert [each for chunk in cut for each in chunk] == events
-        assert all(cut)
-        for chunk in cut:
-            size = sum(len(each.frame) for each in chunk)
-            assert size <= server.Feed.CHUNK_BYTES or len(chunk) == 1

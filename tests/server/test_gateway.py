@@ -411,7 +411,7 @@ class TestGateway:
                 for _ in range(20):
                     assert await other.has_nothing_more()
                 held = max(each.transport.get_write_buffer_size() for each in connections)
-                assert held < server.CHOKED_AT_BYTES + 2 * server.Feed.CHUNK_BYTES
+                assert held < server.CHOKED_AT_BYTES + 2 * server.Chunk.MAX_BYTES
                 agents_say(stand_in, {"project_id": "p", "data": "live"})
                 await eventually(
                     lambda: (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,46 +17,71 @@ class TestRegistry:
         channel = Channel("p")
         assert not channel.place(event(5))
         assert not channel.place(event(3))
-        assert (channel.cursor, channel.wanted, channel.floor) == (None, 5, 0)
+        assert (channel.cursor, channel.wanted, channel.behind) == (None, 5, False)
 
     def test_placement(self) -> None:
         """The next event moves the cursor; an earlier or a later one does not."""
         channel = Channel("p")
-        channel.jump(4)
+        channel.cursor = 4
         assert channel.place(event(5))
         assert not channel.place(event(5))
         assert not channel.place(event(1))
+        assert not channel.behind
         assert not channel.place(event(7))
-        assert (channel.cursor, channel.wanted, channel.floor) == (5, 7, 4)
+        assert (channel.cursor, channel.wanted, channel.behind) == (5, 7, True)
 
-    @given(seqs=st.lists(st.integers(1, 30), max_size=100), sizes=st.randoms(use_true_random=False))
-    def test_recent_has_no_hole(self, seqs: list[int], sizes: random.Random) -> None:
-        """Whatever comes, the recent events are those up to the cursor, within their bounds."""
-        channel = Channel("p")
-        channel.jump(0)
-        for seq in seqs:
-            channel.place(event(seq, size=sizes.choice([10, 1_000, 40_000])))
-            recent = [each.seq for each in channel.recent]
-            assert recent == list(range(channel.floor + 1, (channel.cursor or 0) + 1))
-            assert sum(len(each.payload) for each in channel.recent) <= server.Channel.RECENT_BYTES
+    @given(
+        bursts=st.lists(
+            st.tuples(st.booleans(), st.integers(1, 30), st.integers(1, 9)), max_size=10
+        ),
+        size=st.sampled_from([10, 1_000, 40_000, 140_000]),
+    )
+    def test_remembered(self, bursts: list[tuple[bool, int, int]], size: int) -> None:
+        """In whatever order events are delivered or read, each is found once, in its place."""
+        registry = Registry()
+        channel, remembered = registry.channel("p"), set[int]()
+        channel.cursor = cursor = 30
+        for is_live, first, count in bursts:
+            for seq in range(first, first + count):
+                if is_live:
+                    cursor += 1
+                    seq = cursor
+                    assert channel.place(event(seq))
+                if not channel.chunk_with(seq) and seq <= cursor:
+                    before = channel.chunk_with(seq - 1)
+                    registry.remember(channel, event(seq, size=size), before)
+                    remembered.add(seq)
+        found = {seq: channel.chunk_with(seq) for seq in range(1, cursor + 2)}
+        assert {seq for seq, chunk in found.items() if chunk} == remembered
+        for seq, chunk in found.items():
+            if chunk:
+                rest = chunk.after(seq - 1)
+                assert [each.seq for each in rest.events] == list(range(seq, chunk.last + 1))
+                assert rest.frames(False) == b"".join(each.frame for each in rest.events)
+                assert chunk.size_bytes <= server.Chunk.MAX_BYTES or chunk.last == seq
+        assert all(channel.chunk_with(seq) for seq in range(channel.floor + 1, cursor + 1))
 
-    def test_recent_is_bounded(self) -> None:
-        """A channel remembers only so many events."""
-        channel = Channel("p")
-        channel.jump(0)
-        for seq in range(1, 1_001):
-            assert channel.place(event(seq))
-        assert len(channel.recent) == server.Channel.RECENT_EVENTS
-        assert channel.floor == 1_000 - server.Channel.RECENT_EVENTS
-
-    def test_jump_forgets(self) -> None:
-        """After a jump, what came before it cannot be had from memory."""
-        channel = Channel("p")
-        channel.jump(0)
-        channel.place(event(1))
-        channel.jump(10)
-        assert (channel.cursor, channel.floor, list(channel.recent)) == (10, 10, [])
-        assert channel.place(event(11))
+    def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was remembered first is forgotten first, over all channels."""
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 1_000_000)
+        registry = Registry()
+        for project_id, count in (("p", 5), ("q", 60), ("p", 5)):
+            channel = registry.channel(project_id)
+            channel.cursor = first = channel.cursor or 0
+            for seq in range(first + 1, first + count + 1):
+                assert channel.place(event(seq))
+                registry.remember(channel, event(seq, size=20_000), channel.chunk_with(seq - 1))
+        kept = [
+            (project_id, seq)
+            for project_id in "pq"
+            for seq in range(1, 62)
+            if registry.channel(project_id).chunk_with(seq)
+        ]
+        assert kept == [
+            *(("p", seq) for seq in range(6, 11)),
+            *(("q", seq) for seq in range(19, 61)),
+        ]
+        assert registry.channel("p").floor == 5
 
     def test_join_and_leave(self) -> None:
         """Listeners are on the list once each, and each can leave."""

@@ -71,7 +71,9 @@ class ResumeMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(server.Channel, "RECENT_EVENTS", 3)
+        size = len(event(1).frame)
+        self.patch.setattr(server.Chunk, "MAX_BYTES", 3 * size + 10)
+        self.patch.setattr(server.Registry, "REMEMBERED_BYTES", 8 * size)
         self.loop = asyncio.new_event_loop()
         self.log = MemoryLog(held=True, page=2)
         self.wire: list[Event] = []
