@@ -286,13 +286,18 @@ class UpstreamLost(GatewayError):
     """AWS refuses in a way that waiting will not mend: a table, a queue or a right is missing."""
 
 
-PASSING_ERRORS = (
+UNSENT_ERRORS = (
     CredentialRetrievalError,
+    MetadataRetrievalError,
+    SdkConnectionError,  # no connection, or none in time; proxy and TLS errors too
+)
+"""What the SDK raises before it has sent anything, though it may do so later."""
+
+PASSING_ERRORS = (
+    *UNSENT_ERRORS,
     HTTPClientError,
     HttpError,
-    MetadataRetrievalError,
     OSError,  # a timeout too
-    SdkConnectionError,  # no connection, or none in time; proxy and TLS errors too
     # The SDK's parsers raise these for answers that are not of AWS's making.
     AttributeError,
     KeyError,
@@ -340,6 +345,12 @@ def passes(exc: BaseException) -> bool:
         return all(map(code_passes, reasons))
     status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status >= 500 or status == 429 or code_passes(error_code(exc))
+
+
+def may_have_effect(exc: BaseException) -> bool:
+    """Whether AWS may have done what a call that failed with ``exc`` asked for."""
+    unsent = isinstance(exc, UNSENT_ERRORS) or code_passes(error_code(exc))
+    return passes(exc) and not unsent
 
 
 def full_jitter_s(attempt: int, *, base_s: float = 0.1) -> float:
@@ -2364,7 +2375,7 @@ class Batcher(Generic[T]):
             self._idle.set()
 
 
-Confirm = Callable[[str | None, BadMessage | None], None]
+Confirm = Callable[[str | BadMessage], None]
 """Called once for each forward, with SQS's message id or with the error that its client gets."""
 
 
@@ -2540,11 +2551,10 @@ class Forwarder:
         self, to: AgentQueue, batch: list[PendingForward], exc: Exception
     ) -> list[PendingForward]:
         """After a call that failed whole, try again, or find the one entry that SQS refuses."""
-        lasting = isinstance(exc, ClientError) and not passes(exc)
-        if lasting or isinstance(exc, SdkConnectionError) or code_passes(error_code(exc)):
-            for forward in batch:  # nothing was sent
+        if not may_have_effect(exc):
+            for forward in batch:
                 forward.unanswered_calls -= 1
-        if not lasting:
+        if passes(exc) or not isinstance(exc, ClientError):
             to.dependency.failed(exc, "SendMessageBatch")
             return batch
         if len(batch) == 1:
@@ -2557,7 +2567,7 @@ class Forwarder:
 
     def _refuse(self, forward: PendingForward, code: str) -> None:
         sentence = f"The agent's queue refused the message ({code})."
-        self._settle(forward, None, BadMessage(ErrorCode.REJECTED, sentence, retryable=False))
+        self._settle(forward, BadMessage(ErrorCode.REJECTED, sentence, retryable=False))
 
     def _too_late(self, forward: PendingForward) -> None:
         code = ErrorCode.UNAVAILABLE
@@ -2568,11 +2578,9 @@ class Forwarder:
                 "The agent's queue did not answer in time. The message may have arrived; "
                 "send it again with the same message_id."
             )
-        self._settle(forward, None, BadMessage(code, sentence, retryable=True))
+        self._settle(forward, BadMessage(code, sentence, retryable=True))
 
-    def _settle(
-        self, forward: PendingForward, sqs_message_id: str | None, error: BadMessage | None = None
-    ) -> None:
+    def _settle(self, forward: PendingForward, outcome: str | BadMessage) -> None:
         """Tell the client what became of its forward, unless it was told so at the deadline."""
         if forward not in self._waiting:
             return
@@ -2580,11 +2588,11 @@ class Forwarder:
         self._waiting_bytes -= forward.size_bytes
         forward.deadline.cancel()
         forward.entry = {}  # A batcher may hold an expired forward until a call has returned.
-        if error is None:
-            self._metrics.forwarded(time.monotonic() - forward.submitted_at)
-        else:
+        if isinstance(outcome, BadMessage):
             self._metrics.forward_errors += 1
-        forward.confirm(sqs_message_id, error)
+        else:
+            self._metrics.forwarded(time.monotonic() - forward.submitted_at)
+        forward.confirm(outcome)
 
     async def idle(self) -> None:
         """Return once every forward is settled and no call is under way."""
@@ -2605,9 +2613,9 @@ class Forwarder:
 #
 # An append is one transaction over as many projects as it can hold. Of each project it moves the
 # head from the seq that this task knows to the new end of the log, and puts the events in between.
-# A transaction that fails, fails for all its projects, and is split: where DynamoDB says for whom,
-# into those and the others, else into halves. So it comes down to one project, which is read
-# again, as another task may have moved its head, and where a refusal is for good, to one event. A
+# A transaction that fails, fails for all its projects. Those that DynamoDB names, or else all of
+# them, are then tried each alone, and the others together. One that fails alone is read again, as
+# another task may have moved its head; and where a refusal is for good, it goes event by event. A
 # call without an answer is repeated with the same token, by which DynamoDB recognises for ten
 # minutes what it has done. To fail less often, a task learns the numbers and ids of the events
 # that other tasks publish.
@@ -2624,7 +2632,7 @@ class Forwarder:
 # call, would need a query a project.
 
 
-ALREADY_STOPPED = "already stopped"
+ALREADY_STOPPED = "ConditionalCheckFailed"
 """The refusal of a stop that another one, a moment before, has made unnecessary."""
 
 
@@ -2666,8 +2674,8 @@ def stop_key(stop: Stop, user: str | None) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class PendingEvent:
-    """An update on its way into the log.
+class PendingUpdate:
+    """An agent's update, or a client's stop, on its way to the log and to clients.
 
     Attributes:
         event_id: what it is recognised by when it comes again.
@@ -2676,6 +2684,7 @@ class PendingEvent:
         event: what clients get, once it is in the log.
         refusal: DynamoDB's code, if it does not take this event.
         stop: the key of the stop that is written with it, unless that is there already.
+        done: told ``None`` once all tasks have been sent it, or the refusal.
     """
 
     update: Update
@@ -2685,6 +2694,7 @@ class PendingEvent:
     event: Event | None = None
     refusal: str | None = None
     stop: dict[str, Any] | None = None
+    done: Callable[[str | None], None] = lambda _: None
 
     BYTES_PER_ITEM = 35_000  # of a transaction's four megabytes, with room for what is not counted
 
@@ -2693,10 +2703,21 @@ class PendingEvent:
         return self.update.project_id or EVERYONE
 
     @property
+    def waiting(self) -> bool:
+        """Whether it is still to be logged."""
+        logged = not self.update.ephemeral and self.update.connection_id is None
+        return logged and self.event is None and self.refusal is None
+
+    @property
+    def items(self) -> int:
+        """How many items it is in the log."""
+        return 2 if self.stop else 1
+
+    @property
     def share(self) -> float:
         """A bound of what it takes of a transaction, in items: their number, or else their size."""
         size = memoryview(self.update.data).nbytes + 1_024
-        return max(2 if self.stop else 1, size / self.BYTES_PER_ITEM)
+        return max(self.items, size / self.BYTES_PER_ITEM)
 
 
 class RecentIds:
@@ -2781,47 +2802,52 @@ def runs(things: Iterable[T], size_of: Callable[[T], float], most: float) -> Ite
         yield run
 
 
+@dataclasses.dataclass(eq=False)
 class ProjectAppend:
     """What is to be appended to one project's log, and what has come of it.
 
     Attributes:
-        pending: in order; in the end each of them has its event or its refusal.
+        pending: in order; in the end each that is to be logged has its event or its refusal.
         head: set by each attempt.
         chosen: what this attempt is to write, with the messages of the events.
         one_by_one: whether a transaction was refused for one of its events, nobody knows which.
         failures: of its transactions since the last success.
     """
 
-    TRANSACTION_ITEMS = 100
-    head: Head
+    TRANSACTION_ITEMS: ClassVar[int] = 100
 
-    def __init__(self, project_id: str, pending: Sequence[PendingEvent]) -> None:
-        self.project_id = project_id
-        self.pending = pending
-        self.chosen: list[tuple[PendingEvent, EventMessage]] = []
-        self.one_by_one = False
-        self.failures = 0
+    project_id: str
+    pending: Sequence[PendingUpdate]
+    head: Head = dataclasses.field(init=False)
+    chosen: list[tuple[PendingUpdate, EventMessage]] = dataclasses.field(default_factory=list)
+    one_by_one: bool = False
+    failures: int = 0
+
+    @property
+    def waiting(self) -> list[PendingUpdate]:
+        return [each for each in self.pending if each.waiting]
 
     @property
     def share(self) -> float:
-        return 1 + sum(each.share for each in self.pending)  # and the head
-
-    @property
-    def waiting(self) -> list[PendingEvent]:
-        return [each for each in self.pending if each.event is None and each.refusal is None]
+        return 1 + sum(each.share for each in self.waiting)  # and the head
 
     @property
     def look_back_to(self) -> float:
         return min((each.look_back_to for each in self.waiting), default=math.inf)
 
-    def choose(self, ids: RecentIds) -> dict[PendingEvent, int]:
+    @property
+    def owners(self) -> list[PendingUpdate | None]:
+        """Whose each item of its transaction is; the first is the head, which is nobody's."""
+        return [None, *(each for each, _ in self.chosen for _ in range(each.items))]
+
+    def choose(self, ids: RecentIds) -> dict[PendingUpdate, int]:
         """Give as much of what waits as one transaction takes the next numbers.
 
         In the same step it is looked for among the ids: what this task learns later is beyond
         these numbers, and makes the transaction fail. Returns what is in the log, by its ``seq``.
         """
-        known: dict[PendingEvent, int] = {}
-        by_id: dict[str, PendingEvent] = {}
+        known: dict[PendingUpdate, int] = {}
+        by_id: dict[str, PendingUpdate] = {}
         for each in self.waiting:
             seq = ids.find(self.project_id, each.event_id)
             if seq is None:
@@ -2894,17 +2920,7 @@ class EventLog:
 
         Unless ``consistent``, at half the price, they may lag by a moment.
         """
-        items = await self._head_items(project_ids, consistent=consistent)
-        if consistent:  # who opens a project will see it appended to
-            for project_id in project_ids:
-                self._heads.setdefault(project_id, self._head_of(items.get(project_id)))
-            self._forget_heads()
-        return {project_id: int(item["seq"]["N"]) for project_id, item in items.items()}
-
-    async def _head_items(
-        self, project_ids: Sequence[str], *, consistent: bool
-    ) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, Any] = {}
         left: list[Any] = [self._key(project_id, self.HEAD_KEY) for project_id in project_ids]
         while left:
             request: Any = {self._table: {"Keys": left[:100], "ConsistentRead": consistent}}
@@ -2913,11 +2929,16 @@ class EventLog:
                 self._dynamodb.batch_get_item, RequestItems=request
             )
             for item in answer["Responses"].get(self._table, []):
-                found[item["PK"]["S"].removeprefix("PROJECT#")] = cast("dict[str, Any]", item)
+                found[str(item["PK"]["S"]).removeprefix("PROJECT#")] = item
             if unprocessed := answer.get("UnprocessedKeys", {}).get(self._table):
                 left += unprocessed["Keys"]
                 await asyncio.sleep(full_jitter_s(1))
-        return found
+        if consistent:  # who opens a project will see it appended to
+            while len(self._heads) > self.HEADS_REMEMBERED:
+                del self._heads[next(iter(self._heads))]
+            for project_id in project_ids:
+                self._heads.setdefault(project_id, self._head_of(found.get(project_id)))
+        return {project_id: int(item["seq"]["N"]) for project_id, item in found.items()}
 
     async def read(self, project_id: str, after: int, known: int = 0) -> list[Event]:
         """The next events after ``after`` that have not expired: up to a page, at most 1 MB.
@@ -3020,9 +3041,9 @@ class EventLog:
         if not written:
             return []
         try:
-            await self._transact([item for append in written for _, item in self._items(append)])
+            await self._transact([item for append in written for item in self._items(append)])
         except AWS_ERRORS as exc:
-            return self._split(written, exc)
+            return self._after_error(written, exc)
         for append in written:
             append.failures = 0
             for pending, message in append.chosen:
@@ -3037,19 +3058,18 @@ class EventLog:
         """Know the ends of a group's logs, and the ids in them that may be waiting here."""
         self._recent_ids.forget()
         known = {append.project_id: self._heads.get(append.project_id) for append in group}
-        cold = [project_id for project_id, head in known.items() if head is None]
-        items = await self._head_items(cold, consistent=True)
-        for append in group:
+        await self.heads([name for name, head in known.items() if head is None], consistent=True)
+        for append in group:  # of those known before, some may have been forgotten meanwhile
             name = append.project_id
-            warm = self._heads.pop(name, None) or known[name]
-            append.head = self._heads[name] = warm or self._head_of(items.get(name))
-        self._forget_heads()
-        if behind := [append for append in group if self._is_behind(append)]:
-            await asyncio.gather(*map(self._read_up, behind))
-
-    def _forget_heads(self) -> None:
-        while len(self._heads) > self.HEADS_REMEMBERED:
-            del self._heads[next(iter(self._heads))]
+            head = self._heads.pop(name, known[name])
+            append.head = self._heads[name] = cast("Head", head)
+        await asyncio.gather(
+            *(
+                self._read_up(append)
+                for append in group
+                if append.head.stale or append.look_back_to < self._knows_since(append.head)
+            )
+        )
 
     def _head_of(self, item: dict[str, Any] | None) -> Head:
         """A head as it was just read: if the last event is old, then there are no newer ids."""
@@ -3062,9 +3082,6 @@ class EventLog:
     def _knows_since(self, head: Head) -> float:
         forgotten = self._recent_ids.since
         return head.known_since if head.read_at > forgotten else max(head.known_since, forgotten)
-
-    def _is_behind(self, append: ProjectAppend) -> bool:
-        return append.head.stale or append.look_back_to < self._knows_since(append.head)
 
     async def _read_up(self, append: ProjectAppend) -> None:
         """Learn the log's end: down to what is known of it, or to where an update may be in it."""
@@ -3112,15 +3129,15 @@ class EventLog:
         self._recent_ids.add(project_id, item["event_id"]["S"], seq)
         return seq
 
-    async def _recognise(self, project_id: str, pending: PendingEvent, seq: int) -> None:
+    async def _recognise(self, project_id: str, pending: PendingUpdate, seq: int) -> None:
         """Settle what is in the log already: what it says there is what happened."""
         stored = await self._items_at(project_id, [seq])
         as_sent = pending.update.event(seq, timestamp())
         message = event_message(project_id, stored[0]) if stored else as_sent
         pending.event = Event.of(message, pending.sent_at)
 
-    def _items(self, append: ProjectAppend) -> list[tuple[PendingEvent | None, Any]]:
-        """A project's part in a transaction, each with its event: head, events and their stops."""
+    def _items(self, append: ProjectAppend) -> list[Any]:
+        """A project's part in a transaction: the head, then the events with their stops."""
         before = cast("int", append.chosen[0][1].seq) - 1
         after, stamp = before + len(append.chosen), append.chosen[-1][1].timestamp
         head = {
@@ -3135,7 +3152,7 @@ class EventLog:
             },
         }
         expires_at = {"N": str(int(time.time()) + self._retention_s)}
-        items: list[tuple[PendingEvent | None, Any]] = [(None, {"Update": head})]
+        items: list[Any] = [{"Update": head}]
         for pending, message in append.chosen:
             item = {
                 **self._key(append.project_id, event_key(cast("int", message.seq))),
@@ -3149,10 +3166,9 @@ class EventLog:
                 item["in_reply_to"] = {"S": message.in_reply_to}
             if message.traceparent is not None:
                 item["traceparent"] = {"S": message.traceparent}
-            items.append((pending, {"Put": {"TableName": self._table, "Item": item}}))
+            items.append({"Put": {"TableName": self._table, "Item": item}})
             if pending.stop is not None:
-                stop = {"TableName": self._table, **self._stop(pending.stop)}
-                items.append((pending, {"Put": stop}))
+                items.append({"Put": {"TableName": self._table, **self._stop(pending.stop)}})
         return items
 
     def _stop(self, key: dict[str, Any]) -> dict[str, Any]:
@@ -3192,21 +3208,14 @@ class EventLog:
                     raise
             await asyncio.sleep(full_jitter_s(attempt))
 
-    def _is_refusal(self, exc: Exception) -> bool:
-        """Whether DynamoDB has refused what it was sent, and not who sent it."""
-        return any(cancellation_codes(exc)) or error_code(exc) in self.REFUSAL_CODES
-
-    def _split(self, group: list[ProjectAppend], exc: Exception) -> list[list[ProjectAppend]]:
-        """Who is to be written anew: those the answer is about, and the others; or two halves."""
+    def _after_error(self, group: list[ProjectAppend], exc: Exception) -> list[list[ProjectAppend]]:
+        """Whose turn it is again: each alone that the answer may be about, the others together."""
         codes = cancellation_codes(exc)
         named = any(codes)
         others, blamed = list[ProjectAppend](), list[ProjectAppend]()
         for append in group:
-            owners = [pending for pending, _ in self._items(append)]
-            own, codes = codes[: len(owners)], codes[len(owners) :]
-            for pending, code in zip(owners, own, strict=False):
-                if pending is not None and code == "ConditionalCheckFailed":  # only stops have one
-                    pending.refusal = ALREADY_STOPPED
+            count = len(append.owners)
+            own, codes = codes[:count], codes[count:]
             if named and not any(own):
                 others.append(append)
                 continue
@@ -3214,24 +3223,29 @@ class EventLog:
             append.failures += 1
             append.head.stale |= not named or own[0] != ""
             if named or len(group) == 1:
-                self._blame(append, own, exc)
-        half = 0 if others else len(blamed) // 2
-        return [part for part in (others, blamed[:half], blamed[half:]) if part]
+                self._blame(append, own if named else [], exc)
+        return [*([others] if others else ()), *([each] for each in blamed)]
 
-    def _blame(self, append: ProjectAppend, codes: list[str], exc: Exception) -> None:
-        """Note what a failed transaction says of the one project that it failed for."""
-        found = {*codes} - {""} or {error_code(exc)}
-        lasting = sorted(code for code in found if not code_passes(code))
-        if found & {"ConditionalCheckFailed", "TransactionConflict"}:
-            self._metrics.append_conflicts += bool(codes[0])  # else it is about a stop
-        elif not lasting or not self._is_refusal(exc):
-            self.dependency.failed(exc, "TransactWriteItems")
+    def _blame(self, append: ProjectAppend, codes: Sequence[str], exc: Exception) -> None:
+        """Note what a failed transaction says of a project: ``codes`` of its items, or nothing."""
+        for pending, code in zip(append.owners, codes, strict=False):
+            if pending is not None and code and not code_passes(code):
+                self._refuse(pending, code)
+        of_head = codes[0] if codes else error_code(exc)
+        if of_head in ("ConditionalCheckFailed", "TransactionConflict"):
+            self._metrics.append_conflicts += 1
+        elif not of_head or code_passes(of_head) or not (codes or of_head in self.REFUSAL_CODES):
+            if of_head or any(map(code_passes, codes)):
+                self.dependency.failed(exc, "TransactWriteItems")
         elif len(append.chosen) > 1:
             append.one_by_one = True
         else:
-            [(pending, _)] = append.chosen
-            pending.refusal = lasting[0]
-            logger.error("event log: %r: an event was refused: %s", append.project_id, lasting[0])
+            self._refuse(append.chosen[0][0], of_head)
+
+    def _refuse(self, pending: PendingUpdate, code: str) -> None:
+        pending.refusal = code
+        if code != ALREADY_STOPPED:
+            logger.error("event log: %r: an event was refused: %s", pending.project_id, code)
 
 
 # --- Backplane ------------------------------------------------------------------------------
@@ -3884,21 +3898,6 @@ class Relay:
             logger.warning("fan-out: the queue stays behind: %s", error_code(exc))
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class PendingUpdate(PendingEvent):
-    """An agent's update, or a client's stop, on its way to the log and to clients.
-
-    Attributes:
-        done: told ``None`` once all tasks have been sent it, or why the log does not take it.
-    """
-
-    done: Callable[[str | None], None] = lambda _: None
-
-    @property
-    def logged(self) -> bool:
-        return not self.update.ephemeral and self.update.connection_id is None
-
-
 class Intake:
     """Takes agents' updates from their queue to the log, to this task's clients and to the topic.
 
@@ -3937,7 +3936,7 @@ class Intake:
         self._relay = relay
         self._may_receive = may_receive
         self._waiting: dict[str, list[PendingUpdate]] = {}  # by project
-        self._under_way: dict[str, list[PendingUpdate]] = {}
+        self._under_way: set[str] = set()
         self._held: dict[str, float] = {}  # receipt to when it came, by the monotonic clock
         self.bytes_in_hand = 0
         self._room = asyncio.Event()
@@ -4031,22 +4030,25 @@ class Intake:
         """Have what waits appended, of every project that has nothing under way."""
         appends = []
         for project_id in [each for each in self._waiting if each not in self._under_way]:
-            updates = self._waiting.pop(project_id)
-            if logged := [update for update in updates if update.logged]:
-                self._under_way[project_id] = updates
-                appends.append(ProjectAppend(project_id, logged))
+            append = ProjectAppend(project_id, self._waiting.pop(project_id))
+            self._under_way.add(project_id)
+            if append.waiting:
+                appends.append(append)
             else:
-                for update in updates:
-                    self._deliver(update)
+                self._appended(append)
         return [self._tasks.create_task(self._append(group)) for group in transactions(appends)]
+
+    def _appended(self, append: ProjectAppend) -> None:
+        self._under_way.remove(append.project_id)
+        for update in append.pending:
+            self._deliver(update)
 
     async def _append(self, group: list[ProjectAppend]) -> None:
         again = await self._log.append(group)
         for groups in again:
             self._tasks.create_task(self._append(groups))
         for append in set(group).difference(*again):
-            for update in self._under_way.pop(append.project_id):
-                self._deliver(update)
+            self._appended(append)
         self._append_waiting()
 
     def _deliver(self, pending: PendingUpdate) -> None:
@@ -5330,10 +5332,11 @@ class Messages:
         position = self._position(message.project_id)
         size_bytes = memoryview(message.data).nbytes
 
-        def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
+        def done(outcome: str | Answer | BadMessage) -> None:
             connection.hold(-1, size_bytes)
-            confirmed = ForwardConfirmed(message_id, sqs_message_id or "", **position)
-            self._answer(connection, message, error or confirmed)
+            if isinstance(outcome, str):
+                outcome = ForwardConfirmed(message_id, outcome, **position)
+            self._answer(connection, message, outcome)
 
         body = AgentMessage(
             type=message.type,

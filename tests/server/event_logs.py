@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import msgspec
 
-from server import Aws, Event, EventLog, Metrics, PendingEvent, ProjectAppend, Registry, Update
+from server import Aws, Event, EventLog, Metrics, PendingUpdate, ProjectAppend, Registry, Update
 from tests.server.aws import Platform
 
 
@@ -19,14 +19,14 @@ def entry(
     look_back_to: float = math.inf,
     size: int = 0,
     project_id: str = "p",
-) -> PendingEvent:
+) -> PendingUpdate:
     """An update that carries ``number``, or ``size`` bytes, and has never been here before."""
     data = msgspec.Raw(b'"%s"' % (b"x" * size)) if size else msgspec.Raw(b"%d" % number)
     found = Update("project_updated", project_id, data)
-    return PendingEvent(found, event_id or f"id{number}", look_back_to, 0.0)
+    return PendingUpdate(found, event_id or f"id{number}", look_back_to, 0.0)
 
 
-def entries(*numbers: int, **fields: Any) -> list[PendingEvent]:
+def entries(*numbers: int, **fields: Any) -> list[PendingUpdate]:
     return [entry(number, **fields) for number in numbers]
 
 
@@ -34,7 +34,7 @@ def seqs(events: Sequence[Event]) -> list[int | None]:
     return [event.seq for event in events]
 
 
-def places(appended: Sequence[PendingEvent]) -> list[int | None]:
+def places(appended: Sequence[PendingUpdate]) -> list[int | None]:
     """The seqs that entries have in the log."""
     return seqs([event for each in appended if (event := each.event)])
 
@@ -52,7 +52,7 @@ async def head_of(log: EventLog, project_id: str) -> int:
     return (await log.heads([project_id], consistent=True)).get(project_id, 0)
 
 
-async def append(log: EventLog, project_id: str, *batches: Sequence[PendingEvent]) -> None:
+async def append(log: EventLog, project_id: str, *batches: Sequence[PendingUpdate]) -> None:
     """Append batch after batch to one project's log, each as often as it takes."""
     for batch in batches:
         groups = [[ProjectAppend(project_id, batch)]]

@@ -36,12 +36,8 @@ class Desk:
     ) -> None:
         raw, now = msgspec.Raw(data), server.timestamp()
         message = AgentMessage(queue, message_id, project_id, raw, "c1", client_id, user, now)
-        settled = self.outcomes[message_id] = []
-
-        def done(sqs_message_id: str | None, error: BadMessage | None) -> None:
-            settled.append(error or sqs_message_id or "neither an id nor an error")
-
-        self.forwarder.submit(queue, message, done)
+        self.outcomes[message_id] = []
+        self.forwarder.submit(queue, message, self.outcomes[message_id].append)
 
     def submit_many(self, count: int, **fields: Any) -> list[str]:
         message_ids = [f"m{number:03}" for number in range(count)]

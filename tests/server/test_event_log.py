@@ -27,7 +27,7 @@ from server import (
     Aws,
     EventLog,
     Metrics,
-    PendingEvent,
+    PendingUpdate,
     ProjectAppend,
     Registry,
     Update,
@@ -192,7 +192,7 @@ class TestRefusals:
 
         stand_in.fault = fault
         events = [
-            PendingEvent(
+            PendingUpdate(
                 server.Update("t", f"p{number % 3}", msgspec.Raw(b'"bad-%d-"' % number)),
                 f"id{number}",
                 time.time() - 60,
@@ -866,7 +866,7 @@ class TestEventLog:
         """Data are kept byte for byte."""
         data = '{ "caf\u00e9": [1.50, 1e2], "\\u00e9":"\U0001f600\\n" }'.encode()
         found = Update("t", "p", msgspec.Raw(data))
-        await append(log, "p", [PendingEvent(found, "e", math.inf, 0.0)])
+        await append(log, "p", [PendingUpdate(found, "e", math.inf, 0.0)])
         [read] = await log.read("p", 0)
         assert b'"data":' + data + b"," in read.payload
 

@@ -9,8 +9,10 @@ import random
 import time
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import pytest
+from aiobotocore.session import AioSession
 
 import aws_standin
 import server
@@ -91,6 +93,18 @@ class TestDeadlines:
             desk.submit("fresh")
             assert await desk.codes() == {"old": "unavailable"}
         assert sent_ids(stand_in) == ["fresh"]
+
+    async def test_without_credentials(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What could not be sent at all has not arrived, and its client is told so."""
+        monkeypatch.setattr(AioSession, "get_credentials", AsyncMock(return_value=None))
+        async with (
+            aws_clients(platform) as aws,
+            desk_of(platform, aws, timeout_s=0.3) as desk,
+        ):
+            desk.submit("m")
+            assert await desk.codes() == {"m": "unavailable"}
 
     async def test_call_ends_at_the_deadline(
         self, platform: aws_standin.Platform, aws: Aws, stand_in: StandIn
