@@ -118,7 +118,6 @@ class Batch:
             try:
                 order = Order(self, record)
                 if order.stopped():
-                    order._supersede_streams()
                     order.cancelled()
                     self.settle(record)
                     continue
@@ -228,6 +227,8 @@ class Order:
     def _end(self, status: str, data: Mapping[str, Any]) -> None:
         for stream in self._streams.values():
             stream.close()
+        if "" not in self._streams:
+            self._supersede_streams()
         self._answer(f"end {status}", {**data, "status": status})
         self._ended = True
 
@@ -270,7 +271,7 @@ class Order:
         """End what earlier attempts have streamed under a name; return this attempt's stream id.
 
         One that was killed in the middle has not ended its stream itself. Which names it used, an
-        attempt that does not begin cannot know: of those it ends the stream without one.
+        attempt that streams nothing cannot know: of those it ends the stream without one.
         """
         of_order = digest(self._id, self.sqs_message_id, name)[:24]
         for attempt in range(max(1, self.attempt - ATTEMPTS_SUPERSEDED), self.attempt):
@@ -412,7 +413,10 @@ class Stream:
         for piece in pieces(text):
             data = {"stream": self.id, "at": self._early_at, "text": piece}
             self._early_at += code_units(piece)
-            self._order.send("stream", data, ephemeral=True)
+            try:
+                self._order.send("stream", data, ephemeral=True)
+            except Exception as error:  # the text is late by that, the order is not to fail
+                logger.warning("stream %s: nothing sent early: %s", self.id, error)
 
     def _log(self, *, last: bool = False) -> None:
         with self._lock:

@@ -162,7 +162,7 @@ class TestAnswers:
                 order.done({"message": "b"})
         with only(body(client_id="j")) as order:
             order.step(1, {})
-        updates = sent(platform)
+        updates = [u for u in sent(platform) if u["type"] != "stream"]
         assert len({u["event_id"] for u in updates}) == 3
         assert {u["in_reply_to"] for u in updates} == {"m"}
         assert {u["data"]["status"] for u in updates} == {"working", "done"}
@@ -262,6 +262,38 @@ class TestStream:
             stream.close()  # its thread would send into the next test's queue
         states = {p["stream"]: p["state"] for p in pieces if p.get("state")}
         assert sorted(states.values()) == ["done", "superseded", "superseded"]
+
+    def test_early_pieces_may_be_lost(
+        self, platform: Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What SQS refuses of them is only late: the text that is kept has it."""
+        send = Order.send
+
+        def throttled(order: Order, *arguments: Any, ephemeral: bool = False, **more: Any) -> None:
+            if ephemeral:
+                raise ConnectionError("throttled")
+            send(order, *arguments, **more)
+
+        monkeypatch.setattr(Order, "send", throttled)
+        batch = orders({"Records": [record(body())]})
+        for order in batch:
+            with order, order.stream() as stream:
+                for word in ("one ", "two ", "three"):
+                    stream.write(word)
+                    time.sleep(0.1)
+        assert batch.failures()["batchItemFailures"] == []
+        assert [(p["text"], p.get("state")) for p in logged(sent(platform))] == [
+            ("one two three", "done")
+        ]
+
+    @pytest.mark.parametrize("how", ["done", "failed"])
+    def test_end_without_a_text(self, platform: Platform, how: str) -> None:
+        """An attempt that ends its order and streams nothing ends what an earlier one began."""
+        killed = only(body()).stream()
+        getattr(only(body(), attempt=2), how)()
+        ends = {(p["stream"], p.get("state")) for p in logged(sent(platform))}
+        killed.close()
+        assert ends == {(killed.id, "superseded")}
 
     def test_cannot_be_sent(self, platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
         """A text that SQS did not take fails its order, and that order alone."""
