@@ -6,6 +6,8 @@
 import { AbstractAgent } from '@ag-ui/client';
 import { Observable } from 'rxjs';
 
+import { isPiece } from './agenticai-ws.js';
+
 const OF_AG_UI = 'ag-ui'; // the type of updates whose data are events of AG-UI as they are
 const OURS = new Set(['RUN_STARTED', 'RUN_FINISHED', 'RUN_ERROR']); // said by us, by how the order goes
 const ENDS = new Set(['done', 'failed', 'cancelled']);
@@ -35,7 +37,7 @@ class Run {
   event(event) {
     const { type, data } = event;
     const status = type === 'project_updated' ? data?.status : undefined;
-    if (this.last || type === 'stream') return;
+    if (this.last || type === 'stream' || isPiece(event)) return; // texts are told as such
     if (ENDS.has(status)) {
       this.last = event;
       this.finish();

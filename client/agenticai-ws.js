@@ -939,6 +939,11 @@ class Loop {
   }
 }
 
+/** @type {typeof import('./agenticai-ws.d.ts').isPiece} */
+export function isPiece({ data }) {
+  return typeof data?.stream === 'string' && isSeq(data.at) && typeof data.text === 'string';
+}
+
 /**
  * A text that grows. Its pieces begin `at` a place in it, in UTF-16 code units, which is what a string's length counts.
  * The logged pieces alone are the text, whatever order a standard queue has brought them in; the ephemeral ones make
@@ -950,67 +955,89 @@ class Stream {
   #early = '';
   #waiting = new Map(); // logged pieces beyond the end, by their place
 
-  constructor(id, messageId) {
-    this.id = id;
+  /** `from`: undefined where the page may have come in its middle. */
+  constructor({ type, in_reply_to: messageId, data: { stream } }, /** @type {number | undefined} */ from) {
+    this.id = stream;
+    this.type = type;
     this.messageId = messageId;
+    this.from = from;
   }
 
   get text() { return this.#logged + this.#early; }
   get done() { return this.state !== undefined; }
 
   /** Whether it is another one with this piece. Throws where the piece contradicts what is logged. */
-  take({ seq, data: { at, text, state } }) {
-    if (this.done) return false;
+  take({ at, text, state }, logged) {
+    if (this.from === undefined && (logged || !at)) this.from = at;
     if (state === 'superseded') {
       this.state = state;
       return true;
     }
+    if (this.from === undefined) return false;
+    const place = at - this.from;
     const { length } = this.#logged;
-    if (text.slice(0, Math.max(0, length - at)) !== this.#logged.slice(at, at + text.length)) {
+    const { length: seen } = this.text;
+    if (place < length && text.slice(Math.max(0, -place), length - place) !== this.#logged.slice(Math.max(0, place), Math.max(0, place + text.length))) {
       throw new GatewayError('bad_message', false, 'a piece says otherwise than the text that is logged');
     }
-    if (seq === undefined) {
-      const fits = at <= this.text.length && at + text.length > this.text.length;
-      if (fits) this.#early += text.slice(this.text.length - at);
+    if (!logged) {
+      const fits = place <= seen && place + text.length > seen;
+      if (fits) this.#early += text.slice(seen - place);
       return fits;
     }
-    if (at > length) {
-      if (this.#waiting.size < PIECES_WAITING) this.#waiting.set(at, { seq, data: { at, text, state } });
+    if (place > length) {
+      if (this.#waiting.size < PIECES_WAITING) this.#waiting.set(place, { at, text, state });
       return false;
     }
-    const before = this.text;
-    const added = text.slice(length - at);
+    const added = text.slice(length - place);
+    const known = this.#early.startsWith(added); // what came early
     this.#logged += added;
-    this.#early = before.startsWith(this.#logged) ? before.slice(this.#logged.length) : '';
+    this.#early = known ? this.#early.slice(added.length) : '';
     if (typeof state === 'string') {
       this.state = state;
       this.#early = '';
-      this.#waiting.clear();
+      return true;
     }
     const next = this.#waiting.get(this.#logged.length);
     this.#waiting.delete(this.#logged.length);
-    return Boolean(next && this.take(next)) || this.done || this.text !== before;
+    return Boolean(next && this.take(next, true)) || !known;
   }
 }
 
-/** The texts of a subscription, the latest of them. */
-function streamsOf(emit) {
-  const streams = new Map();
-  return (event, wanted) => {
-    const { stream: id, at, text } = event.data ?? {};
-    if (typeof id !== 'string' || !isSeq(at) || typeof text !== 'string') {
-      return emit('error', [new GatewayError('bad_message', false, 'a piece of no text', event)], wanted);
-    }
-    let stream = streams.get(id);
-    if (!stream) {
-      streams.set(id, stream = new Stream(id, event.in_reply_to));
-      if (streams.size > STREAMS_KEPT) streams.delete(streams.keys().next().value);
-    }
-    try {
-      if (stream.take(event)) emit('stream', [stream], wanted);
-    } catch (/** @type {any} */ error) {
-      emit('error', [Object.assign(error, { detail: event })], wanted);
-    }
+/**
+ * The texts that events are pieces of, the latest of them.
+ * @param {(name: string, values: any[], wanted: () => boolean) => void} emit
+ * @param {{ whole?: boolean, lasting?: boolean }} options `whole`: events come from before the beginning of each text
+ *   on; `lasting`: those without `seq` are all there is, as nothing is logged of what goes to one connection.
+ */
+function streamsOf(emit, { whole = false, lasting = false } = {}) {
+  const streams = new Map(); // by their ids; null where it has ended
+  return {
+    take(event, wanted) {
+      if (!isPiece(event)) {
+        if (event.type === 'stream') emit('error', [new GatewayError('bad_message', false, 'a piece of no text', event)], wanted);
+        return;
+      }
+      const { data } = event;
+      let stream = streams.get(data.stream);
+      if (stream === null) return;
+      if (!stream) {
+        streams.set(data.stream, stream = new Stream(event, whole ? 0 : undefined));
+        if (streams.size > STREAMS_KEPT) streams.delete(streams.keys().next().value);
+      }
+      try {
+        const changed = stream.take(data, lasting || event.seq !== undefined);
+        if (stream.done) streams.set(data.stream, null);
+        if (changed) emit('stream', [stream], wanted);
+      } catch (/** @type {any} */ error) {
+        emit('error', [Object.assign(error, { detail: event })], wanted);
+      }
+    },
+    /** Events are lost: a text that goes on does so as one that the page has come in the middle of. */
+    lose() {
+      whole = false;
+      streams.clear();
+    },
   };
 }
 
@@ -1034,6 +1061,8 @@ export function connect(url, {
     minDelay, maxDelay, maxRetries, pingInterval, maxPending, random, renewable: Boolean(getToken),
   }));
   const page = emitter();
+  /** Of what belongs to no subscription, from the first listener on. @type {ReturnType<typeof streamsOf> | undefined} */
+  let streams;
   const signals = new Map(); // AbortSignal -> the forwards that it may abort, and its listener
   const histories = new Set(); // what ends those under way
   let socket = null;
@@ -1089,7 +1118,10 @@ export function connect(url, {
       const wanted = () => final || reader.state !== 'closed' && reader.turn === turn;
       if (wanted()) reader.tell(name, values, position, wanted);
     } else {
-      page.emit(name, values, () => !machine.ended || machine.ended && values[0] === 'closed' && name === 'state');
+      const wanted = () => !machine.ended || machine.ended && values[0] === 'closed' && name === 'state';
+      page.emit(name, values, wanted);
+      if (name === 'event') streams?.take(values[0], wanted);
+      if (name === 'state' && values[0] === 'open') streams?.lose();
     }
   }
 
@@ -1165,17 +1197,18 @@ export function connect(url, {
     const ours = emitter();
     const typed = emitter(); // by the agents' own words
     const loops = new Set();
-    /** From the first listener on. */
-    let takePiece;
+    /** From the first listener on. @type {ReturnType<typeof streamsOf> | undefined} */
+    let streams;
     /** @type {Position} */ let told = { seq: since ?? undefined, epoch };
     /** Where the last loop was when it ended. @type {Position | undefined} */ let left;
 
     const hear = (name, values, position, wanted) => {
       if (position) told = { ...told, ...position };
       if (values.length) ours.emit(name, values, wanted);
+      if (name === 'gap') streams?.lose();
       if (name !== 'event') return;
       typed.emit(values[0].type, values, wanted);
-      if (values[0].type === 'stream') takePiece?.(values[0], wanted);
+      streams?.take(values[0], wanted);
     };
     const reader = act(() => machine.join(project, { since: since ?? undefined, epoch, snapshot: snapshot === true }, hear));
     if (reader.state === 'live') told = { seq: reader.at, epoch: reader.epoch };
@@ -1203,7 +1236,7 @@ export function connect(url, {
       /** Why it is closed, unless the page wanted it. */
       get error() { return reader.state === 'closed' && machine.ended?.code !== 'closed' ? machine.ended : undefined; },
       on(name, fn) {
-        if (name === 'stream') takePiece ??= streamsOf(ours.emit);
+        if (name === 'stream') streams ??= streamsOf(ours.emit, { whole: since === 0, lasting: project === EVERYONE });
         return (OWN.has(name) ? ours : typed).on(name, fn);
       },
       history: (options) => history(project, options),
@@ -1321,9 +1354,14 @@ export function connect(url, {
       const confirmation = send ? await send() : { messageId };
       return { ...confirmation, project, ...place };
     })();
-    const given = new Set(); // loops over an order without a project: what answers it comes only once
+    const given = new Set(); // loops
     const mine = (event) => event.in_reply_to === messageId;
-    const source = sub ?? page;
+    // Without a project, what answers it is no event of the connection's where the page has subscribed to `*`.
+    const answered = (fn) => (sub ?? page).on(sub ? 'event' : 'message', (event) => mine(event) && fn(event));
+    const texts = emitter();
+    const streams = streamsOf(texts.emit, { whole: true, lasting: !sub });
+    let over = false;
+    const offs = [answered((event) => streams.take(event, () => !over)), sub?.on('gap', streams.lose)];
     const ended = (event) => mine(event) && ENDS.has(event.data?.status);
     confirmed.catch((error) => {
       failure = error;
@@ -1337,12 +1375,15 @@ export function connect(url, {
       then: (resolve, reject) => confirmed.then(resolve, reject),
       stop: (more) => stop(messageId, { project, ...more }),
       close() {
+        over = true;
         sub?.unsubscribe();
+        for (const off of offs) off?.();
         for (const end of [...given]) end();
       },
-      on: (name, fn) => source.on(name, (value, ...rest) => {
-        if (name === 'event' ? mine(value) : name === 'stream' ? value.messageId === messageId : true) fn(value, ...rest);
-      }),
+      on(name, fn) {
+        if (name === 'event') return answered(fn);
+        return (name === 'stream' || name === 'error' ? texts : sub ?? page).on(name, fn);
+      },
       async *[Symbol.asyncIterator]() {
         const events = sub ? read() : hear();
         for await (const event of events) {
@@ -1372,7 +1413,7 @@ export function connect(url, {
       let over = false;
       const end = () => { over = true; wake(); };
       const off = [
-        page.on('event', (event) => { if (mine(event)) { waiting.push(event); wake(); } }),
+        answered((event) => { waiting.push(event); wake(); }),
         page.on('state', (state) => { if (state === 'closed') end(); }),
       ];
       given.add(end);
@@ -1386,14 +1427,16 @@ export function connect(url, {
         for (const each of off) each();
       }
     }
-    order.on('stream', () => {}); // from its beginning, whenever somebody listens
     return order;
   }
 
   for (const name of WAKE) globalThis.addEventListener?.(name, wake);
   act(() => machine.start());
   return /** @type {any} */ ({
-    on: page.on,
+    on(name, fn) {
+      if (name === 'stream') streams ??= streamsOf(page.emit, { lasting: true });
+      return page.on(name, fn);
+    },
     get state() { return machine.state; },
     get latency() { return machine.latency; },
     get busy() { return machine.busy; },

@@ -477,6 +477,22 @@ class TestAnswers:
         assert page.locator("#detail .stream").count() == 1
         assert text_of(page, "#t-gaps") == "0"
 
+    def test_opened_in_the_middle(self, slow: Stage, open_page: Callable[..., Page]) -> None:
+        """Somebody who comes later has the rest of the text, from a place in it, to its end."""
+        page = open_page(slow.link(PROJECT))
+        await_live(page)
+        self.order_code(page)
+        page.wait_for_selector("#events li[data-kind=event][data-seq]:has-text('let somebody')")
+        other = open_page(slow.link(PROJECT))
+        await_live(other)
+        other.wait_for_selector("#orders li[data-status=done]", timeout=2 * SEEN_MS)
+        other.click("#orders .link")
+        other.wait_for_selector("#detail .stream h4:has-text('done')")
+        text = text_of(other, "#detail .stream pre")
+        assert text.startswith("\u2026")
+        assert CODE.endswith(text.removeprefix("\u2026"))
+        assert 50 < len(text) < len(CODE)
+
     def test_stop(
         self, slow: Stage, open_page: Callable[..., Page], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -1065,22 +1081,48 @@ class TestList:
         page.click("#orders .link")
         piece(15, " # done", ephemeral=True)
         await_text(page, "#detail .stream.growing pre", "def login(): \U0001f600 # done")
-        piece(15, " # done", done=True)
+        piece(15, " # done", state="done")
         page.wait_for_selector("#detail .stream:not(.growing)")
         assert text_of(page, "#detail .stream pre") == "def login(): \U0001f600 # done"
         assert page.locator(row).count() == 1
         assert listed(page) == [1, 2, 3]
         page.click("#detail-close")
 
-        scripted.send(type="answer", data={"stream": "s2", "at": 5, "text": "56"}, ephemeral=True)
-        await_text(page, f"{row} .brief", "\u202656")
-        scripted.send(type="answer", data={"stream": "s2", "at": 0, "text": "012345"})
-        await_text(page, f"{row} .brief", "0123456")
-        scripted.send(type="answer", data={"stream": "s2", "at": 9, "text": "9"})
-        await_text(page, f"{row} .brief", "012345\u20269")
-        scripted.send(type="answer", data={"stream": "s2", "at": 6, "text": "678"})
-        await_text(page, f"{row} .brief", "0123456789")
-        page.wait_for_selector("#t-events:text-is('11')")
+    def test_comes_in_the_middle_of_a_text(
+        self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
+    ) -> None:
+        """From the first logged piece on, with no hole; another attempt is another text."""
+        page = open_page(console_link(console, scripted.url, PROJECT))
+        await_live(page)
+
+        def piece(at: int, text: str, *, ephemeral: bool = False, **more: Any) -> None:
+            data = {"stream": "s.1", "at": at, "text": text} | more
+            scripted.send(type="stream", data=data, in_reply_to="theirs", ephemeral=ephemeral)
+
+        brief = "#events li[data-kind=event] .brief"
+        piece(5, "56", ephemeral=True)
+        await_text(page, brief, "\u2026")
+        piece(5, "567")
+        piece(10, "ab")
+        await_seq(page, 2)
+        assert text_of(page, brief) == "\u2026567"
+        piece(8, "89")
+        await_text(page, brief, "\u202656789ab")
+
+        page.click("#connect-button")
+        await_state(page, "closed")
+        page.click("#connect-button")
+        await_live(page)
+        piece(12, "cd")
+        await_text(page, brief, "\u202656789abcd")
+        piece(0, "", state="superseded")
+        second = {"stream": "s.2", "at": 3, "text": "defg"}
+        scripted.send(type="stream", data=second, in_reply_to="theirs")
+        page.click("#orders .link:has-text('theirs')")
+        await_text(page, "#detail .stream h4", "superseded \u00b7 9 characters")
+        await_text(page, "#detail .stream.growing pre", "\u2026defg")
+        scripted.send(data={"stream": "s.2", "at": 3, "text": "other"}, in_reply_to="theirs")
+        await_text(page, "#events [data-tone=bad] .brief", "bad_message")
 
     def test_reload_in_the_middle_of_an_answer(
         self, stage: Stage, open_page: Callable[..., Page]
@@ -1091,7 +1133,7 @@ class TestList:
         words = [f"word{number} " for number in range(20)]
         for number, word in enumerate(words):
             data = {"stream": "answer", "at": sum(map(len, words[:number])), "text": word}
-            stage.update("answer", data | ({"done": True} if word == words[-1] else {}))
+            stage.update("answer", data | ({"state": "done"} if word == words[-1] else {}))
             if number == 10:
                 await_seq(page, start + 11)
                 page.reload()

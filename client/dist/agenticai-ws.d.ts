@@ -177,8 +177,10 @@ export interface Subscription<Data = unknown, Events extends object = Record<str
   on(event: 'event', fn: (event: ProjectEvent<Data>) => void): Off;
   on(event: 'gap', fn: (gap: Gap) => void): Off;
   /**
-   * A text has begun, has grown or has ended. Whole from a `since` before its beginning on; from the first such
-   * listener on.
+   * A text has begun, has grown or has ended; from the first such listener on. A page that comes in its middle (without
+   * `since`, or with one after its beginning) has it from the first logged piece that it sees: see {@link Stream.from}.
+   * After a `gap` the texts under way go on in the same way, as other objects of the same ids. With `since: 0` every
+   * text is whole: a piece that comes before its turn waits.
    */
   on(event: 'stream', fn: (stream: Stream) => void): Off;
   /** A piece of a text that is none, or contradicts what is logged: it was left out. `detail` is the event. */
@@ -197,9 +199,20 @@ export interface Subscription<Data = unknown, Events extends object = Record<str
   unsubscribe(): void;
 }
 
-/** A text that an agent writes, such as a model's. What is in it once never changes, but for what came early. */
+/**
+ * A text that an agent writes, such as a model's: the pieces of one `stream`, in events of any type. What is in it once
+ * never changes, but for what came early; it has no holes, and nothing twice.
+ */
 export interface Stream {
   readonly id: string;
+  /** Of the event that it began with: `stream`, or the agent's own word. */
+  readonly type: string;
+  /**
+   * Where in the agent's text `text` begins, in UTF-16 code units: 0, or more where the page has come in its middle.
+   * It does not change. With `since` at the last event that another page was given, it is the length of what is logged
+   * of the text in that page. On a standard queue, a text may stand still where its pieces change places just then.
+   */
+  readonly from: number;
   /** The `message_id` of the order that it answers. */
   readonly messageId: string | undefined;
   readonly text: string;
@@ -209,6 +222,9 @@ export interface Stream {
    */
   readonly state: 'done' | 'cancelled' | 'failed' | 'superseded' | undefined;
 }
+
+/** Whether an event is a piece of a {@link Stream}. */
+export function isPiece(event: { data?: any }): boolean;
 
 /** What `order()` needs to go on in another page. */
 export interface SavedOrder {
@@ -232,6 +248,7 @@ export interface Order<Data = unknown> extends AsyncIterable<ProjectEvent<Data>>
   readonly seq: number | undefined;
   readonly epoch: string | undefined;
   on(event: 'event', fn: (event: ProjectEvent<Data>) => void): Off;
+  /** Its texts, whole unless there was a `gap`. Listen at once: one that has ended is not told again. */
   on(event: 'stream', fn: (stream: Stream) => void): Off;
   on(event: 'error', fn: (error: GatewayError) => void): Off;
   /** Of its project's log: some of its answers may be lost. */
@@ -255,7 +272,12 @@ export interface Connection<Events extends object = Record<string, any>> {
   on(event: 'state', fn: (state: ConnectionState, info: StateInfo) => void): Off;
   /** Broadcasts, messages to this connection, and whatever else belongs to no subscription. */
   on(event: 'event', fn: (event: ProjectEvent) => void): Off;
-  /** Failures that belong to no promise. */
+  /**
+   * Texts of these events, as {@link Subscription.on} has those of a project. Nothing comes again after a reconnect:
+   * what goes on then is another object with a later `from`.
+   */
+  on(event: 'stream', fn: (stream: Stream) => void): Off;
+  /** Failures that belong to no promise; pieces of a text that are none. */
   on(event: 'error', fn: (error: GatewayError) => void): Off;
   /** Every readable message of the server, as it came: for logs. */
   on(event: 'message', fn: (message: { type: string; [field: string]: unknown }) => void): Off;

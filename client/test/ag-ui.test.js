@@ -107,6 +107,13 @@ describe('the agent of AG-UI', { skip }, () => {
     assert.deepEqual(contents(all.agent), [['assistant', 'Hello you']]);
   });
 
+  test('takes texts for texts, whatever the agent calls their events', async () => {
+    const all = await running();
+    all.tell({ ...piece(5, 0, 'why', 'done'), type: 'thinking' }, answer(6, { status: 'done' }));
+    await all.run;
+    assert.deepEqual(check(all), ['RUN_STARTED', 'TEXT_MESSAGE_START', 'TEXT_MESSAGE_CONTENT', 'TEXT_MESSAGE_END', 'RUN_FINISHED']);
+  });
+
   test('passes on events of AG-UI, but for the run\'s own', async () => {
     const all = await running();
     all.tell(answer(5, { type: 'STATE_SNAPSHOT', snapshot: { files: 1 } }, 'ag-ui'), answer(6, { type: 'RUN_FINISHED' }, 'ag-ui'),

@@ -58,8 +58,8 @@ describe('the package', { skip }, () => {
     const imported = await node(project, '--input-type=module', '--eval', `const m = await import('agenticai-ws'); ${names}`);
     const page = vm.createContext({}); // as a script element has: no module, no exports, no require
     vm.runInContext(await readFile(join(project, 'node_modules/agenticai-ws/dist/agenticai-ws.js'), 'utf8'), page);
-    assert.equal(vm.runInContext('Object.keys(AgenticAI).sort().join()', page), 'GatewayError,connect');
-    assert.deepEqual([required, imported].map(({ stdout }) => stdout.trim()), Array(2).fill('GatewayError,connect'));
+    assert.equal(vm.runInContext('Object.keys(AgenticAI).sort().join()', page), 'GatewayError,connect,isPiece');
+    assert.deepEqual([required, imported].map(({ stdout }) => stdout.trim()), Array(2).fill('GatewayError,connect,isPiece'));
     const hooks = await node(project, '--input-type=commonjs', '--eval', `const m = require('agenticai-ws/react'); ${names}`);
     assert.equal(hooks.stdout.trim(), 'useConnectionState,useProject');
     for (const load of ["require('agenticai-ws/ag-ui')", "await import('agenticai-ws/ag-ui')"]) {

@@ -16,15 +16,29 @@ const piece = (seq, at, text, more = {}) => ({
   type: 'stream', project_id: P, timestamp: 't', in_reply_to: 'm', ...(seq === undefined ? {} : { seq }), data: { stream: 's.1', at, text, ...more },
 });
 
-async function live(seq = 0) {
+/** A subscription from the log's beginning; `seen` are [text, state] at each change. */
+async function live() {
   const all = setup();
   const socket = await all.opened();
-  const sub = all.client.subscribe(P);
+  const sub = all.client.subscribe(P, { since: 0 });
   const seen = [];
   const errors = [];
   sub.on('stream', (stream) => seen.push([stream.text, stream.state]));
   sub.on('error', (error) => errors.push(error.code));
-  socket.receive(confirmed(seq));
+  socket.receive(confirmed(0, true));
+  return { ...all, socket, sub, seen, wrong: errors };
+}
+
+/** One of a page that comes later; `seen` are [from, text, state]. */
+async function later(options = {}, project = P) {
+  const all = setup();
+  const socket = await all.opened();
+  const sub = all.client.subscribe(project, options);
+  const seen = [];
+  const errors = [];
+  sub.on('stream', ({ from, text, state }) => seen.push([from, text, state]));
+  sub.on('error', (error) => errors.push(error.code));
+  socket.receive({ ...confirmed(9, options.since === undefined ? undefined : true), project_id: project });
   return { ...all, socket, sub, seen, wrong: errors };
 }
 
@@ -55,15 +69,95 @@ describe('streams', () => {
     assert.deepEqual(seen, [['one', undefined], ['one two', undefined]]);
   });
 
+  test('begin with the first logged piece that a page sees which comes in their middle', async () => {
+    const { socket, seen, wrong } = await later();
+    socket.receive(piece(undefined, 7, 'early'), piece(10, 5, 'wor'), piece(undefined, 8, 'ld'), piece(undefined, 4, ' world!'), piece(11, 3, 'xxxxx'),
+      piece(12, 0, 'Hello'), piece(13, 4, ' world'), piece(14, 12, '!'), piece(15, 10, ', you'), piece(16, 15, '', { state: 'done' }));
+    assert.deepEqual(seen, [[5, 'wor', undefined], [5, 'world', undefined], [5, 'world!', undefined], [5, 'world, you', undefined], [5, 'world, you', 'done']]);
+    assert.deepEqual(wrong, ['bad_message']);
+  });
+
+  test('begin at once where the page sees their beginning', async () => {
+    const { socket, seen } = await later();
+    socket.receive(piece(undefined, 0, 'He'), piece(10, 0, 'Hello'));
+    assert.deepEqual(seen, [[0, 'He', undefined], [0, 'Hello', undefined]]);
+  });
+
+  test('go on in another page where its position was', async () => {
+    const { socket, seen } = await later({ since: 8, epoch: 'E1' });
+    const kept = 'Hello';
+    socket.receive(piece(9, kept.length, ' world', { state: 'done' }));
+    assert.deepEqual(seen, [[5, ' world', 'done']]);
+  });
+
+  test('begin anew after a gap, and never have a hole', async () => {
+    const { socket, sub, seen } = await later({ since: 8, epoch: 'E1' });
+    const ids = new Set();
+    sub.on('stream', (stream) => ids.add(stream));
+    socket.receive(piece(9, 0, 'one '), { ...confirmed(20), recovered: false }, piece(undefined, 10, 'x'), piece(21, 8, 'three'), piece(22, 13, '', { state: 'done' }));
+    assert.deepEqual(seen, [[0, 'one ', undefined], [8, 'three', undefined], [8, 'three', 'done']]);
+    assert.deepEqual([...ids].map(({ id, text }) => [id, text]), [['s.1', 'one '], ['s.1', 'three']]);
+  });
+
+  test('come in events of any type, and are nothing but their pieces', async () => {
+    const { socket, sub, seen, wrong } = await live();
+    const types = [];
+    sub.on('stream', ({ type, id }) => types.push([type, id]));
+    socket.receive({ ...piece(1, 0, 'why'), type: 'thinking' }, { ...piece(2, -1, 'x'), type: 'thinking' }, { ...piece(3, 0, 'x'), type: 'other', data: { stream: 'a' } },
+      { ...piece(4, 0, 'x'), type: 'other', data: 'x' });
+    assert.deepEqual(seen, [['why', undefined]]);
+    assert.deepEqual(types, [['thinking', 's.1']]);
+    assert.deepEqual(wrong, []);
+  });
+
+  test('are forgotten once they have ended', async () => {
+    const { socket, seen } = await live();
+    socket.receive(piece(1, 0, 'one', { state: 'done' }), piece(2, 0, 'other'), piece(3, 3, ' more', { state: 'failed' }));
+    assert.deepEqual(seen, [['one', 'done']]);
+  });
+
+  for (const subscribed of [false, true]) {
+    test(`to nobody in particular are whole without a log, ${subscribed ? 'in' : 'without'} a subscription to everything`, async () => {
+      const { client, opened } = setup();
+      const socket = await opened();
+      const seen = [];
+      const source = subscribed ? client.subscribe('*') : client;
+      source.on('stream', ({ from, text, state }) => seen.push([from, text, state]));
+      if (subscribed) socket.receive({ ...confirmed(7), project_id: '*' });
+      const told = (at, text, more) => ({ ...piece(undefined, at, text, more), project_id: '*' });
+      socket.receive(told(0, 'He'), told(5, ' you'), told(0, 'Hello'), told(9, '', { state: 'done' }));
+      assert.deepEqual(seen, [[0, 'He', undefined], [0, 'Hello you', undefined], [0, 'Hello you', 'done']]);
+      client.close();
+    });
+  }
+
+  test('to nobody in particular go on after a reconnect without what was lost', async () => {
+    const { client, clock, opened } = setup();
+    const socket = await opened();
+    const seen = [];
+    client.on('stream', ({ from, text }) => seen.push([from, text]));
+    const told = (at, text) => ({ ...piece(undefined, at, text), project_id: '*' });
+    socket.receive(told(0, 'one'));
+    socket.break();
+    await clock.advance(60_000);
+    (await opened()).receive(told(8, 'three'));
+    assert.deepEqual(seen, [[0, 'one'], [8, 'three']]);
+    client.close();
+  });
+
   test('in any order and with any losses of the early ones, they are a prefix at each moment and the text at the end', async () => {
     for (let seed = 1; seed <= 300; seed++) await check(seed);
+  });
+
+  test('for a page that comes in the middle they are the same from there on', async () => {
+    for (let seed = 1; seed <= 300; seed++) await check(seed, true);
   });
 });
 
 const PARTS = ['a', 'é', '😀', '\ud83d', 'e\u0301', '👩‍💻', '"}', '\n', 'word '];
 
-async function check(seed) {
-  const { socket, sub } = await live();
+async function check(seed, middle = false) {
+  const { socket, sub } = middle ? await later() : await live();
   const next = random(seed);
   const pick = (n) => Math.floor(next() * n);
   let text = '';
@@ -79,19 +173,25 @@ async function check(seed) {
   };
   const logged = cut(12);
   logged.push([text.length, '', { state: 'done' }]);
-  for (let n = logged.length - 2; n > 0; n--) if (next() < 0.3) [logged[n], logged[n - 1]] = [logged[n - 1], logged[n]];
+  const swapped = middle ? 0 : 0.3; // a FIFO queue keeps them in order
+  for (let n = logged.length - 2; n > 0; n--) if (next() < swapped) [logged[n], logged[n - 1]] = [logged[n - 1], logged[n]];
   const early = cut(4).filter(() => next() < 0.8);
   let stream;
   sub.on('stream', (each) => {
-    stream = each;
-    assert.ok(text.startsWith(each.text), `seed ${seed}: ${JSON.stringify(each.text)} of ${JSON.stringify(text)}`);
+    stream ??= each;
+    assert.equal(stream, each);
+    assert.ok(text.startsWith(each.text, each.from), `seed ${seed}: ${each.from} ${JSON.stringify(each.text)} of ${JSON.stringify(text)}`);
   });
-  let seq = 0;
+  let seq = middle ? 9 : 0;
+  if (middle) for (let missed = pick(logged.length); missed > 0; missed--) logged.shift();
+  const first = logged[0][0];
+  if (first && early[0]?.[0] === 0) early.shift(); // it came long before
   while (logged.length) {
     if (early.length && next() < 0.7) socket.receive(piece(undefined, ...early.splice(pick(Math.min(3, early.length)), 1)[0]));
     else socket.receive(piece(++seq, ...logged.shift()));
   }
-  assert.equal(stream.text, text, `seed ${seed}`);
+  assert.ok(stream.from === 0 || middle && stream.from === first);
+  assert.equal(stream.text, text.slice(stream.from), `seed ${seed}`);
   assert.equal(stream.state, 'done');
 }
 
@@ -162,6 +262,43 @@ describe('orders', () => {
     await loop;
     assert.deepEqual(statuses, ['working', 'done']);
     client.close();
+  });
+
+  for (const subscribed of [false, true]) {
+    test(`without a project have their texts, ${subscribed ? 'and' : 'not'} subscribed to everything`, async () => {
+      const { client, opened } = setup();
+      const socket = await opened();
+      if (subscribed) {
+        client.subscribe('*');
+        socket.receive({ ...confirmed(7), project_id: '*' });
+      }
+      const order = client.order('dev', {}, { messageId: 'm' });
+      const heard = [];
+      order.on('stream', ({ text, state }) => heard.push([text, state]));
+      order.on('event', ({ type }) => heard.push(type));
+      const statuses = [];
+      const loop = (async () => { for await (const { data } of order) statuses.push(data.status); })();
+      await settled();
+      socket.receive({ type: 'forward_confirmed', message_id: 'm' });
+      const told = (message) => socket.receive({ ...message, project_id: '*' });
+      for (const [at, text, state] of [[0, 'He'], [2, 'llo'], [0, 'Hello', 'done']]) told(piece(undefined, at, text, state && { state }));
+      told({ ...piece(undefined, 0, 'x'), in_reply_to: 'n' });
+      told({ type: 'project_updated', in_reply_to: 'm', data: { status: 'done' } });
+      await loop;
+      assert.deepEqual(heard, [['He', undefined], 'stream', ['Hello', undefined], 'stream', ['Hello', 'done'], 'stream', 'project_updated']);
+      assert.deepEqual(statuses, [undefined, undefined, undefined, 'done']);
+      order.close();
+      told(piece(undefined, 0, 'x'));
+      client.close();
+    });
+  }
+
+  test('have texts of theirs alone, and after a gap what is left of them', async () => {
+    const { socket, order } = await ordered();
+    const heard = [];
+    order.on('stream', ({ from, text }) => heard.push([from, text]));
+    socket.receive({ ...piece(5, 0, 'x'), in_reply_to: 'n' }, piece(6, 3, 'lo'), piece(7, 0, 'Hel'), { ...confirmed(20), recovered: false }, piece(21, 9, 'end'));
+    assert.deepEqual(heard, [[0, 'Hello'], [9, 'end']]);
   });
 
   test('are stopped under their id and project', async () => {
