@@ -3661,21 +3661,6 @@ class Receiver:
         return batch
 
 
-@contextlib.contextmanager
-def unless_gone() -> Iterator[None]:
-    """Remove what another task may have removed already."""
-    try:
-        yield
-    except ClientError as exc:
-        if error_code(exc) not in (
-            "AWS.SimpleQueueService.NonExistentQueue",
-            "QueueDoesNotExist",
-            "NotFound",
-            "NotFoundException",
-        ):
-            raise
-
-
 class Relay:
     """The way to the other tasks: the topic, and this task's own queue subscribed to it."""
 
@@ -3852,17 +3837,19 @@ class Relay:
         others = (queues.keys() | subscriptions.keys()) - {self._name}
         dead = set[str]()
         for name in sorted(others, key=lambda name: (name < self._name, name)):
-            if await self._alive(name, stale_before):
-                break
+            if name in queues:
+                answer = await self._sqs.list_queue_tags(QueueUrl=queues[name])
+                if float(answer.get("Tags", {}).get("heartbeat", "0")) >= stale_before:
+                    break
             dead.add(name)
         # Twice in a row: of a queue made a moment ago, SQS may not know yet.
         confirmed, self._suspects = dead & self._suspects, dead
         for name in confirmed:
             logger.warning("removing what a dead task has left", extra={"queue": name})
-            with unless_gone():
+            with contextlib.suppress(*AWS_ERRORS):  # else it is tried again, or already gone
                 if name in subscriptions:
                     await self._sns.unsubscribe(SubscriptionArn=subscriptions[name])
-            with unless_gone():
+            with contextlib.suppress(*AWS_ERRORS):
                 if name in queues:
                     await self._sqs.delete_queue(QueueUrl=queues[name])
 
@@ -3877,14 +3864,6 @@ class Relay:
                 if name.startswith(self._prefix) and arn.startswith("arn:"):  # not "Deleted"
                     found[name] = arn
         return found
-
-    async def _alive(self, name: str, stale_before: float) -> bool:
-        heartbeat = 0.0
-        with unless_gone():
-            queue = await self._sqs.get_queue_url(QueueName=name)
-            tags = await self._sqs.list_queue_tags(QueueUrl=queue["QueueUrl"])
-            heartbeat = float(tags.get("Tags", {}).get("heartbeat", "0"))
-        return heartbeat >= stale_before
 
     async def close(self) -> None:
         """Unsubscribe, then delete the queue; what fails is left for others to reap."""
@@ -3906,14 +3885,11 @@ class Intake:
     together is appended together, over all projects, and what comes meanwhile is received when that
     is answered. Per project one append at a time is under way, in the order of receipt; a project
     that is held up holds up no other.
-
-    Attributes:
-        bytes_in_hand: of the bodies of updates that were received and not yet deleted.
     """
 
     ANSWERED_S = 0.1  # a call that takes longer keeps nothing else waiting
     DELETES_LINGER_S = 0.1  # of the visibility timeout's ten seconds
-    ROOM_ASKED_FOR_S = 0.1
+    ROOM_ASKED_FOR_S = 0.01
     UPDATES_IN_HAND = 500
     VISIBILITY_S = 10
     RECEIVES = 5
@@ -3937,15 +3913,19 @@ class Intake:
         self._may_receive = may_receive
         self._waiting: dict[str, list[PendingUpdate]] = {}  # by project
         self._under_way: set[str] = set()
-        self._held: dict[str, float] = {}  # receipt to when it came, by the monotonic clock
-        self.bytes_in_hand = 0
-        self._room = asyncio.Event()
+        # By receipt: when it came, by the monotonic clock, and the size of its body.
+        self._held: dict[str, tuple[float, int]] = {}
         # Of a FIFO queue's group nothing more comes before what came was deleted.
         linger_s = 0.0 if queue_url.endswith(".fifo") else self.DELETES_LINGER_S
         self._to_delete = Batcher(tasks, self._delete, linger_s=linger_s)
         self._has_dead_letter_queue = False
         self._stopping = False
         self.dependency = Dependency("updates queue")
+
+    @property
+    def bytes_in_hand(self) -> int:
+        """Of the bodies of updates that were received and not yet deleted."""
+        return sum([size for _, size in self._held.values()])
 
     def stop(self) -> None:
         """Receive no more, once the call under way has returned."""
@@ -3959,13 +3939,9 @@ class Intake:
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
         receiver = Receiver(self._tasks, self._sqs, self._url, self.dependency)
         while not self._stopping or receiver.polling:
-            # What a poll under way brings has to be held on to, room or not.
-            while self._crowded and not receiver.polling:
-                self._room.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.ROOM_ASKED_FOR_S):
-                        await self._room.wait()
             messages = await receiver.messages(lambda: self._stopping or self._crowded)
+            if not messages:
+                await asyncio.sleep(self.ROOM_ASKED_FOR_S)
             for message in messages:
                 self._take(message)
             appends = self._append_waiting()
@@ -3991,11 +3967,11 @@ class Intake:
 
     def _take(self, message: dict[str, Any]) -> None:
         attributes = message.get("Attributes", {})
-        receives = int(attributes.get("ApproximateReceiveCount", "1"))
+        self._held[message["ReceiptHandle"]] = (time.monotonic(), len(message["Body"]))
         try:
             update = decode_update(message["Body"])
         except UnreadableUpdate as exc:
-            self._tasks.create_task(self._give_back(message, receives, str(exc)))
+            self._settle(message, str(exc))
             return
         # Also what is received for the first time may be in the log before we append it: if this
         # task is held up, another one has it after the visibility timeout.
@@ -4006,10 +3982,8 @@ class Intake:
             look_back_to = min(look_back_to, sent_at - EVENT_ID_WINDOW_S)
         look_back_to = min(look_back_to, now) - CLOCK_SKEW_S
         event_id = update.event_id or message["MessageId"]
-        done = partial(self._settle, message, receives)
+        done = partial(self._settle, message)
         pending = PendingUpdate(update, event_id, look_back_to, sent_at, done=done)
-        self._held[message["ReceiptHandle"]] = time.monotonic()
-        self.bytes_in_hand += len(message["Body"])
         self._waiting.setdefault(pending.project_id, []).append(pending)
 
     def stop_order(
@@ -4072,19 +4046,23 @@ class Intake:
             done,
         )
 
-    def _settle(self, message: dict[str, Any], receives: int, refusal: str | None) -> None:
-        """Delete a message whose update is done, or give it back."""
-        if refusal is None:
-            self._to_delete.add(message)
-            return
-        self._let_go(message)
-        why = f"the log does not take it: {refusal}"
-        self._tasks.create_task(self._give_back(message, receives, why))
+    def _settle(self, message: dict[str, Any], fault: str | None) -> None:
+        """Delete a message whose update is done, or make one that cannot be used visible at once.
 
-    def _let_go(self, message: dict[str, Any]) -> None:
-        if self._held.pop(message["ReceiptHandle"], None) is not None:
-            self.bytes_in_hand -= len(message["Body"])
-            self._room.set()
+        So its dead-letter queue gets it within milliseconds, and nothing of its FIFO group has
+        to wait for a visibility timeout.
+        """
+        receives = int(message.get("Attributes", {}).get("ApproximateReceiveCount", "1"))
+        if fault is None:
+            self._to_delete.add(message)
+        elif receives >= self.RECEIVES and not self._has_dead_letter_queue:
+            logger.error("update deleted, unusable: %s: %s", fault, message["Body"])
+            self._to_delete.add(message)
+        else:
+            logger.warning("update %s cannot be used: %s", message["MessageId"], fault)
+            receipt = message["ReceiptHandle"]
+            del self._held[receipt]
+            self._tasks.create_task(self._show_after(0, [receipt]))
 
     async def _delete(self, messages: list[dict[str, Any]]) -> None:
         """Delete what is done. What stays comes again, and is recognised."""
@@ -4107,20 +4085,7 @@ class Intake:
                 break
             await asyncio.sleep(full_jitter_s(attempt))
         for message in messages:
-            self._let_go(message)
-
-    async def _give_back(self, message: dict[str, Any], receives: int, why: str) -> None:
-        """Make an update that cannot be read, or not be logged, visible again at once.
-
-        So its dead-letter queue gets it within milliseconds, and nothing of its FIFO group has
-        to wait for a visibility timeout.
-        """
-        if receives >= self.RECEIVES and not self._has_dead_letter_queue:
-            logger.error("update deleted, unusable: %s: %s", why, message["Body"])
-            self._to_delete.add(message)
-            return
-        logger.warning("update %s cannot be used: %s", message["MessageId"], why)
-        await self._show_after(0, [message["ReceiptHandle"]])
+            self._held.pop(message["ReceiptHandle"], None)
 
     async def keep(self) -> NoReturn:
         """Hold on to updates that take long, as while DynamoDB throttles.
@@ -4130,7 +4095,7 @@ class Intake:
         while True:
             await asyncio.sleep(self.VISIBILITY_S / 4)
             long_ago = time.monotonic() - self.VISIBILITY_S / 4
-            held = [receipt for receipt, since in self._held.items() if since < long_ago]
+            held = [receipt for receipt, (since, _) in self._held.items() if since < long_ago]
             for start in range(0, len(held), SQS_BATCH_ENTRIES):
                 batch = held[start : start + SQS_BATCH_ENTRIES]
                 await self._show_after(self.VISIBILITY_S, batch)
@@ -4148,8 +4113,7 @@ class Intake:
     async def idle(self) -> None:
         """Return once nothing is in hand; meant for after ``run`` was stopped."""
         while self._held:
-            self._room.clear()
-            await self._room.wait()
+            await asyncio.sleep(self.ROOM_ASKED_FOR_S)
 
 
 # --- Metrics --------------------------------------------------------------------------------
