@@ -43,7 +43,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -68,6 +68,7 @@ from typing import (
     ParamSpec,
     TypeVar,
     cast,
+    get_args,
 )
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
@@ -974,7 +975,7 @@ class Decoders:
     relayed_event = msgspec.json.Decoder(RelayedEvent)
     members = unread(
         name
-        for message in (Subscribe, Unsubscribe, Forward, Stop, Authenticate, Update)
+        for message in (*get_args(ClientMessage), Update)
         for name in ("action", *message.__struct_fields__)
     )
     relayed_members = unread(RelayedEvent.__struct_fields__, array_like=True)
@@ -1349,13 +1350,6 @@ class Account:
             started_at = max(self.paid_at, now - self._window_s)
             self.paid_at = min(started_at + amount / self._share, now + self._window_s)
 
-    def take(self, amount: float, now: float) -> bool:
-        """Charge for something, if what is saved up suffices for it."""
-        if not self.has(amount, now):
-            return False
-        self.charge(amount, now)
-        return True
-
     def has(self, amount: float, now: float) -> bool:
         """Whether what is saved up suffices for ``amount``."""
         if not self._share:
@@ -1438,12 +1432,11 @@ class Admission:
     SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
 
     def __init__(self, settings: Settings) -> None:
-        failures = settings.max_failed_authentications_per_ip
         self._max_connections = settings.max_connections or math.inf
         self._max_per_address = settings.max_connections_per_ip or math.inf
-        self._failures = Accounts(failures / 60, window_s=60)
+        self._failures = Accounts(settings.max_failed_authentications_per_ip / 60, window_s=60)
         self._inside = 0
-        self._inside_by_address: dict[str, int] = {}
+        self._inside_by_scope: Counter[str] = Counter()
 
     @classmethod
     def scopes_of(cls, address: str) -> Iterator[tuple[str, int]]:
@@ -1459,36 +1452,27 @@ class Admission:
 
     def refusal(self, address: str, now: float) -> tuple[int, str] | None:
         """HTTP status and sentence for who may not come in."""
-        scopes = self.scopes_of(address)
+        scopes, most = tuple(self.scopes_of(address)), self._max_per_address
         if not all(self._failures.of(name, worth).has(1, now) for name, worth in scopes):
             return 429, "Too many failed authentications."
-        return self.crowded(address)
-
-    def crowded(self, address: str) -> tuple[int, str] | None:
-        """The same, for the number of connections alone."""
-        inside, most = self._inside_by_address, self._max_per_address
-        if any(inside.get(name, 0) >= worth * most for name, worth in self.scopes_of(address)):
+        if any(self._inside_by_scope[name] >= worth * most for name, worth in scopes):
             return 429, "Too many connections from this address."
         if self._inside >= self._max_connections:
             return 503, "This server is full."
         return None
 
-    def entered(self, address: str) -> None:
-        self._inside += 1
+    def count(self, address: str, change: int) -> None:
+        """Count a connection that has come in, +1, or gone, -1."""
+        self._inside += change
         for name, _ in self.scopes_of(address):
-            self._inside_by_address[name] = self._inside_by_address.get(name, 0) + 1
-
-    def left(self, address: str) -> None:
-        self._inside -= 1
-        for name, _ in self.scopes_of(address):
-            self._inside_by_address[name] -= 1
-            if not self._inside_by_address[name]:
-                del self._inside_by_address[name]
+            self._inside_by_scope[name] += change
+            if not self._inside_by_scope[name]:
+                del self._inside_by_scope[name]
 
     def failed(self, address: str, now: float) -> None:
         """Count a failed authentication."""
         for name, worth in self.scopes_of(address):
-            self._failures.of(name, worth).take(1, now)
+            self._failures.of(name, worth).charge(1, now)
 
     def forget(self, now: float) -> None:
         """Let go of addresses that have been quiet."""
@@ -1572,12 +1556,12 @@ class Keys:
     def may_read_again(self, now: float) -> bool:
         return now - self._read_at >= self.REFRESH_S or self._reading is not None
 
-    async def read(self, now: float) -> None:
+    def read(self, now: float) -> asyncio.Task[None]:
         """Read the keys anew; those who ask meanwhile wait for the same answer."""
         if self._reading is None:
             self._read_at = now
             self._reading = asyncio.ensure_future(self._read())
-        await asyncio.shield(self._reading)
+        return self._reading
 
     async def _read(self) -> None:
         try:
@@ -1614,12 +1598,45 @@ class Dates(Struct):
 
 
 class Verifier:
-    """Tokens to principals (RFC 7519). The algorithm is the settings' choice, never the token's."""
+    """Whose tokens are (RFC 7519). The algorithm is the settings' choice, never the token's.
+
+    A token is looked at once, and remembered until it ends or the issuer's keys change.
+
+    Attributes:
+        keys: the issuer's, to be read now and then.
+    """
+
+    REMEMBERED = 10_000
 
     def __init__(self, settings: Settings, keys: Keys) -> None:
         self.keys = keys
         self._settings = settings
         self._by_aud = settings.auth_audience_claim == "aud"
+        self._known: dict[bytes, Principal] = {}  # by SHA-256: what is kept is no token
+        self._known_by = b""  # the key set
+
+    def check(self, token: str, answer: Callable[[Principal | NotAuthenticated], None]) -> None:
+        """Have ``answer`` called with whose token it is, or why it is nobody's.
+
+        At once, unless the issuer's keys have to be read anew to tell.
+        """
+
+        def answer_later(_: asyncio.Task[None]) -> None:
+            found = self._look_at(token)
+            answer(NotAuthenticated(str(found)) if isinstance(found, UnknownKey) else found)
+
+        found = self._look_at(token)
+        now = asyncio.get_running_loop().time()
+        if isinstance(found, UnknownKey) and self.keys.may_read_again(now):
+            self.keys.read(now).add_done_callback(answer_later)
+        else:
+            answer(found)
+
+    def _look_at(self, token: str) -> Principal | NotAuthenticated:
+        try:
+            return self.verify(token)
+        except NotAuthenticated as exc:
+            return exc
 
     def verify(self, token: str) -> Principal:
         """Whose token it is.
@@ -1628,6 +1645,18 @@ class Verifier:
             UnknownKey: the issuer's keys have to be read again to tell.
             NotAuthenticated: nobody's.
         """
+        if self._known_by is not self.keys.document:
+            self._known, self._known_by = {}, self.keys.document
+        digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+        principal = self._known.get(digest)
+        if principal is None or principal.expires_at <= time.time():
+            principal = self._principal_of(token)
+            while len(self._known) >= self.REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[digest] = principal
+        return principal
+
+    def _principal_of(self, token: str) -> Principal:
         settings = self._settings
         try:
             header = jwt.get_unverified_header(token)
@@ -1668,58 +1697,6 @@ class Verifier:
                     },
                 )
         return None
-
-
-class Tokens:
-    """Whose tokens are: looked at once, and remembered until they end or the issuer's keys change.
-
-    Attributes:
-        keys: the issuer's, to be read now and then.
-    """
-
-    REMEMBERED = 10_000
-
-    def __init__(self, verifier: Verifier, tasks: asyncio.TaskGroup) -> None:
-        self.keys = verifier.keys
-        self._verifier = verifier
-        self._tasks = tasks
-        self._known: dict[bytes, Principal] = {}  # by SHA-256: what is kept is no token
-        self._known_by = b""  # the key set
-
-    def check(self, token: str, answer: Callable[[Principal | NotAuthenticated], None]) -> None:
-        """Have ``answer`` called with whose token it is, or why it is nobody's.
-
-        At once, unless the issuer's keys have to be read anew to tell.
-        """
-        found = self._look_at(token)
-        now = asyncio.get_running_loop().time()
-        if isinstance(found, UnknownKey) and self.keys.may_read_again(now):
-            self._tasks.create_task(self._check_later(token, answer))
-        else:
-            answer(found)
-
-    async def _check_later(
-        self, token: str, answer: Callable[[Principal | NotAuthenticated], None]
-    ) -> None:
-        await self.keys.read(asyncio.get_running_loop().time())
-        found = self._look_at(token)
-        answer(NotAuthenticated(str(found)) if isinstance(found, UnknownKey) else found)
-
-    def _look_at(self, token: str) -> Principal | NotAuthenticated:
-        if self._known_by is not self.keys.document:
-            self._known, self._known_by = {}, self.keys.document
-        digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-        known = self._known.get(digest)
-        if known is not None and known.expires_at > time.time():
-            return known
-        try:
-            principal = self._verifier.verify(token)
-        except NotAuthenticated as exc:
-            return exc
-        while len(self._known) >= self.REMEMBERED:
-            del self._known[next(iter(self._known))]
-        self._known[digest] = principal
-        return principal
 
     async def first_keys(self) -> None:
         """Read the issuer's keys: without any, nobody could come in."""
@@ -4998,10 +4975,10 @@ class Door:
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self._gateway = gateway
         self._settings = settings
-        self.tokens: Tokens | None = None
+        self.tokens: Verifier | None = None
         if address := settings.auth_jwks_url:
             keys = Keys(partial(fetch_keys, address), settings.auth_algorithms)
-            self.tokens = Tokens(Verifier(settings, keys), gateway.tasks)
+            self.tokens = Verifier(settings, keys)
         self.admission = Admission(settings)
         self.work_by_address = Accounts(self.ADDRESS_WORK_SHARE, Turns.WORK_WINDOW_S)
         self.work_by_subject = Accounts(self.WORK_SHARE, Turns.WORK_WINDOW_S)
@@ -5094,9 +5071,7 @@ class Door:
         token = bearer_token(headers)
         if settings.allowed_origins and foreign:
             self._say(connection, request, 403, "Pages of this origin may not connect.")
-        elif refusal := self._closed() or self.admission.refusal(
-            connection.address, self._gateway.now()
-        ):
+        elif refusal := self._closed_to(connection.address):
             self._say(connection, request, *refusal)
         elif self.tokens and token is not None:
             self.tokens.check(token, partial(self._identified, connection, request))
@@ -5106,21 +5081,21 @@ class Door:
             connection.principal = None if self.tokens else self._anybody
             connection.respond(request, connection.inbox.protocol.accept(request))
 
-    def _closed(self) -> tuple[int, str] | None:
-        """Why nobody may come in now."""
+    def _closed_to(self, address: str) -> tuple[int, str] | None:
+        """HTTP status and sentence, if nobody may come in now, or nobody from there."""
         status = self._gateway.health()["status"]
         if status in ("starting", "draining"):
             return 503, f"This server is {status}."
         if not self._gateway.ledger.admits:
             return 503, "This server is full."
-        return None
+        return self.admission.refusal(address, self._gateway.now())
 
     def _identified(
         self, connection: Connection, request: Request, found: Principal | NotAuthenticated
     ) -> None:
         with connection.failing_alone():
             # The answer may have come later, and much may have happened since.
-            if refusal := self._closed() or self.admission.crowded(connection.address):
+            if refusal := self._closed_to(connection.address):
                 self._say(connection, request, *refusal)
             elif isinstance(found, NotAuthenticated):
                 self.count_failure(connection, found)
@@ -5158,7 +5133,7 @@ class Messages:
         """A handshake is complete: register, greet, and subscribe to what the URL asks for."""
         gateway = self._gateway
         gateway.registry.connections[connection.id] = connection
-        gateway.door.admission.entered(connection.address)
+        gateway.door.admission.count(connection.address, +1)
         gateway.metrics.connections_opened += 1
         logger.info("connection opened", extra={"connection_id": connection.id})
         limit = self._settings.max_message_bytes
@@ -5594,7 +5569,7 @@ class Gateway:
         self.ledger.forget(connection)
         connection.account.users -= 1
         if connection.opened_at:
-            self.door.admission.left(connection.address)
+            self.door.admission.count(connection.address, -1)
             duration_s = self.now() - connection.opened_at
             close = connection.inbox.protocol.close_sent
             self.metrics.connection_duration.add(duration_s)

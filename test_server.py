@@ -473,19 +473,19 @@ class TestAccess:
         admission = server.Admission(settings(max_connections_per_ip=2))
         for _ in range(2):
             assert admission.refusal("a", 0.0) is None
-            admission.entered("a")
+            admission.count("a", +1)
         assert admission.refusal("a", 0.0) == (429, "Too many connections from this address.")
         assert admission.refusal("b", 0.0) is None
-        admission.left("a")
+        admission.count("a", -1)
         assert admission.refusal("a", 0.0) is None
-        admission.left("a")
-        assert admission.crowded("a") is None
+        admission.count("a", -1)
+        assert admission.refusal("a", 0.0) is None
 
     def test_admission_in_all(self) -> None:
         """All addresses together have so many connections."""
         admission = server.Admission(settings(max_connections=2))
         for address in "ab":
-            admission.entered(address)
+            admission.count(address, +1)
         assert admission.refusal("c", 0.0) == (503, "This server is full.")
 
     def test_admission_after_failures(self) -> None:

@@ -164,26 +164,26 @@ class TestAdmission:
         admission = admission_with()
         for _ in range(1_000):
             assert admission.refusal("a", 0.0) is None
-            admission.entered("a")
+            admission.count("a", +1)
             admission.failed("a", 0.0)
 
     def test_connections_per_address(self) -> None:
         """An address has so many connections; when one ends, there is room for another."""
         admission = admission_with(max_connections_per_ip=2)
-        admission.entered("a")
-        admission.entered("a")
+        admission.count("a", +1)
+        admission.count("a", +1)
         refusal = admission.refusal("a", 0.0)
         assert refusal is not None
         assert refusal[0] == 429
         assert admission.refusal("b", 0.0) is None
-        admission.left("a")
+        admission.count("a", -1)
         assert admission.refusal("a", 0.0) is None
 
     def test_connections_in_all(self) -> None:
         """A full task refuses every address, as something that another task may not."""
         admission = admission_with(max_connections=2)
-        admission.entered("a")
-        admission.entered("b")
+        admission.count("a", +1)
+        admission.count("b", +1)
         refusal = admission.refusal("c", 0.0)
         assert refusal is not None
         assert refusal[0] == 503
@@ -211,10 +211,10 @@ class TestAdmission:
         for address, comes in moves:
             assert (admission.refusal(address, 0.0) is None) == (inside[address] < 2)
             if comes and inside[address] < 2:
-                admission.entered(address)
+                admission.count(address, +1)
                 inside[address] += 1
             elif not comes and inside[address]:
-                admission.left(address)
+                admission.count(address, -1)
                 inside[address] -= 1
 
 

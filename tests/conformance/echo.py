@@ -40,7 +40,7 @@ class EchoMessages(Messages):
 
     def welcome(self, connection: Connection, request: Request) -> None:  # noqa: ARG002
         self._gateway.registry.connections[connection.id] = connection
-        self._gateway.door.admission.entered(connection.address)
+        self._gateway.door.admission.count(connection.address, +1)
 
     def handle(self, connection: Connection, payload: bytes) -> None:
         event = Event("echo", 0, payload)

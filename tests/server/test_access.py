@@ -360,13 +360,13 @@ class TestNetworks:
         inside = self.customers(2 * server.Admission.SITE_ADDRESSES)
         for address in inside:
             assert admission.refusal(address, 0.0) is None
-            admission.entered(address)
+            admission.count(address, +1)
         [one_more, *_] = self.customers(1, "2001:db8:1:ffff")
         assert admission.refusal(self.customers(99)[-1], 0.0) is not None
         assert admission.refusal(one_more, 0.0) is not None
         assert admission.refusal(self.customers(1, "2001:db8:2")[0], 0.0) is None
         for address in inside:
-            admission.left(address)
+            admission.count(address, -1)
         assert admission.refusal(one_more, 0.0) is None
         admission.forget(1e6)
         assert b"2001:db8" not in pickle.dumps(admission)

@@ -6,36 +6,39 @@ import asyncio
 import dataclasses
 import gc
 import time
-from collections.abc import AsyncIterator
+from typing import Any
 
+import jwt
 import pytest
 
 import server
-from server import Keys, NotAuthenticated, Principal, Tokens, Verifier
+from server import Keys, NotAuthenticated, Principal, Verifier
 from tests.issuer import AUDIENCE, ISSUER, key_set, private_key, public_jwk, token_of
-from tests.server.gateways import settings, task_group
+from tests.server.gateways import settings
 from tests.waiting import eventually
 
 
-class Counting(Verifier):
-    """A verifier that counts how often it has to look."""
-
-    looks = 0
-
-    def verify(self, token: str) -> Principal:
-        self.looks += 1
-        return super().verify(token)
-
-
 class Desk:
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+    """Where whose tokens are is asked for.
+
+    Attributes:
+        looks: how often a token was looked at.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.document = key_set(public_jwk("key-1"))
         auth = settings(auth_jwks_url="http://localhost/k", auth_issuer=ISSUER)
-        self.verifier = Counting(
-            dataclasses.replace(auth, auth_audience=AUDIENCE), Keys(self._fetch, ("RS256",))
-        )
-        self.tokens = Tokens(self.verifier, tasks)
+        auth = dataclasses.replace(auth, auth_audience=AUDIENCE)
+        self.tokens = Verifier(auth, Keys(self._fetch, ("RS256",)))
         self.answers: list[Principal | NotAuthenticated] = []
+        self.looks = 0
+        header_of = jwt.get_unverified_header
+
+        def counted(token: str) -> dict[str, Any]:
+            self.looks += 1
+            return header_of(token)
+
+        monkeypatch.setattr(jwt, "get_unverified_header", counted)
 
     async def _fetch(self) -> bytes:
         return self.document
@@ -48,11 +51,10 @@ class Desk:
 
 
 @pytest.fixture
-async def desk() -> AsyncIterator[Desk]:
-    async with task_group() as tasks:
-        found = Desk(tasks)
-        await found.tokens.first_keys()
-        yield found
+async def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
+    found = Desk(monkeypatch)
+    await found.tokens.first_keys()
+    return found
 
 
 class TestTokens:
@@ -62,7 +64,7 @@ class TestTokens:
         first, again = desk.ask(token), desk.ask(token)
         assert isinstance(first, Principal)
         assert again is first
-        assert desk.verifier.looks == 1
+        assert desk.looks == 1
 
     async def test_ends(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
         """A token that was remembered ends when it says."""
@@ -78,7 +80,7 @@ class TestTokens:
         assert isinstance(desk.ask(token), Principal)
         await desk.tokens.keys.read(asyncio.get_running_loop().time())  # the same keys
         assert isinstance(desk.ask(token), Principal)
-        assert desk.verifier.looks == 1
+        assert desk.looks == 1
         desk.document = key_set(public_jwk("key-2"))
         await desk.tokens.keys.read(asyncio.get_running_loop().time())
         assert isinstance(desk.ask(token), NotAuthenticated)
@@ -89,7 +91,7 @@ class TestTokens:
             refused = desk.ask("nonsense")
             assert isinstance(refused, NotAuthenticated)
             assert refused.counts
-            assert desk.verifier.looks == looks
+            assert desk.looks == looks
 
     async def test_new_key(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
         """A token with a key that is not known waits for the keys; then its failure counts."""
@@ -114,14 +116,14 @@ class TestTokens:
 
     async def test_memory_is_bounded(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only so many are remembered, the newest, and never the tokens themselves."""
-        monkeypatch.setattr(server.Tokens, "REMEMBERED", 3)
+        monkeypatch.setattr(server.Verifier, "REMEMBERED", 3)
         tokens = [token_of(str(number)) for number in range(5)]
         for token in tokens:
             desk.ask(token)
         for token in tokens[2:]:
             desk.ask(token)
-        assert desk.verifier.looks == 5
+        assert desk.looks == 5
         desk.ask(tokens[1])
-        assert desk.verifier.looks == 6
+        assert desk.looks == 6
         kept = [each for each in gc.get_objects() if type(each) is dict]
         assert not any(token in each for each in kept for token in tokens)

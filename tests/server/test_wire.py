@@ -97,6 +97,8 @@ class TestHalfSurrogatePairs:
             ("", r'"\uc83c"', r',"x":{"data":"\ud83d"}'),
             (r'"data":"\uD83d",', r'"\ud83d"', ""),
             (r'"data":"\ud83d",', r'"\uc83c"', ""),
+            (r'"data":"\ud83d","\u0064ata":"\ud83d",', "null", ""),
+            (r'"data":"\ud83d",', "1", r',"d\u0061ta":null,"data":1'),
             ("", r'"\ud83d"', r',"cata":"\uc83c"'),
             (r'"cata":"\ud83d",', '"data"', ""),
             (r'"x":"\"data\":\ud83d",', r'["d\ud83d","c\ud83d"]', ' ,"y":1'),
