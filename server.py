@@ -1961,7 +1961,8 @@ class Turns:
         self._left_s = self.INPUT_SLICE_S
         self._spent_s = 0.0
         self._sliced_at_s = time.thread_time()
-        self._next: asyncio.TimerHandle | None = None
+        self._next: asyncio.Handle | None = None
+        self._next_at = math.inf
 
     def give(self, connection: Connection) -> None:
         """Have a connection act on its input: now if nobody waits, else in its turn."""
@@ -2003,15 +2004,14 @@ class Turns:
 
     def _slice_at(self, at: float) -> None:
         """Have the next slice then, or at once if that has passed; an earlier one stays."""
-        if self._next is not None and self._next.when() > at:
-            self._next.cancel()
-            self._next = None
-        if self._next is None:
-            self._next = self._loop.call_at(at, self._slice)
+        if at < self._next_at:
+            if self._next is not None:
+                self._next.cancel()
+            self._next_at, self._next = at, self._loop.call_at(at, self._slice)
 
     def _slice(self) -> None:
         """Let those act whose turn it is, for as long as input may take now."""
-        self._next = None
+        self._next_at, self._next = math.inf, None
         now_s = time.thread_time()
         others_s = now_s - self._sliced_at_s - self._spent_s
         self._sliced_at_s, self._spent_s = now_s, 0.0
