@@ -386,9 +386,9 @@ def verifier() -> server.Verifier:
     async def fetch() -> bytes:
         return key_set(public_jwk("key-1"))
 
-    keys = server.Keys(fetch, ("RS256",))
-    loop().run_until_complete(keys.read(0.0))
-    return server.Verifier(settings(), keys)
+    found = server.Verifier(settings(), server.Keys(fetch, ("RS256",)))
+    loop().run_until_complete(found.first_keys())
+    return found
 
 
 @functools.cache
