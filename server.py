@@ -1819,11 +1819,6 @@ class Channel:
         self.visitors = 0
 
     @property
-    def behind(self) -> bool:
-        """Whether events are known to be in the log that were not delivered here."""
-        return self.cursor is not None and self.wanted > self.cursor
-
-    @property
     def floor(self) -> int:
         """Everything after this ``seq`` is in the chunk that ends at the cursor."""
         cursor = self.cursor or 0
@@ -3234,6 +3229,7 @@ def milliseconds(attributes: Mapping[str, str], name: str) -> float:
     return int(attributes.get(name, "0")) / 1000
 
 
+@dataclasses.dataclass(eq=False)
 class Feed:
     """Keeps every channel of this task equal to its log, and brings newcomers up to it.
 
@@ -3244,24 +3240,17 @@ class Feed:
     TURNS = 32  # pages of up to 1 MB read at once, and chunks written in one turn of the loop
     AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
 
-    def __init__(
-        self,
-        tasks: asyncio.TaskGroup,
-        log: EventLog,
-        registry: Registry,
-        fan_out: FanOut,
-        metrics: Metrics,
-        read_state: Callable[[str], Awaitable[Any]],
-    ) -> None:
-        self._tasks = tasks
-        self._log = log
-        self._registry = registry
-        self._fan_out = fan_out
-        self._metrics = metrics
-        self._read_state = read_state
+    _tasks: asyncio.TaskGroup
+    _log: EventLog
+    _registry: Registry
+    _fan_out: FanOut
+    _metrics: Metrics
+    _read_state: Callable[[str], Awaitable[Any]]
+
+    def __post_init__(self) -> None:
         self._turns = asyncio.Semaphore(self.TURNS)
-        self._reads: dict[tuple[Channel, int], asyncio.Task[bool | Exception]] = {}
-        self._to_open = Batcher(tasks, self._open, entries=100)
+        self._reads: dict[tuple[Channel, int], asyncio.Future[bool]] = {}
+        self._to_open = Batcher(self._tasks, self._open, entries=100)
 
     def accept(self, event: Event, connection_id: str | None = None) -> bool:
         """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled.
@@ -3275,8 +3264,8 @@ class Feed:
             return False
         if event.seq is None:
             self._fan_out.push(channel, event)
-        elif not self._place(channel, event) and channel.behind:
-            self._fill_soon(channel)
+        elif not self._place(channel, event):
+            self._fill_if_behind(channel)
         return False
 
     def _place(self, channel: Channel, event: Event) -> bool:
@@ -3417,35 +3406,25 @@ class Feed:
     async def _find(self, connection: Connection, channel: Channel, position: int) -> bool:
         """Have what follows ``position`` remembered; whether the log still reaches back so far.
 
-        It is read once for all who wait for it, even if the first of them has gone.
+        It is read once for all who wait for it, even if the first of them has gone. No task group
+        has the read: a fault of ours is to end the connections that wait, not the process.
         """
         if position >= (channel.cursor or 0) or channel.chunk_with(position + 1):
             return True
         await connection.account.afford(PAGE_PRICE_S)
         place = (channel, position)
         if place not in self._reads:
-            self._reads[place] = self._tasks.create_task(self._read_back(channel, position))
+            self._reads[place] = asyncio.ensure_future(self._read_back(channel, position))
             self._reads[place].add_done_callback(partial(self._reads.pop, place))
-        found = await asyncio.shield(self._reads[place])
-        if isinstance(found, Exception):
-            raise RuntimeError("a page of the log could not be read") from found
-        return found
+        return await asyncio.shield(self._reads[place])
 
-    async def _read_back(self, channel: Channel, position: int) -> bool | Exception:
-        """Read a page of the log for clients that come back; whether it follows ``position``.
-
-        A fault of ours is returned: it is to end the connections that wait, not the process.
-        """
-        try:
-            async with self._turns:
-                if channel.chunk_with(position + 1):
-                    return True  # somebody else's read has brought it back by now
-                self._metrics.catch_ups += 1
-                events = await self._read(channel, position, channel.cursor or 0)
-        except UpstreamLost:
-            raise
-        except Exception as exc:
-            return exc
+    async def _read_back(self, channel: Channel, position: int) -> bool:
+        """Read a page of the log for clients that come back; whether it follows ``position``."""
+        async with self._turns:
+            if channel.chunk_with(position + 1):
+                return True  # somebody else's read has brought it back by now
+            self._metrics.catch_ups += 1
+            events = await self._read(channel, position, channel.cursor or 0)
         return bool(events) and events[0].seq == position + 1
 
     async def _read(self, channel: Channel, after: int, known: int) -> list[Event]:
@@ -3491,11 +3470,11 @@ class Feed:
             if channel.opening is not None:
                 channel.opening.set_result(None)
                 channel.opening = None
-            if channel.behind:
-                self._fill_soon(channel)
+            self._fill_if_behind(channel)
 
-    def _fill_soon(self, channel: Channel) -> None:
-        if channel.filling is None or channel.filling.done():
+    def _fill_if_behind(self, channel: Channel) -> None:
+        behind = channel.cursor is not None and channel.wanted > channel.cursor
+        if behind and (channel.filling is None or channel.filling.done()):
             self._metrics.gaps_filled += 1
             channel.filling = self._tasks.create_task(self._fill(channel))
 
@@ -3524,27 +3503,24 @@ class Feed:
     async def audit(self, interval_s: float) -> NoReturn:
         """Compare cursors with their logs now and then: of ``AUDITED_AT_ONCE`` channels a time.
 
-        A lost message has no successor to give it away while its project is quiet.
+        Those that were looked at longest ago come first. A lost message has no successor to give it
+        away while its project is quiet.
         """
         while True:
             await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))  # noqa: S311
-            heads = await self._log.heads(self._next_to_audit())
+            channels = self._registry.channels
+            names = list(itertools.islice(channels, self.AUDITED_AT_ONCE))
+            for name in names:
+                channels[name] = channels.pop(name)
+            heads = await self._log.heads(names)
             await asyncio.sleep(min(1.0, interval_s))  # what is on its way may arrive
-            for project_id, head in heads.items():
-                if channel := self._registry.channels.get(project_id):
+            for name, head in heads.items():
+                if channel := channels.get(name):
                     channel.wanted = max(channel.wanted, head)
-                    if channel.behind:
-                        self._fill_soon(channel)
-
-    def _next_to_audit(self) -> list[str]:
-        """The channels that were looked at longest ago; they come last from now on."""
-        channels = self._registry.channels
-        names = list(itertools.islice(channels, self.AUDITED_AT_ONCE))
-        for name in names:
-            channels[name] = channels.pop(name)
-        return names
+                    self._fill_if_behind(channel)
 
 
+@dataclasses.dataclass(eq=False)
 class Receiver:
     """Takes messages out of one queue: as many in one piece as are there.
 
@@ -3561,15 +3537,14 @@ class Receiver:
     BACKLOG = 30  # messages in one piece
     POLLS_AT_ONCE = 4
 
-    def __init__(
-        self, tasks: asyncio.TaskGroup, sqs: SQSClient, queue_url: str, dependency: Dependency
-    ) -> None:
-        self._tasks = tasks
-        self._sqs = sqs
-        self._url = queue_url
-        self._dependency = dependency
+    _tasks: asyncio.TaskGroup
+    _sqs: SQSClient
+    _url: str
+    _dependency: Dependency
+    _empty_answers: int = 0
+
+    def __post_init__(self) -> None:
         self._polls: list[asyncio.Task[list[dict[str, Any]]]] = []
-        self._empty_answers = 0
 
     @property
     def polling(self) -> bool:
@@ -3854,6 +3829,7 @@ class Relay:
             logger.warning("fan-out: the queue stays behind: %s", error_code(exc))
 
 
+@dataclasses.dataclass(eq=False)
 class Intake:
     """Takes agents' updates from their queue to the log, to this task's clients and to the topic.
 
@@ -3871,32 +3847,24 @@ class Intake:
     VISIBILITY_S = 10
     RECEIVES = 5
 
-    def __init__(
-        self,
-        tasks: asyncio.TaskGroup,
-        sqs: SQSClient,
-        queue_url: str,
-        log: EventLog,
-        feed: Feed,
-        relay: Relay | None,
-        may_receive: Callable[[], bool] = lambda: True,
-    ) -> None:
-        self._tasks = tasks
-        self._sqs = sqs
-        self._url = queue_url
-        self._log = log
-        self._feed = feed
-        self._relay = relay
-        self._may_receive = may_receive
+    _tasks: asyncio.TaskGroup
+    _sqs: SQSClient
+    _url: str
+    _log: EventLog
+    _feed: Feed
+    _relay: Relay | None
+    _may_receive: Callable[[], bool] = lambda: True
+    _has_dead_letter_queue: bool = False
+    _stopping: bool = False
+
+    def __post_init__(self) -> None:
         self._waiting: dict[str, list[PendingUpdate]] = {}  # by project
         self._under_way: set[str] = set()
         # By receipt: when it came, by the monotonic clock, and the size of its body.
         self._held: dict[str, tuple[float, int]] = {}
         # Of a FIFO queue's group nothing more comes before what came was deleted.
-        linger_s = 0.0 if queue_url.endswith(".fifo") else self.DELETES_LINGER_S
-        self._to_delete = Batcher(tasks, self._delete, linger_s=linger_s)
-        self._has_dead_letter_queue = False
-        self._stopping = False
+        linger_s = 0.0 if self._url.endswith(".fifo") else self.DELETES_LINGER_S
+        self._to_delete = Batcher(self._tasks, self._delete, linger_s=linger_s)
         self.dependency = Dependency("updates queue")
 
     @property
@@ -3963,18 +3931,9 @@ class Intake:
         pending = PendingUpdate(update, event_id, look_back_to, sent_at, done=done)
         self._waiting.setdefault(pending.project_id, []).append(pending)
 
-    def stop_order(
-        self,
-        project_id: str,
-        message_id: str,
-        key: dict[str, Any],
-        done: Callable[[str | None], None],
-    ) -> None:
-        """Have an order's stop logged with its event; ``done`` is told why not, or ``None``."""
-        now = time.time()
-        update = Update("stop_requested", project_id, in_reply_to=message_id)
-        stop = PendingUpdate(update, uuid.uuid4().hex, now, now, stop=key, done=done)
-        self._waiting.setdefault(project_id, []).append(stop)
+    def add(self, pending: PendingUpdate) -> None:
+        """Have an update logged, delivered and published, in its turn."""
+        self._waiting.setdefault(pending.project_id, []).append(pending)
         self._append_waiting()
 
     def _append_waiting(self) -> list[asyncio.Task[None]]:
@@ -5319,7 +5278,9 @@ class Messages:
         connection.account.charge(PAGE_PRICE_S, self._gateway.now())
         connection.hold(+1)
         if message.project_id:
-            intake.stop_order(message.project_id, message.message_id, key, done)
+            event = Update("stop_requested", message.project_id, in_reply_to=message.message_id)
+            now = time.time()
+            intake.add(PendingUpdate(event, uuid.uuid4().hex, now, now, stop=key, done=done))
         else:
             tasks.create_task(self._stop_without_project(key, done))
 

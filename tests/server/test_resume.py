@@ -273,6 +273,10 @@ class ResumeMachine(RuleBasedStateMachine):
             self.end.set()
             with contextlib.suppress(BaseException):
                 self.loop.run_until_complete(self.running)
+            left = asyncio.all_tasks(self.loop)  # reads of the log that nobody waits for
+            for task in left:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.wait(left) if left else settle())
             self.loop.close()
             self.patch.undo()
 
