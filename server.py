@@ -3613,43 +3613,35 @@ class Receiver:
         return batch
 
 
+@dataclasses.dataclass(eq=False)
 class Relay:
     """The way to the other tasks: the topic, and this task's own queue subscribed to it."""
 
-    EVENTS_BEGIN = b'"events":['  # nothing before it in a message is written by others
+    EVENTS_BEGIN: ClassVar[bytes] = b'"events":['  # nothing before it in a message is others'
+    RETENTION_S: ClassVar[int] = 60
+    STALE_AFTER_HEARTBEATS: ClassVar[int] = 5
 
-    RETENTION_S = 60
-    STALE_AFTER_HEARTBEATS = 5
+    _tasks: asyncio.TaskGroup
+    _sqs: SQSClient
+    _sns: SNSClient
+    _topic_arn: str
+    task_id: dataclasses.InitVar[str]
+    _heartbeat_s: float
 
-    def __init__(
-        self,
-        tasks: asyncio.TaskGroup,
-        sqs: SQSClient,
-        sns: SNSClient,
-        topic_arn: str,
-        task_id: str,
-        heartbeat_s: float,
-    ) -> None:
-        self._tasks = tasks
-        self._sqs = sqs
-        self._sns = sns
-        self._topic_arn = topic_arn
-        self._heartbeat_s = heartbeat_s
-        *_, self._region, self._account, topic = topic_arn.split(":")
+    def __post_init__(self, task_id: str) -> None:
+        where, _, topic = self._topic_arn.rpartition(":")
         self._prefix = f"{topic[:40]}-task-"
         self._name = self._prefix + re.sub(r"(?a)[^\w-]", "-", task_id)[: 80 - len(self._prefix)]
+        self._queue_arn = f"{where}:{self._name}".replace(":sns:", ":sqs:", 1)
         self._queue_url = ""
         self._subscription_arn = ""
         self._suspects: set[str] = set()
+        size_bytes = SNS_MESSAGE_BYTES - 1_024
         self._unpublished = Batcher(
-            tasks, self._publish, entries=1_000, size_bytes=SNS_MESSAGE_BYTES - 1_024, calls=1
+            self._tasks, self._publish, entries=1_000, size_bytes=size_bytes, calls=1
         )
         self.bytes_in_hand = 0
         self.dependency = Dependency("fan-out")
-
-    @property
-    def ready(self) -> bool:
-        return bool(self._subscription_arn)
 
     async def start(self) -> None:
         """Create this task's queue and subscribe it.
@@ -3657,8 +3649,14 @@ class Relay:
         The policy goes into CreateQueue: a later attribute change takes up to 60 s, in which
         every event would be lost.
         """
-        arn_start = self._topic_arn.split(":sns:")[0]
-        queue_arn = f"{arn_start}:sqs:{self._region}:{self._account}:{self._name}"
+        statement = {
+            "Sid": "TopicMaySend",
+            "Effect": "Allow",
+            "Principal": {"Service": "sns.amazonaws.com"},
+            "Action": "sqs:SendMessage",
+            "Resource": self._queue_arn,
+            "Condition": {"ArnEquals": {"aws:SourceArn": self._topic_arn}},
+        }
         queue = await self.dependency.retry(
             self._sqs.create_queue,
             QueueName=self._name,
@@ -3667,7 +3665,7 @@ class Relay:
                 # Nothing comes twice before it expires, so that nothing need be deleted. SQS
                 # holds 120,000 messages in this way: 2,000 a second.
                 "VisibilityTimeout": str(2 * self.RETENTION_S),
-                "Policy": self._policy(queue_arn),
+                "Policy": json.dumps({"Version": "2012-10-17", "Statement": [statement]}),
             },
             tags={"heartbeat": str(int(time.time()))},
         )
@@ -3679,23 +3677,12 @@ class Relay:
             self._sns.subscribe,
             TopicArn=self._topic_arn,
             Protocol="sqs",
-            Endpoint=queue_arn,
+            Endpoint=self._queue_arn,
             Attributes={"RawMessageDelivery": "true", "FilterPolicy": others},
             ReturnSubscriptionArn=True,
         )
         self._subscription_arn = subscription["SubscriptionArn"]
         logger.info("fan-out queue ready", extra={"queue": self._name})
-
-    def _policy(self, queue_arn: str) -> str:
-        statement = {
-            "Sid": "TopicMaySend",
-            "Effect": "Allow",
-            "Principal": {"Service": "sns.amazonaws.com"},
-            "Action": "sqs:SendMessage",
-            "Resource": queue_arn,
-            "Condition": {"ArnEquals": {"aws:SourceArn": self._topic_arn}},
-        }
-        return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
     def publish(self, event: RelayedEvent, done: Callable[[], None]) -> None:
         """Have an event brought to the other tasks; ``done`` is called when the topic has it."""
@@ -3755,7 +3742,7 @@ class Relay:
                     accept(event)
 
     async def heartbeat(self) -> NoReturn:
-        """Show signs of life, and make sure that events still arrive."""
+        """Show signs of life, make sure that events still arrive, and see who lives no more."""
         while True:
             await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
             tags = {"heartbeat": str(int(time.time()))}
@@ -3763,13 +3750,9 @@ class Relay:
             await self.dependency.retry(
                 self._sns.get_subscription_attributes, SubscriptionArn=self._subscription_arn
             )
-
-    async def reap(self) -> NoReturn:
-        """Clear away what killed tasks have left; not in the heartbeat's loop, to delay none."""
-        while True:
-            await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.2))  # noqa: S311
             try:
-                await self._reap()
+                async with asyncio.timeout(self._heartbeat_s):  # or the next sign would be late
+                    await self._reap()
             except AWS_ERRORS as exc:  # it is tried again in a while, here or by another task
                 logger.warning("fan-out: reaping stopped with %s", error_code(exc))
 
@@ -3838,6 +3821,9 @@ class Intake:
     together is appended together, over all projects, and what comes meanwhile is received when that
     is answered. Per project one append at a time is under way, in the order of receipt; a project
     that is held up holds up no other.
+
+    Attributes:
+        stopping: whether it is to receive no more, once the calls under way have returned.
     """
 
     ANSWERED_S = 0.1  # a call that takes longer keeps nothing else waiting
@@ -3855,7 +3841,7 @@ class Intake:
     _relay: Relay | None
     _may_receive: Callable[[], bool] = lambda: True
     _has_dead_letter_queue: bool = False
-    _stopping: bool = False
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         self._waiting: dict[str, list[PendingUpdate]] = {}  # by project
@@ -3872,19 +3858,15 @@ class Intake:
         """Of the bodies of updates that were received and not yet deleted."""
         return sum([size for _, size in self._held.values()])
 
-    def stop(self) -> None:
-        """Receive no more, once the call under way has returned."""
-        self._stopping = True
-
     async def run(self) -> None:
-        """Receive until ``stop``, whenever there is room for more."""
+        """Receive until ``stopping``, whenever there is room for more."""
         attributes = await self.dependency.retry(
             self._sqs.get_queue_attributes, QueueUrl=self._url, AttributeNames=["RedrivePolicy"]
         )
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
         receiver = Receiver(self._tasks, self._sqs, self._url, self.dependency)
-        while not self._stopping or receiver.polling:
-            messages = await receiver.messages(lambda: self._stopping or self._crowded)
+        while not self.stopping or receiver.polling:
+            messages = await receiver.messages(lambda: self.stopping or self._crowded)
             if not messages:
                 await asyncio.sleep(self.ROOM_ASKED_FOR_S)
             for message in messages:
@@ -4001,27 +3983,23 @@ class Intake:
             self._tasks.create_task(self._show_after(0, [receipt]))
 
     async def _delete(self, messages: list[dict[str, Any]]) -> None:
-        """Delete what is done. What stays comes again, and is recognised."""
-        left = messages
-        for attempt in range(3):
-            entries: Any = [
-                {"Id": str(i), "ReceiptHandle": message["ReceiptHandle"]}
-                for i, message in enumerate(left)
-            ]
-            answer = await self.dependency.attempt(
-                self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
-            )
-            if answer:
-                left = [
-                    left[int(failure["Id"])]
-                    for failure in answer.get("Failed", ())
-                    if not failure.get("SenderFault")
-                ]
-            if not left:
-                break
-            await asyncio.sleep(full_jitter_s(attempt))
-        for message in messages:
-            self._held.pop(message["ReceiptHandle"], None)
+        """Delete what is done. What stays is held until it can be deleted."""
+        entries: Any = [
+            {"Id": str(i), "ReceiptHandle": message["ReceiptHandle"]}
+            for i, message in enumerate(messages)
+        ]
+        answer = await self.dependency.attempt(
+            self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
+        )
+        failed = answer.get("Failed", ()) if answer else entries
+        left = {int(each["Id"]) for each in failed if not each.get("SenderFault")}
+        if left:
+            await asyncio.sleep(self.VISIBILITY_S / 20)
+        for i, message in enumerate(messages):
+            if i in left:
+                self._to_delete.add(message)
+            else:
+                self._held.pop(message["ReceiptHandle"], None)
 
     async def keep(self) -> NoReturn:
         """Hold on to updates that take long, as while DynamoDB throttles.
@@ -4047,7 +4025,7 @@ class Intake:
         )
 
     async def idle(self) -> None:
-        """Return once nothing is in hand; meant for after ``run`` was stopped."""
+        """Return once nothing is in hand; meant for after ``run``."""
         while self._held:
             await asyncio.sleep(self.ROOM_ASKED_FOR_S)
 
@@ -4837,7 +4815,7 @@ class Drain:
         #    was cut is invisible to everybody for ten seconds.
         receiving_until = time.monotonic() + self.spread_s
         if self.intake:
-            self.intake.stop()
+            self.intake.stopping = True
         # 2. Send the clients away, spread out so that the others can take them in.
         await self._close_all()
         if self.receiving:
@@ -5486,7 +5464,7 @@ class Gateway:
             loops.create_task(self.feed.audit(settings.audit_interval_seconds))
             if relay:
                 await relay.start()
-                for each in (relay.run(self.feed.accept_relayed), relay.heartbeat(), relay.reap()):
+                for each in (relay.run(self.feed.accept_relayed), relay.heartbeat()):
                     loops.create_task(each)
             if intake:
                 self.drain.receiving = loops.create_task(intake.run())
