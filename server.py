@@ -97,10 +97,7 @@ try:
     from websockets import http11
     from websockets.datastructures import Headers
     from websockets.exceptions import InvalidMessage
-    from websockets.extensions.permessage_deflate import (
-        PerMessageDeflate,
-        ServerPerMessageDeflateFactory,
-    )
+    from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
     from websockets.frames import CloseCode, Frame, Opcode
     from websockets.http11 import Request, Response
     from websockets.protocol import State
@@ -2041,8 +2038,7 @@ class Ledger:
     """
 
     CHANNEL_BYTES = 2_000  # an open channel without events
-    ADMIT_BELOW = 0.9  # of the budget; above it, new connections get 503
-    RELIEVE_TO = 0.9  # of the budget, once it was exceeded
+    ROOM_BELOW = 0.9  # of the budget; above it nobody comes in, and relief goes down to it
     ENDED_AT_ONCE = 50  # connections, before what they held is counted anew
 
     def __init__(self, registry: Registry, metrics: Metrics, budget_bytes: int) -> None:
@@ -2061,9 +2057,9 @@ class Ledger:
         return self._held_bytes + self._shared_bytes + channels
 
     @property
-    def admits(self) -> bool:
+    def has_room(self) -> bool:
         """Whether there is room for another connection."""
-        return self.clients_bytes <= self._budget_bytes * self.ADMIT_BELOW
+        return self.clients_bytes <= self._budget_bytes * self.ROOM_BELOW
 
     def may_receive(self) -> bool:
         """Whether there is room for more of what agents send."""
@@ -2128,7 +2124,7 @@ class Ledger:
                 by_account[connection.account].append(connection)
                 held_bytes[connection.account] += connection.held_bytes(shared=True)
         for _ in range(self.ENDED_AT_ONCE):
-            if not held_bytes or self.clients_bytes <= self._budget_bytes * self.RELIEVE_TO:
+            if not held_bytes or self.has_room:
                 return
             account = max(held_bytes, key=held_bytes.__getitem__)
             victim = by_account[account].pop()
@@ -2151,7 +2147,12 @@ class Ledger:
                 "budget_bytes": self._budget_bytes,
             },
         )
-        connection.end(CloseCode.TRY_AGAIN_LATER, "this server is short of memory; reconnect")
+        unread = connection.transport.get_write_buffer_size()
+        connection.close(CloseCode.TRY_AGAIN_LATER, "this server is short of memory; reconnect")
+        if unread:
+            connection.transport.abort()  # the close frame would have to wait for it
+        else:
+            connection.transport.close()
         self.forget(connection)
 
 
@@ -4262,13 +4263,14 @@ class Inbox:
         return payload, self._is_text
 
     def clear(self) -> None:
-        """Let go of everything that was read and not acted on.
+        """Let go of everything that was read and not acted on, and inflate nothing more.
 
         The library's protocol and its parser refer to each other and so may live on for a while,
         and with them what a hostile client had them inflate.
         """
         for received in self._frames:
             received.data = b""
+        self.protocol.extensions = []
         self._frames.clear()
         self._fragments = None
         self.unread = b""
@@ -4285,11 +4287,10 @@ class Connection(asyncio.Protocol):
         account: which its work is charged to: first its socket's peer, then its principal.
         backlog_bytes: what the transport would hold if nothing had moved since the last look.
         charged_bytes: what the ledger has it down for.
-        behind: at the last look it had more unread than a client may have.
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
         deadline: when handshake, authentication or close must be over, by the loop's clock.
         in_flight, in_flight_bytes: forwards that are not settled yet, and what else holds it up.
-        moved_at: when the client last read something, or had nothing left to read.
+        moved_at: when the client last read enough, or had nothing left to read.
         principal: who it belongs to; ``None`` until that is known.
         queued: it waits for its turn to act on its input.
         said_busy_at: when it was last told that it is not read from; infinite if it did not ask.
@@ -4306,11 +4307,13 @@ class Connection(asyncio.Protocol):
     REPLAY_PRICE_S_PER_BYTE = 5e-8  # the work it stands for: a megabyte a second for a principal
     CLOSE_TIMEOUT_S = 10.0
     HANDSHAKE_TIMEOUT_S = 10.0
+    BEHIND_FOR_S = 1.0
+    STALLED_AFTER_S = 30.0
     FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 
     __slots__ = (
         "_asked", "_drained", "_gateway", "_paused_at", "_private_bytes", "_request_bytes",
-        "account", "address", "backlog_bytes", "behind", "catch_up_turn", "catching_up",
+        "account", "address", "backlog_bytes", "catch_up_turn", "catching_up",
         "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id", "in_flight",
         "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal", "progress",
         "queued", "said_busy_at", "subscriptions", "transport", "warned",
@@ -4328,8 +4331,7 @@ class Connection(asyncio.Protocol):
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None  # only for those who ever need it
         self.deflates = False
-        self.choked = self.behind = False
-        self.queued = False
+        self.choked = self.queued = False
         self.in_flight = self.in_flight_bytes = 0
         self.opened_at = self.heard_at = self.pinged_at = self.moved_at = 0.0
         self.deadline = 0.0
@@ -4370,11 +4372,12 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.choked = True
+        self.moved_at = self._gateway.now()
         self._private_bytes = 0
         self.recount()
 
     def resume_writing(self) -> None:
-        self.choked = self.behind = False
+        self.choked = False
         self.moved_at = self._gateway.now()
         self.recount()
         if self._drained is not None and not self._drained.done():
@@ -4383,7 +4386,6 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         self.progress = Progress.LOST
         self.inbox.clear()
-        self.inbox.protocol.extensions = []
         self._gateway.forget(self)
 
     # What it holds and what it costs.
@@ -4435,20 +4437,20 @@ class Connection(asyncio.Protocol):
     def look(self, now: float, max_backlog_bytes: int) -> bool:
         """See what the client has read since the last look; whether it reads too slowly.
 
-        It does if it had more unread than the bound at both looks, and has not read as much between
-        them: keeping what it missed is then the log's work, not memory's. However much comes at
-        once closes nobody, and who catches up does so at its own pace, a chunk at a time.
+        It does if for ``STALLED_AFTER_S`` it has read nothing of what it has unread, or if for
+        ``BEHIND_FOR_S`` that was more than the bound and it has not read as much between two looks:
+        keeping what it missed is then the log's work, not memory's. However much comes at once
+        closes nobody, and who catches up does so at its own pace, a chunk at a time.
         """
         size = self.transport.get_write_buffer_size()
         read_bytes = self.backlog_bytes - size
-        if not size or read_bytes > 0:
+        is_behind = size > max_backlog_bytes + (self.CHUNK_BYTES if self.catching_up else 0)
+        if not size or read_bytes >= (max_backlog_bytes if is_behind else 1):
             self.moved_at = now
-        chunk_bytes = self.CHUNK_BYTES if self.catching_up else 0
-        was_behind, self.behind = self.behind, size > max_backlog_bytes + chunk_bytes
         if size != self.backlog_bytes:
             self.backlog_bytes = size
             self.recount()
-        return was_behind and self.behind and read_bytes < max_backlog_bytes
+        return now - self.moved_at > (self.BEHIND_FOR_S if is_behind else self.STALLED_AFTER_S)
 
     # The gateway calls these.
 
@@ -4540,15 +4542,6 @@ class Connection(asyncio.Protocol):
             self._write_out()
         elif self.progress is Progress.HANDSHAKE:
             self.transport.abort()
-
-    def end(self, code: int, reason: str) -> None:
-        """Close, and free all that is held without waiting for the peer."""
-        unread = self.transport.get_write_buffer_size()
-        self.close(code, reason)
-        if unread:
-            self.transport.abort()  # the close frame would have to wait for it
-        else:
-            self.transport.close()
 
     def fail(self, exc: Exception) -> None:
         logger.error("connection failed", exc_info=exc, extra={"connection_id": self.id})
@@ -4647,10 +4640,8 @@ class Connection(asyncio.Protocol):
         self.inbox.protocol.extensions = handshake.extensions
         # A smaller window than the shared frames are made with cannot read them: such a client
         # negotiated compression and gets plain frames all the same (RFC 7692, section 6).
-        self.deflates = any(
-            isinstance(extension, PerMessageDeflate) and extension.local_max_window_bits == 15
-            for extension in handshake.extensions
-        )
+        extensions: Sequence[Any] = handshake.extensions
+        self.deflates = any(each.local_max_window_bits == 15 for each in extensions)
         self.progress = Progress.OPEN
         self.opened_at = self.heard_at
         self.deadline = math.inf
@@ -4690,17 +4681,12 @@ class Connection(asyncio.Protocol):
                 self.transport.write_eof()
         closes = protocol.close_sent or protocol.eof_sent
         if closes and self.progress in (Progress.HANDSHAKE, Progress.OPEN):
-            self._begin_to_close()
-
-    def _begin_to_close(self) -> None:
-        """Read on, whatever paused it, or the peer's end is not seen; and discard what comes."""
-        protocol = self.inbox.protocol
-        self.progress = Progress.CLOSING
-        self.inbox.clear()
-        protocol.extensions = []  # nothing more is inflated
-        self.resume_reading()
-        self.deadline = self._gateway.now() + self.CLOSE_TIMEOUT_S
-        self._gateway.registry.drop(self)
+            # Read on, whatever paused it, or the peer's end is not seen; and discard what comes.
+            self.progress = Progress.CLOSING
+            self.inbox.clear()
+            self.resume_reading()
+            self.deadline = self._gateway.now() + self.CLOSE_TIMEOUT_S
+            self._gateway.registry.drop(self)
 
 
 # --- Drain ----------------------------------------------------------------------------------
@@ -5023,7 +5009,7 @@ class Door:
         status = self._gateway.health()["status"]
         if status in ("starting", "draining"):
             return 503, f"This server is {status}."
-        if not self._gateway.ledger.admits:
+        if not self._gateway.ledger.has_room:
             return 503, "This server is full."
         return self.admission.refusal(address, self._gateway.now())
 
@@ -5284,7 +5270,6 @@ class Messages:
 class Sweep:
     """Does for all connections what each would need a timer for."""
 
-    STALLED_AFTER_S = 30.0  # without a byte of its backlog moving, a connection is closed
     TOKEN_WARNING_S = 60.0
     INTERVAL_S = 1.0
     BUSY_EVERY_S = 1.9  # two seconds, less what a sweep may come early
@@ -5323,9 +5308,6 @@ class Sweep:
         self._end_session(connection)
         if late:
             connection.close(CLOSE_UNAUTHENTICATED, "no token came in time")
-        elif now - connection.moved_at > self.STALLED_AFTER_S:
-            self._gateway.metrics.slow_consumers_closed += 1
-            connection.end(CloseCode.TRY_AGAIN_LATER, "nothing was read; resume with since")
         elif slow:
             self._gateway.metrics.slow_consumers_closed += 1
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
@@ -5703,19 +5685,15 @@ def main() -> int:
     set_up_logging(settings.log_level)
     for doubt in settings.doubts(os.environ):
         logger.warning("%s", doubt)
+    exit_code = 0
     try:
         with asyncio.Runner(loop_factory=fastest_loop()) as runner:
             runner.run(serve(settings))
-    except BaseExceptionGroup as group:
-        lost, other = group.split((UpstreamLost, OSError))
-        if lost is None or other is not None:
-            raise
+    # The last are of the SDK's own settings, such as a profile that is not there.
+    except* (UpstreamLost, OSError, BotoCoreError) as lost:
         logger.critical("%s", sentence_of(first_of(lost), settings))
-        return 1
-    except BotoCoreError as exc:  # of the SDK's own settings, such as a profile that is not there
-        logger.critical("%s", sentence_of(exc, settings))
-        return 1
-    return 0
+        exit_code = 1
+    return exit_code
 
 
 if __name__ == "__main__":

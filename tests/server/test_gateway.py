@@ -428,6 +428,7 @@ class TestGateway:
     ) -> None:
         """Who catches up with one project is no slow reader of it, but may be of another."""
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
+        monkeypatch.setattr(server.Connection, "BEHIND_FOR_S", 0.05)
         backlog = 65_536
         async with running_gateway(platform, max_backlog_bytes=backlog) as gateway:
             await fill_log(gateway, 100, 20_000)
@@ -447,8 +448,8 @@ class TestGateway:
     async def test_stalled_catch_up(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A client that stops reading in its catch-up is ended, with what was written to it."""
-        monkeypatch.setattr(server.Sweep, "STALLED_AFTER_S", 0.1)
+        """A client that stops reading in its catch-up is closed, and its catch-up ends."""
+        monkeypatch.setattr(server.Connection, "STALLED_AFTER_S", 0.1)
         async with running_gateway(platform) as gateway:
             await fill_log(gateway, 100, 20_000)
             async with peer_of(gateway) as peer:

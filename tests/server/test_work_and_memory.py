@@ -483,7 +483,8 @@ class TestLedger:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who reads nothing is ended after a while, whatever it goes on sending."""
-        monkeypatch.setattr(server.Sweep, "STALLED_AFTER_S", 0.3)
+        monkeypatch.setattr(server.Connection, "CLOSE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(server.Connection, "STALLED_AFTER_S", 0.3)
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
         async with (
             running_gateway(platform, max_backlog_bytes=10**9) as gateway,
@@ -505,7 +506,7 @@ class TestLedger:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who reads slowly and steadily stays, though its backlog grows."""
-        monkeypatch.setattr(server.Sweep, "STALLED_AFTER_S", 0.4)
+        monkeypatch.setattr(server.Connection, "STALLED_AFTER_S", 0.4)
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
         async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             narrow(gateway)
