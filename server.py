@@ -1321,6 +1321,7 @@ def decode_update(body: str) -> Update:
 # Who may do what, and how much of it. Knows no sockets, no AWS.
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Account:
     """What somebody has used up lately, kept as the moment at which all of it is paid.
 
@@ -1332,34 +1333,31 @@ class Account:
         users: open connections that are charged to it; it is not forgotten while there are any.
     """
 
-    __slots__ = ("_gate", "_share", "_window_s", "paid_at", "users")
-
-    def __init__(self, share: float, window_s: float) -> None:
-        self.paid_at = -math.inf
-        self.users = 0
-        self._share = share
-        self._window_s = window_s
-        self._gate: asyncio.Lock | None = None  # only for those who ever need it
+    share: float
+    window_s: float
+    paid_at: float = -math.inf
+    users: int = 0
+    _gate: asyncio.Lock | None = None  # only for those who ever need it
 
     def charge(self, amount: float, now: float) -> None:
         """Have something that was used paid from ``now`` on."""
-        if self._share:
-            started_at = max(self.paid_at, now - self._window_s)
-            self.paid_at = min(started_at + amount / self._share, now + self._window_s)
+        if self.share:
+            started_at = max(self.paid_at, now - self.window_s)
+            self.paid_at = min(started_at + amount / self.share, now + self.window_s)
 
     def has(self, amount: float, now: float) -> bool:
         """Whether what is saved up suffices for ``amount``."""
-        if not self._share:
+        if not self.share:
             return True
-        saved_s = min(now - self.paid_at, self._window_s)
-        return saved_s * self._share >= amount - 1e-9  # clocks are floats
+        saved_s = min(now - self.paid_at, self.window_s)
+        return saved_s * self.share >= amount - 1e-9  # clocks are floats
 
     def owed(self, now: float) -> float:
-        return max(0.0, self.paid_at - now) * self._share
+        return max(0.0, self.paid_at - now) * self.share
 
     def unused(self, now: float) -> bool:
         """Whether nothing would be lost by forgetting this account."""
-        return not self.users and self.paid_at <= now - self._window_s
+        return not self.users and self.paid_at <= now - self.window_s
 
     async def afford(self, amount: float) -> None:
         """Wait until nothing is owed, one after the other, and charge for something."""

@@ -65,8 +65,8 @@ MUTATIONS = [
     ),
     Mutation(
         "Work and memory",
-        "min(started_at + amount / self._share, now + self._window_s)",
-        "started_at + amount / self._share",
+        "min(started_at + amount / self.share, now + self.window_s)",
+        "started_at + amount / self.share",
         "tests/server/test_work_and_memory.py -k TestAccount",
     ),
     Mutation(
