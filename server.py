@@ -33,6 +33,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -374,9 +375,8 @@ ANSWER_MEMBERS = {
 """What an answer must have; one without it is not of AWS's making."""
 
 
-def operation_of(method: Callable[..., Any]) -> str:
-    """AWS's name of what a client's method calls: ``GetItem`` of ``get_item``."""
-    return str(cast("Any", method).__name__).title().replace("_", "")
+REFUSALS_ARE_HANDLED = {"DescribeTargetHealth", "SendMessageBatch", "TransactWriteItems"}
+"""Operations of which a refusal for good is for the caller to see; of others it ends the task."""
 
 
 class Dependency:
@@ -423,10 +423,12 @@ class Dependency:
         """The answer to one call of a client's method; notes whether it worked.
 
         Raises:
-            Exception: one of ``AWS_ERRORS``. Noted are those that pass, but for transactions that
-                were cancelled: that is an answer, too.
+            UpstreamLost: AWS's answer is one that waiting does not change, and the operation is
+                none of ``REFUSALS_ARE_HANDLED``.
+            Exception: any other of ``AWS_ERRORS``. Those that pass are noted, but for transactions
+                that were cancelled, of which the caller sees why.
         """
-        operation = operation_of(method)
+        operation = str(cast("Any", method).__name__).title().replace("_", "")
         member = ANSWER_MEMBERS.get(operation)
         try:
             async with asyncio.timeout(CALL_TIMEOUTS_S.get(operation, CALL_TIMEOUT_S)):
@@ -434,28 +436,16 @@ class Dependency:
             if member is not None and member not in cast("Any", answer):
                 raise KeyError(member)
         except AWS_ERRORS as exc:
-            if passes(exc) and not cancellation_codes(exc):
+            handled = operation in REFUSALS_ARE_HANDLED
+            if passes(exc) and not (handled and cancellation_codes(exc)):
                 self.failed(exc, operation)
+            elif not handled:
+                code = error_code(exc)
+                sentence = f"{self.name}: {operation} failed for good with {code}: {exc}"
+                raise UpstreamLost(sentence) from exc
             raise
         self.worked(operation)
         return answer
-
-    async def attempt(
-        self, method: Callable[P, Awaitable[T]], *args: P.args, **params: P.kwargs
-    ) -> T | None:
-        """The answer to one call; ``None`` where it failed and a later one may work.
-
-        Raises:
-            UpstreamLost: AWS's answer is one that waiting does not change.
-        """
-        try:
-            return await self.call(method, *args, **params)
-        except AWS_ERRORS as exc:
-            if passes(exc):
-                return None
-            raise UpstreamLost(
-                f"{self.name}: {operation_of(method)} failed for good with {error_code(exc)}: {exc}"
-            ) from exc
 
     async def retry(
         self, method: Callable[P, Awaitable[T]], *args: P.args, **params: P.kwargs
@@ -466,10 +456,11 @@ class Dependency:
             UpstreamLost: AWS's answer is one that waiting does not change.
         """
         attempt = 0
-        while (answer := await self.attempt(method, *args, **params)) is None:
+        while True:
+            with contextlib.suppress(*AWS_ERRORS):
+                return await self.call(method, *args, **params)
             await asyncio.sleep(full_jitter_s(attempt))
             attempt += 1
-        return answer
 
 
 # --- Settings -------------------------------------------------------------------------------
@@ -2259,6 +2250,23 @@ async def connect(region: str) -> AsyncIterator[Aws]:
 # Clients' messages to the agents' queues. Knows no connections.
 
 
+def runs(
+    things: Iterable[T], size_of: Callable[[T], float], most: float, count: float = math.inf
+) -> Iterator[list[T]]:
+    """Lists of ``count`` consecutive things, of ``most`` together; a larger thing is alone."""
+    run: list[T] = []
+    total = 0.0
+    for thing in things:
+        size = size_of(thing)
+        if run and (total + size > most or len(run) >= count):
+            yield run
+            run, total = [], 0.0
+        run.append(thing)
+        total += size
+    if run:
+        yield run
+
+
 class Batcher(Generic[T]):
     """Sends items in batches whose size follows the load.
 
@@ -2326,17 +2334,12 @@ class Batcher(Generic[T]):
             self._timer = loop.call_later(self._linger_s, partial(self._pump, due=True))
 
     def _take(self) -> list[T]:
-        batch: list[T] = []
-        size = 0
-        while self._waiting and len(batch) < self._entries:
-            item, item_size = self._waiting[0]
-            if batch and size + item_size > self._size_bytes:
-                break
+        size_of = operator.itemgetter(1)
+        batch = next(runs(self._waiting, size_of, self._size_bytes, self._entries))
+        for _, size in batch:
             self._waiting.popleft()
-            batch.append(item)
-            size += item_size
-        self._waiting_bytes -= size
-        return batch
+            self._waiting_bytes -= size
+        return [item for item, _ in batch]
 
     async def _call(self, batch: list[T]) -> None:
         await self._send(batch)
@@ -2756,21 +2759,6 @@ class Head:
     known_since: float
     read_at: float = dataclasses.field(default_factory=time.time)
     stale: bool = False
-
-
-def runs(things: Iterable[T], size_of: Callable[[T], float], most: float) -> Iterator[list[T]]:
-    """Lists of consecutive things, of at most ``most`` together; a larger thing is alone."""
-    run: list[T] = []
-    total = 0.0
-    for thing in things:
-        size = size_of(thing)
-        if run and total + size > most:
-            yield run
-            run, total = [], 0.0
-        run.append(thing)
-        total += size
-    if run:
-        yield run
 
 
 @dataclasses.dataclass(eq=False)
@@ -3591,18 +3579,20 @@ class Receiver:
             UpstreamLost: the queue is gone, or closed to this task.
         """
         began_at = time.monotonic()
-        answer = await self._dependency.attempt(
-            self._sqs.receive_message,
-            QueueUrl=self._url,
-            MaxNumberOfMessages=SQS_BATCH_ENTRIES,
-            WaitTimeSeconds=LONG_POLL_S,
-            MessageSystemAttributeNames=[
-                "ApproximateReceiveCount",
-                "ApproximateFirstReceiveTimestamp",
-                "SentTimestamp",
-            ],
-        )
-        batch = cast("list[dict[str, Any]]", answer.get("Messages", []) if answer else [])
+        batch: list[dict[str, Any]] = []
+        with contextlib.suppress(*AWS_ERRORS):
+            answer = await self._dependency.call(
+                self._sqs.receive_message,
+                QueueUrl=self._url,
+                MaxNumberOfMessages=SQS_BATCH_ENTRIES,
+                WaitTimeSeconds=LONG_POLL_S,
+                MessageSystemAttributeNames=[
+                    "ApproximateReceiveCount",
+                    "ApproximateFirstReceiveTimestamp",
+                    "SentTimestamp",
+                ],
+            )
+            batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
         if batch:
             self._empty_answers = 0
         # An error, or nothing although nobody waited for it: either would spin.
@@ -3987,10 +3977,10 @@ class Intake:
             {"Id": str(i), "ReceiptHandle": message["ReceiptHandle"]}
             for i, message in enumerate(messages)
         ]
-        answer = await self.dependency.attempt(
+        answer = await self.dependency.retry(
             self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
         )
-        failed = answer.get("Failed", ()) if answer else entries
+        failed = answer.get("Failed", ())
         left = {int(each["Id"]) for each in failed if not each.get("SenderFault")}
         if left:
             await asyncio.sleep(self.VISIBILITY_S / 20)
@@ -4019,9 +4009,10 @@ class Intake:
             {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": visibility_s}
             for i, receipt in enumerate(receipts)
         ]
-        await self.dependency.attempt(
-            self._sqs.change_message_visibility_batch, QueueUrl=self._url, Entries=entries
-        )
+        with contextlib.suppress(*AWS_ERRORS):
+            await self.dependency.call(
+                self._sqs.change_message_visibility_batch, QueueUrl=self._url, Entries=entries
+            )
 
     async def idle(self) -> None:
         """Return once nothing is in hand; meant for after ``run``."""

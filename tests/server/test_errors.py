@@ -165,6 +165,20 @@ class TestDependency:
 
         assert await Dependency("queue").retry(receive_message) == 2
 
+    @pytest.mark.usefixtures("impatient")
+    async def test_retry_of_a_read_beside_a_write(self) -> None:
+        """A read that is cancelled because of a write at the same time is made again."""
+        outcomes: deque[Exception | dict[str, list[str]]] = deque()
+        outcomes += [cancelled("TransactionConflict"), {}, {"Responses": []}]
+
+        async def transact_get_items() -> dict[str, list[str]]:
+            outcome = outcomes.popleft()
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        assert await Dependency("event log").retry(transact_get_items) == {"Responses": []}
+
     async def test_retry_gives_up(self) -> None:
         """A call that AWS refuses for good ends in one sentence that says what is lost."""
 

@@ -597,6 +597,7 @@ class HeldDynamoDb:
             self.waiting.append((outcome, operation, request))
             return self.perform(await outcome, operation, request)
 
+        call.__name__ = name
         return call
 
     def perform(self, outcome: str, operation: str, request: Json) -> Any:
