@@ -2175,16 +2175,16 @@ class FanOut:
 
     def flush(self, *channels: Channel) -> None:
         """Write what is pending, to each listener in one piece, as before a new one joins."""
-        due: dict[Connection, tuple[bytes, ...]] = {}
+        due: dict[Connection, list[bytes]] = {}
         for channel in channels:
             if channel.pending:
                 chunk, channel.pending = Chunk(channel.pending), []
                 for connection in channel.listeners:
-                    due[connection] = (*due.get(connection, ()), chunk.frames(connection.deflates))
+                    due.setdefault(connection, []).append(chunk.frames(connection.deflates))
                 self._metrics.delivered(chunk.events, len(channel.listeners))
         for connection, pieces in due.items():
             try:
-                connection.write_shared(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+                connection.write_shared(b"".join(pieces))  # a single one stays as it is
             except Exception as exc:  # what is wrong with one must not keep it from the others
                 connection.fail(exc)
 
@@ -4643,12 +4643,11 @@ class Connection(asyncio.Protocol):
                 self, BadMessage(ErrorCode.BINARY_FRAME, sentence, **context_of(payload))
             )
             return
-        if not payload.isascii():
-            try:
-                payload.decode()
-            except UnicodeDecodeError:
-                self.close(CloseCode.INVALID_DATA, "text must be UTF-8")
-                return
+        try:
+            payload.decode()
+        except UnicodeDecodeError:
+            self.close(CloseCode.INVALID_DATA, "text must be UTF-8")
+            return
         self._gateway.messages.handle(self, payload)
 
     def _write(self, data: bytes) -> None:
@@ -5048,9 +5047,10 @@ class Messages:
         gateway.door.admission.count(connection.address, +1)
         gateway.metrics.connections_opened += 1
         logger.info("connection opened", extra={"connection_id": connection.id})
-        limit = self._settings.max_message_bytes
         greeting = Connected(
-            timestamp=timestamp(), connection_id=connection.id, max_message_bytes=limit
+            timestamp=timestamp(),
+            connection_id=connection.id,
+            max_message_bytes=self._settings.max_message_bytes,
         )
         connection.send(encode(greeting))
         if connection.principal is None:
@@ -5060,27 +5060,21 @@ class Messages:
         query = split_target(request.path)[1]
         if "busy=1" in query.split("&"):
             connection.said_busy_at = -math.inf
+        limit = self._settings.max_subscriptions_per_connection
         try:
-            for subscription in self._asked_for_in(connection, query):
+            subscriptions = subscriptions_in(query)
+            if subscriptions and connection.principal is None:
+                sentence = (
+                    "Authenticate first, and subscribe then: the URL's project_id is ignored."
+                )
+                raise BadMessage(ErrorCode.UNAUTHENTICATED, sentence)
+            if limit and len(subscriptions) > limit:  # one answer for all of them
+                sentence = f"A connection may have {limit} subscriptions; the URL asks for more."
+                raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
+            for subscription in subscriptions:
                 self.handle(connection, encode(subscription))
         except BadMessage as exc:
             self.refuse(connection, exc)
-
-    def _asked_for_in(self, connection: Connection, query: str) -> list[dict[str, Any]]:
-        """The subscribe messages that a URL stands for.
-
-        Raises:
-            BadMessage: one answer for all of them.
-        """
-        subscriptions = subscriptions_in(query)
-        limit = self._settings.max_subscriptions_per_connection
-        if subscriptions and connection.principal is None:
-            sentence = "Authenticate first, and subscribe then: the URL's project_id is ignored."
-            raise BadMessage(ErrorCode.UNAUTHENTICATED, sentence)
-        if limit and len(subscriptions) > limit:
-            sentence = f"A connection may have {limit} subscriptions; the URL asks for more."
-            raise BadMessage(ErrorCode.TOO_MANY_SUBSCRIPTIONS, sentence)
-        return subscriptions
 
     def handle(self, connection: Connection, payload: bytes) -> None:
         """Answer a message at once or, a forward, when SQS has answered."""
