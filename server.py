@@ -249,13 +249,7 @@ class BadMessage(GatewayError):
 
 
 class NotAuthenticated(GatewayError):
-    """A token is missing, forged, expired or somebody else's; the text never has any of it.
-
-    Attributes:
-        counts: whether it is held against the address that it comes from.
-    """
-
-    counts = True
+    """A token is missing, forged, expired or somebody else's; the text never has any of it."""
 
 
 class UnknownKey(NotAuthenticated):
@@ -264,13 +258,9 @@ class UnknownKey(NotAuthenticated):
     When the issuer has changed its keys, a whole office of honest clients has such tokens.
     """
 
-    counts = False
-
 
 class Expired(NotAuthenticated):
     """A token that was good, and whose time is over: no sign of somebody who guesses."""
-
-    counts = False
 
 
 class UnreadableUpdate(GatewayError):
@@ -1601,28 +1591,28 @@ class Verifier:
         self._known: dict[bytes, Principal] = {}  # by SHA-256: what is kept is no token
         self._known_by = b""  # the key set
 
-    def check(self, token: str, answer: Callable[[Principal | NotAuthenticated], None]) -> None:
+    def check(
+        self,
+        token: str,
+        answer: Callable[[Principal | NotAuthenticated], None],
+        reading: asyncio.Task[None] | None = None,
+    ) -> None:
         """Have ``answer`` called with whose token it is, or why it is nobody's.
 
-        At once, unless the issuer's keys have to be read anew to tell.
+        At once, unless the issuer's keys have to be read anew to tell: then after ``reading``.
         """
-
-        def answer_later(_: asyncio.Task[None]) -> None:
-            found = self._look_at(token)
-            answer(NotAuthenticated(str(found)) if isinstance(found, UnknownKey) else found)
-
-        found = self._look_at(token)
         now = asyncio.get_running_loop().time()
-        if isinstance(found, UnknownKey) and self.keys.may_read_again(now):
-            self.keys.read(now).add_done_callback(answer_later)
-        else:
-            answer(found)
-
-    def _look_at(self, token: str) -> Principal | NotAuthenticated:
+        found: Principal | NotAuthenticated
         try:
-            return self.verify(token)
+            found = self.verify(token)
+        except UnknownKey as exc:
+            if reading is None and self.keys.may_read_again(now):
+                self.keys.read(now).add_done_callback(partial(self.check, token, answer))
+                return
+            found = NotAuthenticated(str(exc)) if reading else exc
         except NotAuthenticated as exc:
-            return exc
+            found = exc
+        answer(found)
 
     def verify(self, token: str) -> Principal:
         """Whose token it is.
@@ -5022,7 +5012,7 @@ class Door:
 
     def count_failure(self, connection: Connection, exc: NotAuthenticated) -> None:
         """Hold a refused token against its address, if it may be a guess."""
-        if exc.counts:
+        if not isinstance(exc, UnknownKey | Expired):
             self.admission.failed(connection.address, self._gateway.now())
         logger.info("token refused: %s", exc, extra={"connection_id": connection.id})
 
