@@ -1930,8 +1930,7 @@ class Turns:
         self._order: list[tuple[float, int, Account]] = []  # a heap, of those in `_waiting`
         self._arrivals = itertools.count()
         self._left_s = self.INPUT_SLICE_S
-        self._spent_s = 0.0
-        self._sliced_at_s = time.thread_time()
+        self._counted_s = time.thread_time()  # up to the last slice, and of input since
         self._next: asyncio.Handle | None = None
         self._next_at = math.inf
 
@@ -1969,7 +1968,7 @@ class Turns:
         now = self._loop.time()
         connection.account.charge(spent_s, now)
         self._left_s -= spent_s
-        self._spent_s += spent_s
+        self._counted_s += spent_s
         if more or connection.account.paid_at > now:
             self.queue(connection)
 
@@ -1984,8 +1983,7 @@ class Turns:
         """Let those act whose turn it is, for as long as input may take now."""
         self._next_at, self._next = math.inf, None
         now_s = time.thread_time()
-        others_s = now_s - self._sliced_at_s - self._spent_s
-        self._sliced_at_s, self._spent_s = now_s, 0.0
+        others_s, self._counted_s = now_s - self._counted_s, now_s
         earned_s = self.INPUT_SLICE_S if others_s < self.NOTHING_DUE_S else self._left_s + others_s
         self._left_s = min(earned_s, self.INPUT_SLICE_S)
         while self._order and self._left_s > 0:
