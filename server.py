@@ -2045,7 +2045,7 @@ class Ledger:
     def update(self, connection: Connection) -> None:
         """Charge a connection with what it holds now; one that is gone was forgotten."""
         if connection.progress is not Progress.LOST:
-            change_bytes = connection.held_bytes() - connection.charged_bytes
+            change_bytes = sum(connection.held().values()) - connection.charged_bytes
             connection.charged_bytes += change_bytes
             self._held_bytes += change_bytes
             if change_bytes > 0:
@@ -2071,12 +2071,9 @@ class Ledger:
 
     def figures(self) -> dict[str, int]:
         """What is held, by kind, in bytes."""
-        kinds = {"unread": self._shared_bytes, "input": 0, "forwards": 0, "connections": 0}
+        kinds = Counter(unread=self._shared_bytes)
         for connection in self._registry.sockets:
-            kinds["unread"] += connection.unread_bytes
-            kinds["input"] += connection.inbox.held_bytes
-            kinds["forwards"] += connection.in_flight_bytes
-            kinds["connections"] += connection.place_bytes
+            kinds.update(connection.held())
         kinds["channels"] = len(self._registry.channels) * self.CHANNEL_BYTES
         kinds["agents"] = self.agents_bytes()
         return kinds
@@ -2099,13 +2096,13 @@ class Ledger:
         for connection in sorted(self._registry.sockets, key=lambda each: -each.stalled_since):
             if not connection.transport.is_closing():
                 by_account[connection.account].append(connection)
-                held_bytes[connection.account] += connection.held_bytes(shared=True)
+                held_bytes[connection.account] += connection.held_bytes()
         for _ in range(self.ENDED_AT_ONCE):
             if not held_bytes or self.has_room:
                 return
             account = max(held_bytes, key=held_bytes.__getitem__)
             victim = by_account[account].pop()
-            freed_bytes = victim.held_bytes(shared=True)
+            freed_bytes = victim.held_bytes()
             self._end(victim, freed_bytes, held_bytes[account])
             held_bytes[account] -= freed_bytes
             if not by_account[account]:
@@ -4367,29 +4364,26 @@ class Connection(asyncio.Protocol):
 
     # What it holds and what it costs.
 
-    @property
-    def unread_bytes(self) -> int:
-        """What the client has not read and nobody else is sent: the rest is counted as shared."""
-        size = self.transport.get_write_buffer_size()
-        if not self.choked:
-            return size
-        return min(size, self._private_bytes) + 2 * SOCKET_BUFFER_BYTES
+    def held(self) -> dict[str, int]:
+        """Bytes held for this client, by kind, without unread ones that others are sent as well."""
+        unread = self.transport.get_write_buffer_size()
+        if self.choked:
+            unread = min(unread, self._private_bytes) + 2 * SOCKET_BUFFER_BYTES
+        place = self.HANDSHAKE_BYTES
+        if self.id:
+            place = self.CONNECTION_BYTES + len(self.subscriptions) * self.SUBSCRIPTION_BYTES
+            place += len(self.catching_up) * self.CATCH_UP_BYTES
+        return {
+            "unread": unread,
+            "input": self.inbox.held_bytes,
+            "forwards": self.in_flight_bytes,
+            "connections": place,
+        }
 
-    @property
-    def place_bytes(self) -> int:
-        """What it costs to have it here, whatever it sends and reads."""
-        if not self.id:
-            return self.HANDSHAKE_BYTES
-        return (
-            self.CONNECTION_BYTES
-            + len(self.subscriptions) * self.SUBSCRIPTION_BYTES
-            + len(self.catching_up) * self.CATCH_UP_BYTES
-        )
-
-    def held_bytes(self, *, shared: bool = False) -> int:
-        """Bytes held for this client; with ``shared`` those too that others are sent as well."""
-        unread = self.transport.get_write_buffer_size() if shared else self.unread_bytes
-        return unread + self.inbox.held_bytes + self.in_flight_bytes + self.place_bytes
+    def held_bytes(self) -> int:
+        """Bytes held for this client, with all that it has not read."""
+        unread = self.transport.get_write_buffer_size()
+        return sum((self.held() | {"unread": unread}).values())
 
     @property
     def stalled_since(self) -> float:
