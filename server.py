@@ -3196,11 +3196,6 @@ class EventLog:
 # Agents' updates in, events out to this task's channels and to the other tasks. Knows no sockets.
 
 
-def milliseconds(attributes: Mapping[str, str], name: str) -> float:
-    """A time attribute of an SQS message as unix seconds; 0 where it is missing."""
-    return int(attributes.get(name, "0")) / 1000
-
-
 @dataclasses.dataclass(eq=False)
 class Feed:
     """Keeps every channel of this task equal to its log, and brings newcomers up to it.
@@ -3227,10 +3222,15 @@ class Feed:
     def accept(self, event: Event, connection_id: str | None = None) -> bool:
         """Deliver ``event`` to its channel, if it is the next there; see that gaps are filled.
 
-        With ``connection_id`` it is for that client alone. Returns whether that one is here.
+        With ``connection_id`` it is for that client alone, if it has a right to the project.
+        Returns whether that one is here.
         """
         if connection_id is not None:
-            return self._send_to(connection_id, event)
+            connection = self._registry.connections.get(connection_id)
+            principal = connection and connection.principal
+            if connection and principal and principal.may_use(event.project_id):  # at this moment
+                connection.send(event.payload)
+            return connection is not None
         channel = self._registry.channels.get(event.project_id)
         if channel is None:
             return False
@@ -3248,16 +3248,6 @@ class Feed:
             self._fan_out.push(channel, event)
         return placed
 
-    def _send_to(self, connection_id: str, event: Event) -> bool:
-        """Send an event to one client, who must have a right to its project at this moment."""
-        connection = self._registry.connections.get(connection_id)
-        if connection is None:
-            return False
-        principal = connection.principal
-        if principal is not None and principal.may_use(event.project_id):
-            connection.send(event.payload)
-        return True
-
     def accept_relayed(self, relayed: RelayedEvent) -> None:
         """Take an event from another task; most are for projects that nobody here listens to."""
         if relayed.seq is not None:
@@ -3274,7 +3264,7 @@ class Feed:
         channel.visitors += 1
         self.unsubscribe(connection, request.project_id)
         channel.visitors -= 1
-        ahead = request.since is not None and request.since > (channel.cursor or 0)
+        ahead = (request.since or 0) > (channel.cursor or 0)
         if channel.cursor is not None and not request.snapshot and not ahead:
             position, recovered = self._resume_at(channel, request)
             if position >= channel.floor:
@@ -3338,16 +3328,11 @@ class Feed:
         self._registry.join(connection, channel)
 
     async def _catch_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
-        """Catch up, one project at a time a connection: each may hold a page of the log."""
-        try:
-            if connection.catch_up_turn is None:
-                connection.catch_up_turn = asyncio.Lock()
-            async with connection.catch_up_turn:
+        """Catch up, one project at a time a connection, so that one piece is written at a time."""
+        connection.catch_up_turn = connection.catch_up_turn or asyncio.Lock()
+        async with connection.catch_up_turn:
+            with connection.failing_alone():
                 await self._send_missed(connection, channel, request)
-        except UpstreamLost:
-            raise
-        except Exception as exc:  # a fault of ours must cost one connection, not the process
-            connection.fail(exc)
 
     async def _send_missed(
         self, connection: Connection, channel: Channel, request: Subscribe
@@ -3355,7 +3340,7 @@ class Feed:
         """Send one client what it missed, as fast as it reads and can pay, and have it go live."""
         await connection.account.afford(PAGE_PRICE_S)  # for head, gap and snapshot
         await self.open(channel)
-        if request.since is not None and request.since > (channel.cursor or 0):
+        if (request.since or 0) > (channel.cursor or 0):
             await self._fill(channel)  # the client comes from a task that is ahead of this one
         position, recovered = self._resume_at(channel, request)
         if not await self._find(connection, channel, position):
@@ -3877,8 +3862,8 @@ class Intake:
         # Also what is received for the first time may be in the log before we append it: if this
         # task is held up, another one has it after the visibility timeout.
         now = time.time()
-        sent_at = milliseconds(attributes, "SentTimestamp") or now
-        look_back_to = milliseconds(attributes, "ApproximateFirstReceiveTimestamp") or now
+        sent_at = int(attributes.get("SentTimestamp", 0)) / 1000 or now
+        look_back_to = int(attributes.get("ApproximateFirstReceiveTimestamp", 0)) / 1000 or now
         if update.event_id is not None:  # the agent may have sent it before
             look_back_to = min(look_back_to, sent_at - EVENT_ID_WINDOW_S)
         look_back_to = min(look_back_to, now) - CLOCK_SKEW_S
@@ -3968,7 +3953,7 @@ class Intake:
         failed = answer.get("Failed", ())
         left = {int(each["Id"]) for each in failed if not each.get("SenderFault")}
         if left:
-            await asyncio.sleep(self.VISIBILITY_S / 20)
+            await asyncio.sleep(full_jitter_s(0))
         for i, message in enumerate(messages):
             if i in left:
                 self._to_delete.add(message)
@@ -4524,6 +4509,8 @@ class Connection(asyncio.Protocol):
         """Have a fault of ours cost this connection, not the process."""
         try:
             yield
+        except UpstreamLost:
+            raise
         except Exception as exc:
             self.fail(exc)
 
