@@ -13,9 +13,9 @@
  * | a text that grows | `TEXT_MESSAGE_START`, `TEXT_MESSAGE_CONTENT`, `TEXT_MESSAGE_END`; the message's id is the stream's |
  * | another attempt at it | `MESSAGES_SNAPSHOT` without the earlier text, and the new one |
  * | `project_updated` with the status `working` | `STEP_FINISHED` of the step before, `STEP_STARTED`, by its `message` |
- * | … `done` | `RUN_FINISHED` with the data as its result, once the texts are whole |
+ * | the status `done`, in an answer of any type | `RUN_FINISHED` with the data as its result, once the texts have ended; after 30 s in any case |
  * | … `cancelled` | `RUN_FINISHED`, cancelled |
- * | … `failed`; a refusal, a timeout, a gap | `RUN_ERROR` with its code |
+ * | … `failed`; a refusal, a timeout, a gap, `close()` | `RUN_ERROR` with its code |
  * | an update of the type `ag-ui` | its data, which are an event of AG-UI: state, tool calls, reasoning |
  * | any other | `CUSTOM` by its type |
  */

@@ -11,6 +11,7 @@ import { isPiece } from './agenticai-ws.js';
 const OF_AG_UI = 'ag-ui'; // the type of updates whose data are events of AG-UI as they are
 const OURS = new Set(['RUN_STARTED', 'RUN_FINISHED', 'RUN_ERROR']); // said by us, by how the order goes
 const ENDS = new Set(['done', 'failed', 'cancelled']);
+const LATE_MS = 30000; // after the last answer, for the ends of texts; one of a killed attempt may never have one
 
 /** One run: told what answers the order, it emits AG-UI's events, in an order that AG-UI allows. */
 class Run {
@@ -18,6 +19,7 @@ class Run {
   texts = new Map();
   /** @type {string | undefined} */ step = undefined;
   /** The order's last answer, while texts that belong to it are still to come. @type {any} */ last = undefined;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */ timer = undefined;
   over = false;
 
   constructor(agent, { threadId, runId, messages }, observer) {
@@ -36,14 +38,13 @@ class Run {
 
   event(event) {
     const { type, data } = event;
-    const status = type === 'project_updated' ? data?.status : undefined;
     if (this.last || type === 'stream' || isPiece(event)) return; // texts are told as such
-    if (ENDS.has(status)) {
+    if (type === OF_AG_UI) {
+      if (typeof data?.type === 'string' && !OURS.has(data.type)) this.emit(data);
+    } else if (ENDS.has(data?.status)) {
       this.last = event;
       this.finish();
-    } else if (type === OF_AG_UI) {
-      if (typeof data?.type === 'string' && !OURS.has(data.type)) this.emit(data);
-    } else if (status === 'working') {
+    } else if (type === 'project_updated' && data?.status === 'working') {
       this.endStep();
       this.step = String(data.message ?? data.step ?? status);
       this.emit({ type: 'STEP_STARTED', stepName: this.step, rawEvent: event });
@@ -94,10 +95,14 @@ class Run {
   }
 
   /** A standard queue may bring the last answer before the end of a text that was written before it. */
-  finish() {
+  finish(late = false) {
     const open = [...this.texts].filter(([, { state }]) => !state);
-    if (!this.last || this.over || this.last.data.status === 'done' && open.length) return;
+    if (!this.last || this.over) return;
     const { data } = this.last;
+    if (data.status === 'done' && open.length && !late) {
+      this.timer ??= setTimeout(() => this.finish(true), LATE_MS);
+      return;
+    }
     if (data.status === 'failed') return this.fail({ message: String(data.message ?? 'The agent has failed.'), code: 'failed' });
     for (const [messageId] of open) this.emit({ type: 'TEXT_MESSAGE_END', messageId });
     this.endStep();
@@ -115,6 +120,7 @@ class Run {
   end() {
     if (this.over) return;
     this.over = true;
+    clearTimeout(this.timer);
     this.observer.complete();
   }
 }
@@ -139,6 +145,7 @@ export class GatewayAgent extends AbstractAgent {
   }
 
   relay(input, begin) {
+    const { gateway } = /** @type {any} */ (this);
     return new Observable((observer) => {
       const run = new Run(this, input, observer);
       let order;
@@ -150,7 +157,10 @@ export class GatewayAgent extends AbstractAgent {
       }
       this.order = order;
       const fail = (error) => error && run.fail(error);
-      const ended = (state, error) => (state === 'closed' || state === 'failed' && !error?.retryable) && fail(error);
+      const ended = (state, error) => {
+        if (state === 'closed') fail(error ?? (gateway.state === 'closed' && { message: 'The connection was closed.', code: 'closed' }));
+        else if (state === 'failed' && !error?.retryable) fail(error);
+      };
       const offs = [
         order.on('event', (event) => run.event(event)),
         order.on('stream', (stream) => run.stream(stream)),
@@ -160,6 +170,7 @@ export class GatewayAgent extends AbstractAgent {
       order.then((saved) => { this.saved = saved; }, fail);
       return () => {
         for (const off of offs) off();
+        run.end();
         order.close();
         if (this.order === order) this.order = undefined;
       };

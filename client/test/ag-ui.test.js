@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import { access } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
-import { describe, test } from 'node:test';
+import { describe, mock, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 
 import { confirmed, settled, setup } from './fakes.js';
@@ -105,6 +105,43 @@ describe('the agent of AG-UI', { skip }, () => {
     await all.run;
     assert.equal(check(all).at(-1), 'RUN_FINISHED');
     assert.deepEqual(contents(all.agent), [['assistant', 'Hello you']]);
+  });
+
+  test('ends all the same where a text never does', async () => {
+    const all = await running();
+    const emitted = () => all.events.map(({ type }) => type);
+    mock.timers.enable({ apis: ['setTimeout'] });
+    all.tell(piece(5, 0, 'killed'), piece(6, 0, 'whole', 'done', 's.2'), answer(7, { status: 'done' }));
+    mock.timers.tick(29_000);
+    mock.timers.reset();
+    await settled();
+    assert.equal(emitted().at(-1), 'TEXT_MESSAGE_END', 'it may be late');
+    all.client.close();
+    await all.run;
+
+    const again = await running();
+    mock.timers.enable({ apis: ['setTimeout'] });
+    again.tell(piece(5, 0, 'killed'), piece(6, 0, 'whole', 'done', 's.2'), answer(7, { status: 'done' }));
+    mock.timers.tick(31_000);
+    mock.timers.reset();
+    await again.run;
+    assert.deepEqual(check(again).slice(-3), ['TEXT_MESSAGE_END', 'TEXT_MESSAGE_END', 'RUN_FINISHED']);
+    assert.deepEqual(contents(again.agent), [['assistant', 'killed'], ['assistant', 'whole']]);
+  });
+
+  test('ends with the connection, which the page has closed', async () => {
+    const all = await running();
+    all.tell(piece(5, 0, 'half'));
+    all.client.close();
+    await all.run;
+    assert.deepEqual([check(all).at(-1), all.events.at(-1).code], ['RUN_ERROR', 'closed']);
+  });
+
+  test('ends where an order does, whatever the agent calls its last answer', async () => {
+    const all = await running();
+    all.tell(answer(5, { type: 'CUSTOM', name: 'n', value: 1, status: 'done' }, 'ag-ui'), answer(6, { status: 'done' }, 'answered'));
+    await all.run;
+    assert.deepEqual(check(all), ['RUN_STARTED', 'CUSTOM', 'RUN_FINISHED']);
   });
 
   test('takes texts for texts, whatever the agent calls their events', async () => {
