@@ -16,6 +16,8 @@ from tests.streams.run import run
 from tests.streams.texts import script_of
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_PREFIX = ["no prefix of what the agent writes"]
+BEGUN_ELSEWHERE = ["it has begun elsewhere"]
 TEXT = script_of(1, "m0", 2).text
 UNITS = len(TEXT.encode("utf-16-le", "surrogatepass")) // 2
 
@@ -25,7 +27,10 @@ const found = [];
 for (const looks of JSON.parse(process.argv[1])) {
   const faults = [];
   const watch = new Watch('w', { m: ['one', 'two words'] }, ({ fault }) => faults.push(fault));
-  for (const [id, text, state] of looks) watch.take({ id, messageId: 'm', text, state });
+  for (const [id, text, state, from] of looks) {
+    if (from !== undefined) watch.late = true;
+    watch.take({ id, messageId: 'm', text, state, from });
+  }
   const logged = { 's.2': { text: 'two words', states: ['done'] } };
   found.push([faults.map((fault) => fault.split(': ')[1]), [...watch.missing(logged)].length]);
 }
@@ -57,15 +62,18 @@ class TestChecks:
 
     def test_what_a_page_is_given(self) -> None:
         """No prefix, a change, a text after its end or of nobody, a hole at the end."""
-        cases: list[tuple[list[list[str]], list[str], int]] = [
+        cases: list[tuple[list[list[str | int | None]], list[str], int]] = [
             ([["s.2", "two"], ["s.2", "two words", "done"]], [], 0),
             ([["s.1", "on"], ["s.1", "on", "superseded"], ["s.2", "two words", "done"]], [], 0),
             ([["s.2", "two w"]], [], 1),
-            ([["s.2", "two o"]], ["no prefix of what the agent writes"], 1),
+            ([["s.2", "two o"]], NO_PREFIX, 1),
             ([["s.2", "two w"], ["s.2", "two"]], ["what was shown before has changed"], 1),
             ([["s.2", "two", "done"]], ["it is done, and not whole"], 1),
             ([["s.2", "two", "failed"], ["s.2", "two words"]], ["it had ended"], 1),
             ([["s.3", "two"]], ["nobody writes this"], 1),
+            ([["s.2", "words", None, 4], ["s.2", "words", "done", 4]], [], 0),
+            ([["s.2", "two words", None, 0], ["s.2", "words", "done", 4]], BEGUN_ELSEWHERE, 0),
+            ([["s.2", "wo", None, 4], ["s.2", "words", "done", 3]], NO_PREFIX, 1),
         ]
         command = [node(), "--input-type=module", "-e", WATCH]
         looks = json.dumps([case[0] for case in cases])
@@ -103,5 +111,6 @@ class TestStreams:
         outcome = await run(1, 20, order_visibility_s=10)
         assert outcome.streams["done"] >= 19
         assert outcome.seen > 200
+        assert outcome.middle > 0
         assert outcome.agents_killed >= 2
         assert outcome.faults > 50

@@ -11,7 +11,9 @@ from the seed, tasks and agents are killed (-9), pages are cut off, reloaded wit
 what an order's confirmation said, and moved to the other task; some orders are stopped, and some
 fail once. An agent that works on an order again writes another text.
 
-Every text that a page is given must at every moment be a prefix of what that attempt wrote. At the
+Every text that a page is given must at every moment be a prefix of what that attempt wrote; a page
+watches each project twice, from its log's beginning and, as one that comes in the middle of texts,
+from now on: then a prefix of the rest of it, from where that text says that it begins. At the
 end the log must hold each text exactly once, and every page, one that comes only then included,
 must have the log's texts to the last code unit, with their ends.
 """

@@ -12,15 +12,17 @@ import WebSocket from '../../client/node_modules/ws/wrapper.mjs';
 import { Watch } from './watch.js';
 
 const [textsPath, seed] = process.argv.slice(2);
+const inOrder = seed % 2 === 0; // as the updates of a FIFO queue are
 const texts = JSON.parse(readFileSync(textsPath, 'utf8'));
 const random = seeded(Number(seed));
 const pages = new Map();
 let ports = [];
 let seen = 0; // how often a page was given a text that had changed
+let middle = 0; // how often of them it had come in the text's middle
 let connections = 0;
 
 const say = (message) => process.stdout.write(`${JSON.stringify(message)}\n`);
-const watchOf = (name) => new Watch(name, texts, say);
+const watchOf = (name, late) => new Watch(name, texts, say, late);
 const delay = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 /** One page: it watches whole projects, and orders texts that it watches each by itself. */
@@ -47,19 +49,26 @@ class Page {
     }
     this.client = connect(() => this.address(), { WebSocket: Socket, minDelay: 50, maxDelay: 1000, pingInterval: 2000 });
     this.client.on('error', (error) => this.failed(error));
-    this.watches = this.projects.map((project) => {
-      const watch = watchOf(`page ${this.number}.${this.life}, ${project}`);
-      const sub = this.client.subscribe(project, { since: 0 });
-      sub.on('stream', (stream) => { seen++; watch.take(stream); });
-      sub.on('gap', (gap) => say({ fault: `${watch.name}: a gap: ${JSON.stringify(gap)}` }));
-      sub.on('error', (error) => this.failed(error));
-      return { project, watch };
-    });
+    this.watches = this.projects.flatMap((project) => [this.watchProject(project, { since: 0 }), this.watchProject(project)]);
     this.orders = new Map();
     if (reloaded) for (const [messageId, { project, stops, confirmed }] of this.saved) {
       if (confirmed) this.watchOrder(messageId, this.client.follow(confirmed), stops);
       else this.order({ messageId, project, stops });
     }
+  }
+
+  /** From the log's beginning, or from now on: then in the middle of texts. */
+  watchProject(project, options) {
+    const watch = watchOf(`page ${this.number}.${this.life}, ${project} ${options ? 'whole' : 'from then on'}`, !options);
+    const sub = this.client.subscribe(project, options);
+    sub.on('stream', (stream) => {
+      seen++;
+      if (stream.from) middle++;
+      watch.take(stream);
+    });
+    sub.on('gap', (gap) => say({ fault: `${watch.name}: a gap: ${JSON.stringify(gap)}` }));
+    sub.on('error', (error) => this.failed(error));
+    return { project, watch };
   }
 
   /** A task as a load balancer picks one. */
@@ -116,7 +125,7 @@ class Page {
 
   /** What is missing of the logs `{project: {messageId: {id: {text, states}}}}`. */
   *missing(logs) {
-    for (const { project, watch } of this.watches) yield* watch.missing(Object.assign({}, ...Object.values(logs[project])));
+    for (const { project, watch } of this.watches) if (inOrder || !watch.late) yield* watch.missing(Object.assign({}, ...Object.values(logs[project])));
     for (const [messageId, watch] of this.orders) yield* watch.missing(logs[this.saved.get(messageId).project][messageId] ?? {});
   }
 }
@@ -134,7 +143,7 @@ const commands = {
     for (const end = performance.now() + seconds * 1000; missing().length && performance.now() < end;) await delay(100);
     for (const what of missing().slice(0, 20)) say({ fault: what });
     for (const { client } of pages.values()) client.close();
-    say({ finished: { seen, connections } });
+    say({ finished: { seen, middle, connections } });
     process.exit();
   },
 };

@@ -158,6 +158,7 @@ class Outcome:
     orders: int
     streams: dict[str, int]
     seen: int
+    middle: int
     connections: int
     tasks: int
     agents_killed: int
@@ -167,9 +168,9 @@ class Outcome:
         states = ", ".join(f"{count} {state}" for state, count in sorted(self.streams.items()))
         return (
             f"seed {self.seed:<3} {queue_kind(self.seed):<8} ok {self.seconds:5.1f} s: "
-            f"{self.orders} orders, streams {states}; {self.seen} looks over {self.connections} "
-            f"connections, {self.tasks} tasks, {self.agents_killed} agents killed, "
-            f"{self.faults} faults of AWS"
+            f"{self.orders} orders, streams {states}; {self.seen} looks, {self.middle} "
+            f"of them from the middle of a text on, over {self.connections} connections, "
+            f"{self.tasks} tasks, {self.agents_killed} agents killed, {self.faults} faults of AWS"
         )
 
 
@@ -416,6 +417,7 @@ async def _run(seed: int, streams: int, platform: Platform, texts: Path) -> Outc
         orders=streams,
         streams=dict(this_run.states),
         seen=pages.finished["seen"],
+        middle=pages.finished["middle"],
         connections=pages.finished["connections"],
         tasks=len(fleet.tasks),
         agents_killed=agents.killed,
