@@ -1,45 +1,49 @@
 """What an answer that streams costs at AWS, from calls that were counted.
 
 ``python -m bench.answer``: an agent on ``agenticai_agent.py`` writes for a minute, as a model does,
-once with the helper's gathering and once without; two tasks have a viewer each. It takes two
-minutes, and writes its table into docs/WRITING_AGENTS.md.
+once with the helper's gathering and once without; two tasks have a viewer each. All of it runs in
+one process, in a time of its own (`bench/virtual_time.py`), so that the counts are those of tasks
+and agents that compute in no time, on whatever machine. It writes its table into
+docs/WRITING_AGENTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
+import logging
 import os
+import random
 import re
 import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
+import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from websockets.sync.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidStatus
 
 import server
 from agent import agenticai_agent
-from aws_standin import without_aws
-from bench import prices
+from aws_standin import Platform, StandIn, without_aws
+from bench import prices, virtual_time
 from bench.bill import QUIET
-from bench.processes import ROOT, BenchError, Process
-from bench.servers import Aws, Used
-from bench.small_projects import AWS_LATENCY_MS
+from bench.processes import ROOT, BenchError
+from bench.servers import Used
 
 PAGE = ROOT / "docs" / "WRITING_AGENTS.md"
 PART = re.compile(r"(<!-- bench:answer -->\n).*?(<!-- /bench -->)", re.DOTALL)
 TASKS = 2
 TOKENS_PER_S = 150
 TOKEN = "token "
+AWS_LATENCY_S = (0.005, 0.010)
 LEFT_S = 3.0  # for the last deletes
+SEED = 1  # of the calls' latencies
 CALLS = {
     "the agent's `SendMessage`": "sqs SendMessage",
     "its looks for a stop, `GetItem`": "dynamodb GetItem",
@@ -57,53 +61,49 @@ def free_port() -> int:
         return port
 
 
-@contextlib.contextmanager
-def gateway(aws: Aws) -> Iterator[list[ClientConnection]]:
+@contextlib.asynccontextmanager
+async def gateway(platform: Platform) -> AsyncIterator[list[ClientConnection]]:
     """Two tasks; yields a viewer of the project ``p`` at each."""
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         viewers = []
         for _ in range(TASKS):
             port = free_port()
-            settings = without_aws(os.environ) | aws.environment | QUIET
-            task = Process(
-                [sys.executable, "server.py"],
-                settings | {"WEBSOCKET_PORT": str(port)},
-                stdout=subprocess.DEVNULL,
-            )
-            stack.callback(task.stop)
-            await_health(port)
-            address = f"ws://127.0.0.1:{port}/ws?project_id=p"
-            viewers.append(stack.enter_context(connect(address, max_queue=None)))
-            while json.loads(viewers[-1].recv())["type"] != "subscription_confirmed":
-                pass
+            environment = platform.environment() | QUIET | {"WEBSOCKET_PORT": str(port)}
+            serving = asyncio.create_task(server.serve(server.Settings.from_mapping(environment)))
+            stack.callback(serving.cancel)
+            viewers.append(await view(port, serving))
+            stack.push_async_callback(viewers[-1].close)
         yield viewers
 
 
-def await_health(port: int) -> None:
-    """Wait until a task takes viewers.
+async def view(port: int, serving: asyncio.Task[None]) -> ClientConnection:
+    """Watch the project ``p``, as soon as the task lets somebody in.
 
     Raises:
-        BenchError: it does not, within a minute.
+        BenchError: the task has ended.
     """
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # refused, or not healthy
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        time.sleep(0.1)
-    raise BenchError("a task does not start")
+    while not serving.done():
+        with contextlib.suppress(OSError, InvalidStatus):  # not listening yet, or not ready
+            viewer = await connect(
+                f"ws://127.0.0.1:{port}/ws?project_id=p", max_queue=None, proxy=None
+            )
+            while json.loads(await viewer.recv())["type"] != "subscription_confirmed":
+                pass
+            return viewer
+        await asyncio.sleep(0.1)
+    raise BenchError("a task does not start") from serving.exception()
 
 
-def read_text(viewer: ClientConnection, texts: list[str]) -> None:
-    """Add the text of the logged pieces, once it is whole."""
+async def read_text(viewer: ClientConnection) -> str:
+    """The text of the logged pieces, once it is whole."""
     text = ""
-    for frame in viewer:
+    async for frame in viewer:
         event = json.loads(frame)
         if event["type"] == "stream" and "seq" in event:
             text += event["data"]["text"]
             if "state" in event["data"]:
-                return texts.append(text)
-    return None
+                break
+    return text
 
 
 def answer(seconds: float, gather_s: float) -> tuple[Counter[str], float]:
@@ -112,32 +112,36 @@ def answer(seconds: float, gather_s: float) -> tuple[Counter[str], float]:
     Raises:
         BenchError: a viewer has not got the text.
     """
-    aws = Aws(AWS_LATENCY_MS, fifo_updates=True)
+    random.seed(SEED)
+    return virtual_time.run(_answer(seconds, gather_s))
+
+
+async def _answer(seconds: float, gather_s: float) -> tuple[Counter[str], float]:
+    stand_in = await StandIn().start()
+    stand_in.latency_s = AWS_LATENCY_S
+    platform = stand_in.create_platform(fifo_updates=True)
+    environment = without_aws(os.environ) | platform.environment()
     try:
-        with (
-            mock.patch.dict(os.environ, aws.environment),  # this process is the agent
-            mock.patch.object(agenticai_agent, "GATHER_S", gather_s),
-            gateway(aws) as viewers,
-        ):
-            agenticai_agent.sqs_client.cache_clear()
-            agenticai_agent.dynamodb_client.cache_clear()
-            texts: list[str] = []
-            threads = [threading.Thread(target=read_text, args=(v, texts)) for v in viewers]
-            for thread in threads:
-                thread.start()
-            before = aws.used()
-            written = write(seconds)
-            for thread in threads:
-                thread.join(60)
-            time.sleep(LEFT_S)
-            if texts != [written] * TASKS:
-                raise BenchError(f"{len(texts)} of {TASKS} viewers have a text, or another one")
-            return calls_and_dollars(aws.used().since(before))
+        with mock.patch.dict(os.environ, environment, clear=True):
+            async with gateway(platform) as viewers, server.connect("us-east-1") as aws:
+                texts = asyncio.gather(*(read_text(each) for each in viewers))
+                before = used(stand_in)
+                written = await write(seconds, gather_s, aws)
+                if await texts != [written] * TASKS:
+                    raise BenchError("a viewer has another text")
+                await asyncio.sleep(LEFT_S)
+                return calls_and_dollars(used(stand_in).since(before))
     finally:
-        aws.process.stop()
+        await stand_in.stop()
 
 
-def write(seconds: float) -> str:
+def used(stand_in: StandIn) -> Used:
+    """What AWS would bill so far."""
+    usage = stand_in.usage
+    return Used(Counter(usage.calls), Counter(usage.requests), usage.read_units, usage.write_units)
+
+
+async def write(seconds: float, gather_s: float, aws: server.Aws) -> str:
     """Write an answer, at the pace of a model; return it."""
     body = {
         "type": "dev",
@@ -149,14 +153,35 @@ def write(seconds: float) -> str:
     }
     record = {"messageId": "s", "body": json.dumps(body)}
     count = int(seconds * TOKENS_PER_S)
-    for order in agenticai_agent.orders({"Records": [record]}):
-        with order, order.stream() as stream:
-            started = time.monotonic()
-            for number in range(count):
-                time.sleep(max(0.0, started + number / TOKENS_PER_S - time.monotonic()))
-                if not order.stopped():
-                    stream.write(TOKEN)
-    return TOKEN * count
+    threads = virtual_time.Threads()
+
+    def work() -> str:
+        for order in agenticai_agent.orders({"Records": [record]}):
+            with order, order.stream() as stream:
+                started = threads.monotonic()
+                for number in range(count):
+                    threads.sleep(max(0.0, started + number / TOKENS_PER_S - threads.monotonic()))
+                    if not order.stopped():
+                        stream.write(TOKEN)
+        return TOKEN * count
+
+    def client(**calls: Any) -> Any:
+        return lambda: types.SimpleNamespace(
+            **{
+                name: lambda call=call, **of: threads.until(call(**of))
+                for name, call in calls.items()
+            }
+        )
+
+    with mock.patch.multiple(
+        agenticai_agent,
+        GATHER_S=gather_s,
+        threading=threads,
+        time=threads,
+        sqs_client=client(send_message=aws.sqs.send_message),
+        dynamodb_client=client(get_item=aws.dynamodb.get_item),
+    ):
+        return await threads.call(work)
 
 
 def calls_and_dollars(used: Used) -> tuple[Counter[str], float]:
@@ -194,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.answer", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of writing (60)")
     seconds = parser.parse_args().seconds
+    logging.disable(logging.WARNING)  # what the tasks say of settings that nobody needs here
     counted = [answer(seconds, gather_s) for gather_s in (agenticai_agent.GATHER_S, 0.0)]
     found = table(*counted)
     print(found)
