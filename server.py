@@ -1727,6 +1727,8 @@ class Chunk:
     """
 
     MAX_BYTES = 131_072  # of one write to a client that catches up; a larger event is alone
+    CHUNK_BYTES = 1_000  # held for a chunk, and for its channel once that is gone
+    EVENT_BYTES = 300  # held for an event beside its frame
 
     __slots__ = ("_joined", "events", "size_bytes")
 
@@ -1741,6 +1743,14 @@ class Chunk:
             frames = [event.deflated if deflated else event.frame for event in self.events]
             joined = self._joined[deflated] = b"".join(frames)
         return joined
+
+    @classmethod
+    def held_bytes(cls, event: Event) -> int:
+        """What is held for one of the events at most.
+
+        Its frame may be there four times: plain and deflated, each by itself and joined.
+        """
+        return cls.EVENT_BYTES + 4 * len(event.frame)
 
     # Of those whose events are consecutive ones of a log.
 
@@ -1825,16 +1835,17 @@ class Registry:
     Attributes:
         sockets: all connections from their first byte to their last.
         connections: those of them that are open, by id.
+        remembered_bytes: a bound of what is held for the events in all chunks.
     """
 
-    REMEMBERED_BYTES = 16_777_216  # of events of all channels
+    REMEMBERED_BYTES = 33_554_432  # held for events of all channels at most
 
     def __init__(self) -> None:
         self.sockets: set[Connection] = set()
         self.connections: dict[str, Connection] = {}
         self.channels: dict[str, Channel] = {}
         self._chunks: deque[tuple[Channel, Chunk]] = deque()  # the oldest first
-        self._remembered_bytes = 0
+        self.remembered_bytes = 0
 
     def channel(self, project_id: str) -> Channel:
         channel = self.channels.get(project_id)
@@ -1871,11 +1882,12 @@ class Registry:
             chunk = Chunk([event])
             channel.chunks.append(chunk)
             self._chunks.append((channel, chunk))
-        self._remembered_bytes += len(event.frame)
-        while self._remembered_bytes > self.REMEMBERED_BYTES:
+            self.remembered_bytes += Chunk.CHUNK_BYTES
+        self.remembered_bytes += Chunk.held_bytes(event)
+        while self.remembered_bytes > self.REMEMBERED_BYTES:
             forgetful, oldest = self._chunks.popleft()
             forgetful.chunks.remove(oldest)
-            self._remembered_bytes -= oldest.size_bytes
+            self.remembered_bytes -= Chunk.CHUNK_BYTES + sum(map(Chunk.held_bytes, oldest.events))
         return chunk
 
     def drop(self, connection: Connection) -> None:
@@ -2075,6 +2087,7 @@ class Ledger:
         for connection in self._registry.sockets:
             kinds.update(connection.held())
         kinds["channels"] = len(self._registry.channels) * self.CHANNEL_BYTES
+        kinds["events"] = self._registry.remembered_bytes
         kinds["agents"] = self.agents_bytes()
         return kinds
 

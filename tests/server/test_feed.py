@@ -280,7 +280,7 @@ class TestFeed:
 
     async def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Events that were read are kept for others up to a bound, and then read again."""
-        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 200_000)
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 800_000)
         log = MemoryLog(page=1)
         log.add(100, size=10_000)
         async with office_of(log) as office:

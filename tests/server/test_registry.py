@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import random
+import tracemalloc
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import server
-from server import EVERYONE, Channel, Registry
+from server import EVERYONE, Channel, Event, EventMessage, Registry
 from tests.server.listeners import Listener, event
 
 
@@ -63,7 +69,7 @@ class TestRegistry:
 
     def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What was remembered first is forgotten first, over all channels."""
-        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 1_000_000)
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 4_000_000)
         registry = Registry()
         for project_id, count in (("p", 5), ("q", 60), ("p", 5)):
             channel = registry.channel(project_id)
@@ -82,6 +88,30 @@ class TestRegistry:
             *(("q", seq) for seq in range(19, 61)),
         ]
         assert registry.channel("p").floor == 5
+
+    @pytest.mark.parametrize(("projects", "size"), [(1, 20), (1, 1_000), (2_000, 20)])
+    def test_what_is_held(self, monkeypatch: pytest.MonkeyPatch, projects: int, size: int) -> None:
+        """Events in every form that they can be kept in take no more memory than the bound."""
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 2_000_000)
+        registry = Registry()
+        tracemalloc.start()
+        try:
+            for number in range(20_000):
+                channel = registry.channel(f"project-{number % projects}")
+                channel.cursor = (channel.cursor or 0) + 1
+                latest = channel.chunk_with(channel.cursor - 1)
+                data = msgspec.Raw(json.dumps(random.randbytes(size // 2).hex()).encode())
+                message = EventMessage("t", str(channel.project_id), data, channel.cursor)
+                registry.remember(channel, Event.of(message, float(number)), latest)
+            for channel in tuple(registry.channels.values()):
+                for chunk in channel.chunks:
+                    chunk.frames(False), chunk.frames(True)
+                registry.release(channel)
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < registry.remembered_bytes <= 2_000_000
 
     def test_join_and_leave(self) -> None:
         """Listeners are on the list once each, and each can leave."""

@@ -73,7 +73,7 @@ class ResumeMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         size = len(event(1).frame)
         self.patch.setattr(server.Chunk, "MAX_BYTES", 3 * size + 10)
-        self.patch.setattr(server.Registry, "REMEMBERED_BYTES", 8 * size)
+        self.patch.setattr(server.Registry, "REMEMBERED_BYTES", 9_000)  # some eight events
         self.loop = asyncio.new_event_loop()
         self.log = MemoryLog(held=True, page=2)
         self.wire: list[Event] = []
