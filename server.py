@@ -1599,7 +1599,10 @@ class Verifier:
     ) -> None:
         """Have ``answer`` called with whose token it is, or why it is nobody's.
 
-        At once, unless the issuer's keys have to be read anew to tell: then after ``reading``.
+        At once, unless the issuer's keys have to be read anew to tell.
+
+        Args:
+            reading: what was waited for, if the keys were read for this token.
         """
         now = asyncio.get_running_loop().time()
         found: Principal | NotAuthenticated
