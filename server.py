@@ -216,22 +216,17 @@ UNSENDABLE = {"\ufffe": rb"\ufffe", "\uffff": rb"\uffff"}
 # --- Errors ---------------------------------------------------------------------------------
 # Sorted by who must act. Nothing here knows a socket or a queue.
 #
-# GatewayError
-# +-- SettingsError     the operator: named on stderr, exit code 2
-# +-- BadMessage        the client: answered with an `error` message
-# +-- NotAuthenticated  the client: answered with 401 or close code 4401
-# |   +-- UnknownKey    nobody yet: the issuer may have a new key
-# |   +-- Expired       the client: it fetches a fresh token
-# +-- UnreadableUpdate  the agent: its update goes to the dead-letter queue
-# +-- Drained           nobody: the orderly end
-# +-- UpstreamLost      AWS, for good: the process ends with exit code 1 and is restarted
+# SettingsError     the operator: named on stderr, exit code 2
+# BadMessage        the client: answered with an `error` message; or the agent: its update goes to
+#                   the dead-letter queue
+# NotAuthenticated  the client: answered with 401 or close code 4401
+# +-- UnknownKey    nobody yet: the issuer may have a new key
+# +-- Expired       the client: it fetches a fresh token
+# Drained           nobody: the orderly end
+# UpstreamLost      AWS, for good: the process ends with exit code 1 and is restarted
 
 
-class GatewayError(Exception):
-    """Everything that this program raises itself."""
-
-
-class SettingsError(GatewayError):
+class SettingsError(Exception):
     """Settings are missing or wrong; ``faults`` has a sentence for each."""
 
     def __init__(self, faults: Sequence[str]) -> None:
@@ -239,8 +234,8 @@ class SettingsError(GatewayError):
         self.faults = tuple(faults)
 
 
-class BadMessage(GatewayError):
-    """What a client asked for cannot be done: ``code`` for its program, the text for its author."""
+class BadMessage(Exception):
+    """What was sent cannot be used: ``code`` for the client's program, the text for its author."""
 
     def __init__(self, code: ErrorCode, sentence: str, **context: Any) -> None:
         super().__init__(sentence)
@@ -248,7 +243,7 @@ class BadMessage(GatewayError):
         self.context = context
 
 
-class NotAuthenticated(GatewayError):
+class NotAuthenticated(Exception):
     """A token is missing, forged, expired or somebody else's; the text never has any of it."""
 
 
@@ -263,15 +258,11 @@ class Expired(NotAuthenticated):
     """A token that was good, and whose time is over: no sign of somebody who guesses."""
 
 
-class UnreadableUpdate(GatewayError):
-    """A message in the updates queue that no retry will make readable."""
-
-
-class Drained(GatewayError):
+class Drained(Exception):
     """Nobody's fault: the way in which a drained gateway ends what still runs."""
 
 
-class UpstreamLost(GatewayError):
+class UpstreamLost(Exception):
     """AWS refuses in a way that waiting will not mend: a table, a queue or a right is missing."""
 
 
@@ -1285,16 +1276,18 @@ def decode_update(body: str) -> Update:
     """An agent's update.
 
     Raises:
-        UnreadableUpdate: whatever keeps clients from being able to get it.
+        BadMessage: whatever keeps clients from being able to get it.
     """
     try:
         update = decode(Decoders.update, body.encode())
-    except (BadMessage, UnicodeEncodeError) as exc:
-        raise UnreadableUpdate(str(exc)) from None
+    except UnicodeEncodeError as exc:
+        raise BadMessage(ErrorCode.INVALID_JSON, str(exc)) from None
     if update.type in RESERVED_TYPES:
-        raise UnreadableUpdate(f"the type {update.type!r} is reserved for the server")
+        sentence = f"The type {update.type!r} is reserved for the server."
+        raise BadMessage(ErrorCode.INVALID_FIELD, sentence)
     if memoryview(update.data).nbytes > EVENT_MAX_BYTES:
-        raise UnreadableUpdate(f"its data are larger than {EVENT_MAX_BYTES} bytes")
+        sentence = f"Its data are larger than {EVENT_MAX_BYTES} bytes."
+        raise BadMessage(ErrorCode.TOO_LARGE, sentence)
     return update
 
 
@@ -3114,18 +3107,19 @@ class EventLog:
         expires_at = {"N": str(int(time.time()) + self._retention_s)}
         items: list[Any] = [{"Update": head}]
         for pending, message in append.chosen:
+            texts = {
+                "type": message.type,
+                "data": bytes(message.data).decode(),
+                "event_id": pending.event_id,
+                "timestamp": message.timestamp,
+                "in_reply_to": message.in_reply_to,
+                "traceparent": message.traceparent,
+            }
             item = {
                 **self._key(append.project_id, event_key(cast("int", message.seq))),
-                "type": {"S": message.type},
-                "data": {"S": bytes(message.data).decode()},
-                "event_id": {"S": pending.event_id},
-                "timestamp": {"S": message.timestamp},
+                **{name: {"S": text} for name, text in texts.items() if text is not None},
                 "expires_at": expires_at,
             }
-            if message.in_reply_to is not None:
-                item["in_reply_to"] = {"S": message.in_reply_to}
-            if message.traceparent is not None:
-                item["traceparent"] = {"S": message.traceparent}
             items.append({"Put": {"TableName": self._table, "Item": item}})
             if pending.stop is not None:
                 items.append({"Put": {"TableName": self._table, **self._stop(pending.stop)}})
@@ -3872,7 +3866,7 @@ class Intake:
         self._held[message["ReceiptHandle"]] = (time.monotonic(), len(message["Body"]))
         try:
             update = decode_update(message["Body"])
-        except UnreadableUpdate as exc:
+        except BadMessage as exc:
             self._settle(message, str(exc))
             return
         # Also what is received for the first time may be in the log before we append it: if this

@@ -52,7 +52,6 @@ from server import (
     Settings,
     SettingsError,
     Subscribe,
-    UnreadableUpdate,
     UpstreamLost,
     decode_message,
     decode_update,
@@ -431,7 +430,7 @@ class TestWire:
     )
     def test_unreadable_update(self, body: str) -> None:
         """An update that clients could not get is refused."""
-        with pytest.raises(UnreadableUpdate):
+        with pytest.raises(BadMessage):
             decode_update(body)
 
 

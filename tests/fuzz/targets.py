@@ -37,7 +37,6 @@ from server import (
     Progress,
     Settings,
     Subscribe,
-    UnreadableUpdate,
     Unsubscribe,
     bearer_token,
     client_address,
@@ -439,7 +438,7 @@ def _as_message(data: bytes) -> None:
 def _as_update(text: str) -> None:
     try:
         update = decode_update(text)
-    except UnreadableUpdate:
+    except BadMessage:
         return
     project_id = update.project_id or server.EVERYONE
     message = EventMessage(update.type, project_id, update.data, 1, server.timestamp())
