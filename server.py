@@ -3496,6 +3496,8 @@ class Receiver:
     goes on as the long poll that is due anyway; a short one would be a call for nothing after
     every burst. Where that brings ``BACKLOG`` messages, several polls go side by side: one alone
     takes no more than ten messages a round trip.
+
+    Its polls end with the group of tasks that it is given.
     """
 
     RECEIVED_AT_ONCE = 90
@@ -3508,7 +3510,6 @@ class Receiver:
     _sqs: SQSClient
     _url: str
     _dependency: Dependency
-    _empty_answers: int = 0
 
     def __post_init__(self) -> None:
         self._polls: list[asyncio.Task[list[dict[str, Any]]]] = []
@@ -3531,26 +3532,16 @@ class Receiver:
                 self._polls.append(self._tasks.create_task(self._receive()))
             if not self._polls:
                 break
-            answers = await self._answers(patience_s)
+            done, _ = await asyncio.wait(
+                self._polls, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            answers = [poll.result() for poll in self._polls if poll in done]
+            self._polls = [poll for poll in self._polls if poll not in done]
             messages += itertools.chain.from_iterable(answers)
             if messages and all(len(answer) < SQS_BATCH_ENTRIES for answer in answers):
                 break
             patience_s = self.GATHER_S if messages else None
         return messages
-
-    async def _answers(self, patience_s: float | None) -> list[list[dict[str, Any]]]:
-        """The answers to polls, in the order of the calls; waits for the first of them."""
-        try:
-            done, _ = await asyncio.wait(
-                self._polls, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
-            )
-        except asyncio.CancelledError:
-            for poll in self._polls:
-                poll.cancel()  # a wait leaves running what it waits for
-            raise
-        answered = [poll for poll in self._polls if poll in done]
-        self._polls = [poll for poll in self._polls if poll not in done]
-        return [poll.result() for poll in answered]
 
     async def _receive(self) -> list[dict[str, Any]]:
         """One long poll; nothing, after a pause, where it failed.
@@ -3573,12 +3564,9 @@ class Receiver:
                 ],
             )
             batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
-        if batch:
-            self._empty_answers = 0
         # An error, or nothing although nobody waited for it: either would spin.
-        elif time.monotonic() - began_at < self.SHORT_POLL_S:
-            await asyncio.sleep(full_jitter_s(self._empty_answers))
-            self._empty_answers += 1
+        if not batch and time.monotonic() - began_at < self.SHORT_POLL_S:
+            await asyncio.sleep(full_jitter_s(1))
         return batch
 
 
@@ -3704,11 +3692,12 @@ class Relay:
 
     async def run(self, accept: Callable[[RelayedEvent], None]) -> NoReturn:
         """Hand what the other tasks publish to ``accept``."""
-        receiver = Receiver(self._tasks, self._sqs, self._queue_url, self.dependency)
-        while True:
-            for message in await receiver.messages():
-                for event in self.events_of(message["Body"].encode("utf-8", "surrogatepass")):
-                    accept(event)
+        async with asyncio.TaskGroup() as polls:
+            receiver = Receiver(polls, self._sqs, self._queue_url, self.dependency)
+            while True:
+                for message in await receiver.messages():
+                    for event in self.events_of(message["Body"].encode("utf-8", "surrogatepass")):
+                        accept(event)
 
     async def heartbeat(self) -> NoReturn:
         """Show signs of life, make sure that events still arrive, and see who lives no more."""
@@ -3833,16 +3822,17 @@ class Intake:
             self._sqs.get_queue_attributes, QueueUrl=self._url, AttributeNames=["RedrivePolicy"]
         )
         self._has_dead_letter_queue = "RedrivePolicy" in attributes.get("Attributes", {})
-        receiver = Receiver(self._tasks, self._sqs, self._url, self.dependency)
-        while not self.stopping or receiver.polling:
-            messages = await receiver.messages(lambda: self.stopping or self._crowded)
-            if not messages:
-                await asyncio.sleep(self.ROOM_ASKED_FOR_S)
-            for message in messages:
-                self._take(message)
-            appends = self._append_waiting()
-            if len(messages) < receiver.BACKLOG:
-                await self._answered(appends)
+        async with asyncio.TaskGroup() as polls:
+            receiver = Receiver(polls, self._sqs, self._url, self.dependency)
+            while not self.stopping or receiver.polling:
+                messages = await receiver.messages(lambda: self.stopping or self._crowded)
+                if not messages:
+                    await asyncio.sleep(self.ROOM_ASKED_FOR_S)
+                for message in messages:
+                    self._take(message)
+                appends = self._append_waiting()
+                if len(messages) < receiver.BACKLOG:
+                    await self._answered(appends)
 
     async def _answered(self, appends: Sequence[asyncio.Task[None]]) -> None:
         """Wait until DynamoDB and the topic have answered for what was received.

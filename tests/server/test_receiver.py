@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from unittest import mock
 
 import pytest
 
@@ -84,22 +85,16 @@ class TestReceiver:
         monkeypatch.setattr(server.Receiver, "SHORT_POLL_S", 0.0)
         monkeypatch.setattr(server, "LONG_POLL_S", 1)
         async with receiver_of(platform, aws) as receiver:
-            waits = 0
-            wait_for_answers = receiver._answers
-
-            async def counted(patience_s: float | None) -> list[list[Json]]:
-                nonlocal waits
-                waits += 1
-                return await wait_for_answers(patience_s)
-
-            monkeypatch.setattr(receiver, "_answers", counted)
+            wait = mock.AsyncMock(wraps=asyncio.wait)
+            monkeypatch.setattr(asyncio, "wait", wait)
             receiving = asyncio.ensure_future(receiver.messages())
             async with asyncio.timeout(DEADLINE_S):
                 while stand_in.calls["sqs", "ReceiveMessage"] < 3:
                     await asyncio.sleep(0.05)
             push(stand_in, *news(1))
             assert numbers(await receiving) == [1]
-            assert waits <= stand_in.calls["sqs", "ReceiveMessage"]
+            for_polls = [call for call in wait.call_args_list if "return_when" in call.kwargs]
+            assert len(for_polls) <= stand_in.calls["sqs", "ReceiveMessage"]
 
     @pytest.fixture
     def patient(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,13 +172,18 @@ class TestReceiver:
         """Who is cancelled while waiting for the rest of a burst leaves no poll behind."""
         monkeypatch.setattr(server.Receiver, "GATHER_S", DEADLINE_S)
         push(stand_in, *news(*range(10)))
-        async with receiver_of(platform, aws) as receiver:
-            before = asyncio.all_tasks()
-            receiving = asyncio.ensure_future(receiver.messages())
-            await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"] == 2)
-            assert asyncio.all_tasks() - before > {receiving}  # a poll
-            receiving.cancel()
-            await eventually(lambda: asyncio.all_tasks() <= before)
+        before = asyncio.all_tasks()
+
+        async def receive() -> None:
+            async with asyncio.TaskGroup() as polls:
+                url, dependency = platform.queue_urls["updates"], server.Dependency("updates queue")
+                await Receiver(polls, aws.sqs, url, dependency).messages()
+
+        receiving = asyncio.ensure_future(receive())
+        await eventually(lambda: stand_in.calls["sqs", "ReceiveMessage"] == 2)
+        assert asyncio.all_tasks() - before > {receiving}  # a poll
+        receiving.cancel()
+        await eventually(lambda: asyncio.all_tasks() <= before)
 
     async def test_late_answer(
         self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
