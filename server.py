@@ -4205,21 +4205,17 @@ class Inbox:
             data, received.data = received.data, b""  # or the parser holds it until the next frame
             if received.opcode in (Opcode.TEXT, Opcode.BINARY):
                 self._is_text = received.opcode is Opcode.TEXT
-                if received.fin:
-                    return self._whole(bytes(data))
-                self._fragments = bytearray(data)
-            elif received.opcode is Opcode.CONT and self._fragments is not None:
-                self._fragments += data
-                if received.fin:
-                    return self._whole(bytes(self._fragments))
+                self._fragments = bytearray()
+            elif received.opcode is not Opcode.CONT or self._fragments is None:
+                continue
+            self._fragments += data
+            if received.fin:
+                payload, self._fragments = bytes(self._fragments), None
+                self.unfinished_since = 0.0
+                return payload, self._is_text
         unfinished = self._fragments is not None or self.protocol.reader.buffer
         self.unfinished_since = (self.unfinished_since or now) if unfinished else 0.0
         return None
-
-    def _whole(self, payload: bytes) -> tuple[bytes, bool]:
-        self._fragments = None
-        self.unfinished_since = 0.0
-        return payload, self._is_text
 
     def clear(self) -> None:
         """Let go of everything that was read and not acted on, and inflate nothing more.
@@ -4806,17 +4802,6 @@ class Drain:
 # All of it together: HTTP answers, messages, the sweep. Knows no os.environ, no signals.
 
 
-def was_reset(connection: Connection) -> bool:
-    """Whether the peer has cut the connection, unheard because it is not read from.
-
-    Source: Linux's tcp(7), TCP_INFO; its first byte is the state, and 7 is TCP_CLOSE.
-    """
-    if not hasattr(socket, "TCP_INFO"):
-        return False
-    raw = connection.transport.get_extra_info("socket")
-    return bool(raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x07")
-
-
 def peer_of(connection: Connection) -> str:
     """Who the socket says it is from; nothing once the peer has gone."""
     peer = connection.transport.get_extra_info("peername")
@@ -5059,14 +5044,12 @@ class Messages:
             self.refuse(connection, exc, message)
 
     def _act(self, connection: Connection, message: ClientMessage) -> None:
-        if isinstance(message, Authenticate):
-            self._authenticate(connection, message)
-            return
         project_id = getattr(message, "project_id", None)
         # An agent answers where it was asked: a forward for everyone comes back to everyone.
         strictly = isinstance(message, Forward | Stop)
-        may_use = cast("Principal", connection.principal).may_use
-        if not isinstance(message, Ping) and not may_use(project_id, strictly=strictly):
+        principal = connection.principal
+        allowed = principal is not None and principal.may_use(project_id, strictly=strictly)
+        if not allowed and not isinstance(message, Authenticate | Ping):
             raise BadMessage(ErrorCode.FORBIDDEN, "Your token does not allow this project.")
         match message:
             case Forward():
@@ -5081,6 +5064,8 @@ class Messages:
                 self._answer(connection, message, UnsubscriptionConfirmed(message.project_id))
             case Ping():
                 self._answer(connection, message, Pong(timestamp()))
+            case Authenticate():
+                self._authenticate(connection, message)
 
     def _answer(
         self, connection: Connection, message: ClientMessage, answer: Answer | BadMessage
@@ -5227,6 +5212,7 @@ class Sweep:
     BUSY_EVERY_S = 1.9  # two seconds, less what a sweep may come early
     MESSAGE_TIMEOUT_S = 30.0  # from a message's first byte to its last
     CONNECTIONS_A_TURN = 200  # then everything else has its turn
+    PENDING_ERROR = (socket.SOL_SOCKET, socket.SO_ERROR)
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self._gateway = gateway
@@ -5265,8 +5251,8 @@ class Sweep:
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
         elif connection.is_read:
             self._listen_to(connection, now)
-        elif was_reset(connection):
-            connection.transport.abort()
+        elif connection.transport.get_extra_info("socket").getsockopt(*self.PENDING_ERROR):
+            connection.transport.abort()  # the peer has cut it, unheard as it is not read from
         else:
             self._say_busy(connection, now)
 

@@ -560,6 +560,21 @@ class TestHolds:
             peer.end()
             await eventually(lambda: not gateway.registry.sockets)
 
+    async def test_reset_is_noticed(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who is not read from and cuts the connection is gone with the next sweep."""
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
+        async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
+            [connection] = gateway.registry.connections.values()
+            connection.hold(+Connection.FORWARDS_IN_FLIGHT)
+            peer.send_frame(b"", Opcode.PONG)
+            await eventually(lambda: not connection.is_read)
+            await asyncio.sleep(0.1)
+            assert gateway.registry.sockets  # who is only not read from stays
+            peer.reset()
+            await eventually(lambda: not gateway.registry.sockets)
+
     async def test_deadlines_stand_still(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
