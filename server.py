@@ -3910,8 +3910,7 @@ class Intake:
             return
         update, sent_at = pending.update, pending.sent_at
         event = pending.event or Event.of(update.event(None, timestamp()), sent_at)
-        found = self._feed.accept(event, update.connection_id)
-        if self._relay is None or found:
+        if self._feed.accept(event, update.connection_id) or self._relay is None:
             done()
             return
         event_id = pending.event_id if event.seq is not None else None
@@ -3931,22 +3930,19 @@ class Intake:
         """
         receives = int(message.get("Attributes", {}).get("ApproximateReceiveCount", "1"))
         if fault is None:
-            self._to_delete.add(message)
+            self._to_delete.add(message["ReceiptHandle"])
         elif receives >= self.RECEIVES and not self._has_dead_letter_queue:
             logger.error("update deleted, unusable: %s: %s", fault, message["Body"])
-            self._to_delete.add(message)
+            self._to_delete.add(message["ReceiptHandle"])
         else:
             logger.warning("update %s cannot be used: %s", message["MessageId"], fault)
             receipt = message["ReceiptHandle"]
             del self._held[receipt]
             self._tasks.create_task(self._show_after(0, [receipt]))
 
-    async def _delete(self, messages: list[dict[str, Any]]) -> None:
+    async def _delete(self, receipts: list[str]) -> None:
         """Delete what is done. What stays is held until it can be deleted."""
-        entries: Any = [
-            {"Id": str(i), "ReceiptHandle": message["ReceiptHandle"]}
-            for i, message in enumerate(messages)
-        ]
+        entries: Any = [{"Id": str(i), "ReceiptHandle": each} for i, each in enumerate(receipts)]
         answer = await self.dependency.retry(
             self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
         )
@@ -3954,11 +3950,11 @@ class Intake:
         left = {int(each["Id"]) for each in failed if not each.get("SenderFault")}
         if left:
             await asyncio.sleep(full_jitter_s(0))
-        for i, message in enumerate(messages):
+        for i, receipt in enumerate(receipts):
             if i in left:
-                self._to_delete.add(message)
+                self._to_delete.add(receipt)
             else:
-                self._held.pop(message["ReceiptHandle"], None)
+                del self._held[receipt]
 
     async def keep(self) -> NoReturn:
         """Hold on to updates that take long, as while DynamoDB throttles.
@@ -3969,8 +3965,7 @@ class Intake:
             await asyncio.sleep(self.VISIBILITY_S / 4)
             long_ago = time.monotonic() - self.VISIBILITY_S / 4
             held = [receipt for receipt, (since, _) in self._held.items() if since < long_ago]
-            for start in range(0, len(held), SQS_BATCH_ENTRIES):
-                batch = held[start : start + SQS_BATCH_ENTRIES]
+            for batch in runs(held, lambda _: 1, SQS_BATCH_ENTRIES):
                 await self._show_after(self.VISIBILITY_S, batch)
 
     async def _show_after(self, visibility_s: int, receipts: Sequence[str]) -> None:
