@@ -2247,7 +2247,10 @@ async def connect(region: str) -> AsyncIterator[Aws]:
 def runs(
     things: Iterable[T], size_of: Callable[[T], float], most: float, count: float = math.inf
 ) -> Iterator[list[T]]:
-    """Lists of ``count`` consecutive things, of ``most`` together; a larger thing is alone."""
+    """Lists of consecutive things, each of at most ``count``; ``most`` bounds their sizes' sum.
+
+    A thing that is larger is alone.
+    """
     run: list[T] = []
     total = 0.0
     for thing in things:
@@ -2490,10 +2493,14 @@ class Forwarder:
             to.dependency.failed(exc, "SendMessageBatch")
 
     async def _attempt(self, to: AgentQueue, batch: list[PendingForward]) -> list[PendingForward]:
-        """Make one call, settle the forwards it decides, and return those to be tried again."""
+        """Make one call, settle the forwards it decides, and return those to be tried again.
+
+        A call that SQS refuses, perhaps for one of its entries, is made again for each alone.
+        """
         for forward in batch:
             forward.unanswered_calls += 1
         entries: Any = [{"Id": str(i), **forward.entry} for i, forward in enumerate(batch)]
+        confirmed, failed, refused = dict[str, str](), dict[str, Any](), False
         try:
             answer = await to.dependency.call(
                 self._sqs.send_message_batch, QueueUrl=to.url, Entries=entries
@@ -2501,37 +2508,27 @@ class Forwarder:
             confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
             failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
         except AWS_ERRORS as exc:
-            return await self._after_error(to, batch, exc)
+            refused = isinstance(exc, ClientError) and not passes(exc)
+            if not refused:
+                to.dependency.failed(exc, "SendMessageBatch")
+            elif len(batch) == 1:
+                logger.error("%s: a message was refused with %s", to.dependency.name, exc)
+            if not may_have_effect(exc):
+                of_each = {"Code": error_code(exc), "SenderFault": refused and len(batch) == 1}
+                failed = {entry["Id"]: of_each for entry in entries}
         again = []
         for i, forward in enumerate(batch):
-            failure = failed.get(str(i))
-            if failure is not None:
-                forward.unanswered_calls -= 1
+            failure = failed.get(str(i), {})
+            forward.unanswered_calls -= bool(failure)
             if sqs_message_id := confirmed.get(str(i)):
                 self._settle(forward, sqs_message_id)
-            elif failure is not None and failure.get("SenderFault"):
+            elif failure.get("SenderFault"):
                 self._refuse(forward, str(failure.get("Code")))
             else:
                 again.append(forward)
+        while refused and again:
+            await self._send(to, [again.pop(0)])
         return again
-
-    async def _after_error(
-        self, to: AgentQueue, batch: list[PendingForward], exc: Exception
-    ) -> list[PendingForward]:
-        """After a call that failed whole, try again, or find the one entry that SQS refuses."""
-        if not may_have_effect(exc):
-            for forward in batch:
-                forward.unanswered_calls -= 1
-        if passes(exc) or not isinstance(exc, ClientError):
-            to.dependency.failed(exc, "SendMessageBatch")
-            return batch
-        if len(batch) == 1:
-            logger.error("%s: a message was refused with %s", to.dependency.name, exc)
-            self._refuse(batch[0], error_code(exc))
-        else:
-            for forward in batch:
-                await self._send(to, [forward])
-        return []
 
     def _refuse(self, forward: PendingForward, code: str) -> None:
         sentence = f"The agent's queue refused the message ({code})."
