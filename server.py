@@ -1145,24 +1145,22 @@ def decode_halves(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
     """
     members = members_of(Decoders.members, payload)
     data = members.pop("data", b"null")
-    readable: list[bytes] = []
     halved: list[str] = []
     for name, value in members.items():
         try:
             msgspec.json.decode(value, type=Raw)
-            readable.append(b'"%b":%b' % (name.encode(), value))
         except msgspec.DecodeError:
             halved.append(name)
+            members[name] = b"{}"  # which is refused where a field is read, and else ignored
+    rest = b",".join(b'"%b":%b' % (name.encode(), value) for name, value in members.items())
     try:
-        message: Any = decoder.decode(b"{%b}" % b",".join(readable))
-    except ValidationError:
-        if not halved:
-            raise
-        message = None  # what it lacks may be what has half a pair
-    for name in halved:
-        if message is None or hasattr(message, name):  # others are ignored, like unknown fields
-            sentence = f'"{name}" has half a surrogate pair.'
-            raise BadMessage(ErrorCode.INVALID_FIELD, sentence)
+        message: Any = decoder.decode(b"{%b}" % rest)
+    except ValidationError as exc:
+        for name in halved:
+            if f"`$.{name}`" in str(exc):
+                sentence = f'"{name}" has half a surrogate pair.'
+                raise BadMessage(ErrorCode.INVALID_FIELD, sentence) from None
+        raise
     if hasattr(message, "data"):
         message.data = Raw(data)
     return cast("T", message)

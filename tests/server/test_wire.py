@@ -137,6 +137,11 @@ class TestHalfSurrogatePairs:
         with pytest.raises(BadMessage, match=f'"{field}" has half a surrogate pair'):
             decode_update(f"{{{body}}}")
 
+    def test_fields_that_are_read_beside_others(self) -> None:
+        """The name in the answer is that of a field that is read."""
+        payload = rb'{"epoch":"\ud83d","client_id":"\ud83d","action":"forward","type":"dev"}'
+        assert str(refusal(payload)) == '"client_id" has half a surrogate pair.'
+
     def test_fields_beside_data(self) -> None:
         """Beside data with half a pair, a field that is missing or wrong is named as ever."""
         for rest in ("", ',"type":7'):
@@ -149,6 +154,8 @@ class TestHalfSurrogatePairs:
         assert message == server.Ping()
         message = decode_message(rb'{"action":"ping","epoch":"\ud83d","token":"\ud83d"}')
         assert message == server.Ping()
+        message = decode_message(rb'{"action":"ping","ref":"\ud83d"}')
+        assert server.ref_of(message) is msgspec.UNSET
         update = decode_update(r'{"token":"\ud83d","type":"t","data":"\ud83d","since":["\udc00"]}')
         assert bytes(update.data) == rb'"\ud83d"'
 
@@ -279,7 +286,8 @@ class TestByteOrderMark:
         first = rb'{"action":"authenticate","token":"t","x":"\ud83d"}'
         for payload in (first, b"\xef\xbb\xbf" + first):
             assert server.decode_first_message(payload) == server.Authenticate("t")
-        for payload in (first.replace(b'"t"', rb'"\ud83d"'), b"[" * 3_000, first[:-1]):
+        wrong = [first.replace(word, rb'"\ud83d"') for word in (b'"authenticate"', b'"t"')]
+        for payload in (*wrong, b"[" * 3_000, first[:-1]):
             with pytest.raises(BadMessage, match="Authenticate first"):
                 server.decode_first_message(payload)
 
