@@ -679,10 +679,12 @@ class TestSession:
         platform: aws_standin.Platform,
         issuer: Issuer,
         stand_in: StandIn,
+        monkeypatch: pytest.MonkeyPatch,
         first: str,
         last: str,
     ) -> None:
         """What comes in one piece with a token that is refused is dropped, a close frame or not."""
+        monkeypatch.setattr(server.Connection, "CLOSE_TIMEOUT_S", 0.5)
         token = token_of("bob") if first == "session" else FORGED["another's key"]
         piece = frame(json.dumps({"action": "authenticate", "token": token}).encode())
         piece += frame(b'{"action":"forward","type":"dev","data":1}') * 3

@@ -191,7 +191,7 @@ ASYNCAPI_CHECK = Path(__file__).parent / "asyncapi"
 
 
 @pytest.fixture(scope="module")
-def asyncapi_faults() -> Callable[[str], list[Json]]:
+def asyncapi_faults() -> Iterator[Callable[[str], list[Json]]]:
     """Errors and warnings of the AsyncAPI initiative's parser; installed where that is possible."""
     npm, node = shutil.which("npm"), shutil.which("node")
     if npm is None or node is None:
@@ -204,19 +204,22 @@ def asyncapi_faults() -> Callable[[str], list[Json]]:
         if installed.returncode != 0:
             pytest.skip(f"npm could not install the AsyncAPI parser: {installed.stderr[-300:]}")
 
-    def faults(document: str) -> list[Json]:
-        done = subprocess.run(
-            [node, str(ASYNCAPI_CHECK / "check.mjs")],
-            input=document,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=120,
-            check=True,
-        )
-        return [found for found in json.loads(done.stdout) if found["severity"] <= 1]
+    with subprocess.Popen(
+        [node, str(ASYNCAPI_CHECK / "check.mjs")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    ) as parser:
+        assert parser.stdin is not None
+        assert parser.stdout is not None
+        documents, answers = parser.stdin, parser.stdout
 
-    return faults
+        def faults(document: str) -> list[Json]:
+            print(json.dumps(document), file=documents, flush=True)
+            return [found for found in json.loads(answers.readline()) if found["severity"] <= 1]
+
+        yield faults
+        documents.close()
 
 
 class TestAsyncApi:

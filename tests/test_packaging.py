@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, files, packages_distributions, requires
@@ -335,6 +337,15 @@ class TestInstall:
             archive.writestr(f"{info}/RECORD", "")
         return wheel
 
+    @pytest.fixture
+    def empty(self, tmp_path: Path) -> Path:
+        """An environment that has nothing but the pip of this one: to install it takes seconds."""
+        venv.create(tmp_path / "venv", symlinks=True)
+        pip = Path(sysconfig.get_path("purelib")) / "pip"
+        installed = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")})
+        (Path(installed) / "pip").symlink_to(pip)
+        return tmp_path
+
     def install(
         self, tmp_path: Path, wheel: Path, digest: str = "", **settings: str
     ) -> subprocess.CompletedProcess[str]:
@@ -364,16 +375,16 @@ class TestInstall:
     @pytest.mark.parametrize(
         "index", ["http://127.0.0.1:9/simple", "https://absent.invalid/simple"]
     )
-    def test_says_that_it_is_offline(self, tmp_path: Path, wheel: Path, index: str) -> None:
-        result = self.install(tmp_path, wheel, PIP_INDEX_URL=index)
+    def test_says_that_it_is_offline(self, empty: Path, wheel: Path, index: str) -> None:
+        result = self.install(empty, wheel, PIP_INDEX_URL=index)
         assert result.returncode == 1
         assert result.stderr.startswith("The packages cannot be downloaded: this machine does not")
         assert result.stderr.count("\n") == 1
 
-    def test_says_what_pip_says_otherwise(self, tmp_path: Path, wheel: Path) -> None:
+    def test_says_what_pip_says_otherwise(self, empty: Path, wheel: Path) -> None:
         """A package that is not the pinned one is refused, and no network is blamed for it."""
         result = self.install(
-            tmp_path, wheel, "0" * 64, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheel.parent)
+            empty, wheel, "0" * 64, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheel.parent)
         )
         assert result.returncode == 1
         assert "DO NOT MATCH THE HASHES" in result.stderr

@@ -238,6 +238,8 @@ class TestTurns:
     ) -> None:
         """Whatever a flood is made of, it is charged, not read on, and closes nothing."""
         monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 0.001)
+        # In the end, who is not read from does not answer the closing handshake either.
+        monkeypatch.setattr(server.Connection, "CLOSE_TIMEOUT_S", 0.1)
         async with (
             running_gateway(platform) as gateway,
             peer_of(gateway) as flood,
