@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -17,8 +17,8 @@ from websockets.frames import CloseCode, Opcode
 import aws_standin
 import server
 from aws_standin import StandIn
-from server import EVERYONE, Account, Connection, Gateway
-from tests.issuer import key_set, public_jwk, running_issuer, token_of
+from server import EVERYONE, Connection, Gateway
+from tests.issuer import Issuer, key_set, public_jwk, running_issuer, token_of
 from tests.server.aws import THROTTLED, agents_say, always, aws_clients, hold_back, sent_ids
 from tests.server.gateways import (
     client_of,
@@ -33,7 +33,7 @@ from tests.server.gateways import (
 )
 from tests.server.listeners import Sink, event
 from tests.server.messages import TOO_LONG
-from tests.server.peers import dialled, fetch, masked, peer_of, request, seqs_until, upgrade
+from tests.server.peers import Peer, dialled, fetch, masked, peer_of, request, seqs_until, upgrade
 from tests.waiting import DEADLINE_S, eventually
 
 BAD_MESSAGES: dict[str, tuple[str, str]] = {
@@ -92,6 +92,32 @@ class ClockOf:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
+
+
+@contextlib.asynccontextmanager
+async def late_keys(
+    platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Gateway, Issuer]]:
+    """A gateway and its issuer, who has a new key, and does not answer before it is released."""
+    monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
+    async with (
+        running_issuer() as issuer,
+        running_gateway(platform, **issuer.settings) as gateway,
+    ):
+        issuer.answer = key_set(public_jwk("key-1"), public_jwk("key-2"))
+        issuer.released.clear()
+        yield gateway, issuer
+
+
+def late_key() -> bytes:
+    """The handshake of a client whose token is signed with the new key."""
+    return upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}")
+
+
+async def wait_for_late_keys(peer: Peer, issuer: Issuer) -> None:
+    """Have a client come for whom the issuer's keys are being read when this returns."""
+    peer.write(late_key())
+    await eventually(lambda: issuer.reads == 2)
 
 
 class TestGateway:
@@ -263,17 +289,9 @@ class TestGateway:
         leaves: bool,
     ) -> None:
         """A peer that goes on, or away, while the keys are read for it is forgotten."""
-        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
         monkeypatch.setattr(server, "CALL_TIMEOUT_S", 0.5)
-        async with (
-            running_issuer() as issuer,
-            running_gateway(platform, **issuer.settings) as gateway,
-            dialled(gateway) as peer,
-        ):
-            issuer.answer = None
-            token = token_of(key_id="key-2")
-            peer.write(upgrade(Authorization=f"Bearer {token}"))
-            await eventually(lambda: issuer.reads == 2)
+        async with late_keys(platform, monkeypatch) as (gateway, issuer), dialled(gateway) as peer:
+            await wait_for_late_keys(peer, issuer)
             if leaves:
                 peer.reset()
             else:
@@ -288,67 +306,42 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who waits for the keys is answered, though its turn comes again in the meantime."""
-        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
-        async with (
-            running_issuer() as issuer,
-            running_gateway(platform, **issuer.settings) as gateway,
-            dialled(gateway) as peer,
-        ):
-            await eventually(lambda: gateway.registry.sockets)
+        monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 5e-4)
+        monkeypatch.setattr(
+            server.Turns, "WORK_WINDOW_S", 0.2
+        )  # for which any handshake is in debt
+        async with late_keys(platform, monkeypatch) as (gateway, issuer), dialled(gateway) as peer:
+            await wait_for_late_keys(peer, issuer)
             [connection] = gateway.registry.sockets
-            # The handshake puts it in debt for a fraction of the call's seconds.
-            connection.charge_to(Account(2e-3, server.Turns.WORK_WINDOW_S))
-            connection.account.paid_at = gateway.now()
-            issuer.answer = None
-            monkeypatch.setattr(server, "CALL_TIMEOUT_S", 4.0)
-            peer.write(upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}"))
-            await eventually(lambda: issuer.reads == 2)
-            assert (await peer.response())[0] == 401  # after the call's four seconds
+            await eventually(lambda: connection.account.paid_at < gateway.now())
+            issuer.released.set()
+            assert (await peer.response())[0] == 101
 
     async def test_gone_before_its_token_is_checked(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who has gone while the issuer's keys were read is no user of an account any more."""
-        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
-        async with (
-            running_issuer() as issuer,
-            running_gateway(platform, **issuer.settings) as gateway,
-        ):
-            assert gateway.door.tokens is not None
-            keys, go_on = gateway.door.tokens.keys, asyncio.Event()
-            fetch_keys = keys._fetch
-
-            async def held_back() -> bytes:
-                await go_on.wait()
-                return await fetch_keys()
-
-            monkeypatch.setattr(keys, "_fetch", held_back)
-            issuer.answer = key_set(public_jwk("key-1"), public_jwk("key-2"))
+        async with late_keys(platform, monkeypatch) as (gateway, issuer):
             async with dialled(gateway) as peer:
-                peer.write(upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}"))
-                await eventually(lambda: keys._reading is not None)
+                await wait_for_late_keys(peer, issuer)
                 [connection] = gateway.registry.sockets
             await eventually(lambda: not gateway.registry.sockets)
             account = connection.account
-            go_on.set()
-            await eventually(lambda: issuer.reads == 2 and keys._reading is None)
-            await asyncio.sleep(0)
+            async with dialled(gateway) as next_in_line:
+                next_in_line.write(late_key())
+                await eventually(lambda: gateway.registry.sockets)
+                issuer.released.set()
+                assert (await next_in_line.response())[0] == 101
+            await eventually(lambda: not gateway.registry.sockets)
             assert (account.users, connection.account) == (0, account)
 
     async def test_drained_before_its_token_is_checked(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody comes in for whom keys were still read when the drain began."""
-        monkeypatch.setattr(server.Keys, "REFRESH_S", 0)
         monkeypatch.setattr(server, "CALL_TIMEOUT_S", 0.5)
-        async with (
-            running_issuer() as issuer,
-            running_gateway(platform, **issuer.settings) as gateway,
-            dialled(gateway) as peer,
-        ):
-            issuer.answer = None
-            peer.write(upgrade(Authorization=f"Bearer {token_of(key_id='key-2')}"))
-            await eventually(lambda: issuer.reads == 2)
+        async with late_keys(platform, monkeypatch) as (gateway, issuer), dialled(gateway) as peer:
+            await wait_for_late_keys(peer, issuer)
             gateway.drain.wanted.set()
             assert (await peer.response())[0] == 503
 
