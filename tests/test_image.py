@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 
 from aws_standin import without_aws
 from tests.moto_aws import Platform
+from tests.talking import client_at
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "localhost/agenticai-websocket:test"
@@ -363,12 +362,8 @@ print(json.dumps({
         with serving(engine, platform.environment() | {"DRAIN_SECONDS": "1"}) as service:
             address = service.address()
             assert get_health(address) == "ok"
-            with connect(f"ws://{address}/ws", proxy=None) as client:
-                assert json.loads(client.recv(5))["type"] == "connected"
+            with client_at(f"ws://{address}/ws", STOP_TIMEOUT_S) as client:
                 service.process.terminate()
-                assert json.loads(client.recv(STOP_TIMEOUT_S))["type"] == "reconnect"
-                with pytest.raises(ConnectionClosed) as closed:
-                    client.recv(STOP_TIMEOUT_S)
-            assert closed.value.rcvd is not None
-            assert closed.value.rcvd.code == 1012
+                assert client.receive()["type"] == "reconnect"
+                assert client.close_code() == 1012
             assert service.process.wait(STOP_TIMEOUT_S) == 0

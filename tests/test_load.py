@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
 
 from bench.load import Load
 from bench.scenarios import connected, measure_bursts
 from bench.servers import GATEWAY, WEBSOCKETS, Running, Server, gateway
+from tests.talking import Client, client_at
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("cc") is None,
@@ -61,7 +61,6 @@ class StallingClient:
     """A WebSocket client that remembers what it saw, stops reading, and comes back for the rest."""
 
     RECEIVE_BUFFER_BYTES = 8192
-    TIMEOUT_S = 20
 
     def __init__(self, running: Running) -> None:
         self._port, self._path = running.port, running.path
@@ -69,16 +68,16 @@ class StallingClient:
         self._epoch = ""
         self.seqs: list[int] = []
         self.recovered: bool | None = None
-        self._socket = self._connected(self._path)
+        self._client = self._connected(self._path)
         self.read_until(0)
 
-    def _connected(self, path: str) -> ClientConnection:
+    def _connected(self, path: str) -> Client:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.RECEIVE_BUFFER_BYTES)
         sock.connect(("127.0.0.1", self._port))
         url = f"ws://127.0.0.1:{self._port}{path}"
         return self._sockets.enter_context(
-            connect(url, sock=sock, compression=None, ping_interval=None, max_queue=1)
+            client_at(url, sock=sock, compression=None, ping_interval=None, max_queue=1)
         )
 
     def read_until(self, seq: int) -> None:
@@ -88,14 +87,13 @@ class StallingClient:
 
     def read_to_the_end(self) -> int | None:
         """Read what is still there, and return the close code."""
-        try:
+        with contextlib.suppress(ConnectionClosed):
             while True:
                 self._read()
-        except ConnectionClosed as closed:
-            return closed.rcvd.code if closed.rcvd else None
+        return self._client.close_code()
 
     def _read(self) -> None:
-        message = json.loads(self._socket.recv(timeout=self.TIMEOUT_S))
+        message = self._client.receive()
         if message["type"] == "subscription_confirmed":
             self._epoch, self.recovered = message["epoch"], message.get("recovered")
         elif message["type"] == "project_updated":
@@ -103,7 +101,7 @@ class StallingClient:
 
     def resume(self, last: int) -> None:
         """Come back with the seq it saw last, and read up to the event `last`."""
-        self._socket = self._connected(f"{self._path}&since={self.seqs[-1]}&epoch={self._epoch}")
+        self._client = self._connected(f"{self._path}&since={self.seqs[-1]}&epoch={self._epoch}")
         self.read_until(last)
 
     def close(self) -> None:

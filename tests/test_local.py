@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websockets.sync.client import ClientConnection, connect
 
 from agent import agenticai_agent
 from aws_standin import Platform
@@ -28,6 +27,7 @@ from aws_standin.thread import ThreadedStandIn
 from local import agents
 from local.event_source import deliver_batch, queue_arn
 from local.screen import log_line
+from tests.talking import client_at
 from tests.waiting import alive, free_port, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,19 +283,6 @@ def status(url: str, path: str = "/health") -> int | None:
         return None
 
 
-def ask(client: ClientConnection, **message: Any) -> None:
-    client.send(json.dumps(message))
-
-
-def messages_until(client: ClientConnection, **expected: Any) -> list[dict[str, Any]]:
-    """Return all messages up to the first that has the `expected` fields."""
-    received: list[dict[str, Any]] = []
-    while True:
-        received.append(json.loads(client.recv(timeout=20)))
-        if expected.items() <= received[-1].items():
-            return received
-
-
 @linux_only
 class TestCommand:
     """`python -m local`, with real sockets and real signals."""
@@ -306,13 +293,11 @@ class TestCommand:
     ) -> None:
         with running(*arguments) as command:
             (url,) = command.wait_until_ready()
-            with connect(url) as client:
-                messages_until(client, type="connected")
-                ask(client, action="subscribe", project_id="proj_123")
-                messages_until(client, type="subscription_confirmed", project_id="proj_123")
+            with client_at(url) as client:
+                client.send(action="subscribe", project_id="proj_123")
+                client.receive_until(type="subscription_confirmed", project_id="proj_123")
                 for message_id in ("first", "second"):
-                    ask(
-                        client,
+                    client.send(
                         action="forward",
                         type="dev",
                         message_id=message_id,
@@ -321,7 +306,7 @@ class TestCommand:
                     )
                 seen: list[dict[str, Any]] = []
                 while sum(m.get("data", {}).get("status") == "done" for m in seen) < 2:
-                    seen += messages_until(client, type="project_updated")
+                    seen += client.receive_until(type="project_updated")
             confirmed = {m["message_id"] for m in seen if m["type"] == "forward_confirmed"}
             assert confirmed == {"first", "second"}
             for message_id in confirmed:
@@ -336,12 +321,11 @@ class TestCommand:
         """An order does not wait for those before it."""
         with running(AGENT_STEP_SECONDS="0.5") as command:
             (url,) = command.wait_until_ready()
-            with connect(f"{url}/?project_id=proj_123") as client:
-                messages_until(client, type="subscription_confirmed")
+            with client_at(f"{url}/?project_id=proj_123") as client:
+                client.receive_until(type="subscription_confirmed")
                 orders = {f"order-{number}" for number in range(8)}
                 for order in orders:
-                    ask(
-                        client,
+                    client.send(
                         action="forward",
                         type="dev",
                         message_id=order,
@@ -349,7 +333,7 @@ class TestCommand:
                     )
                 started, done = set(), 0
                 while done < len(orders):
-                    event = messages_until(client, type="project_updated")[-1]
+                    event = client.receive_until(type="project_updated")[-1]
                     data = event["data"]
                     started |= {event["in_reply_to"]}
                     done += data["status"] == "done"
@@ -364,10 +348,9 @@ class TestCommand:
             assert status(console[0].partition("#")[0].rstrip("/"), "/") == 200
             children = command.children()
             assert len(children) == 3  # the agents and two servers
-            with connect(urls[0]) as client:
-                messages_until(client, type="connected")
+            with client_at(urls[0]) as client:
                 assert command.stop() == 0
-                messages_until(client, type="reconnect")
+                client.receive_until(type="reconnect")
             assert not any(map(alive, children)), command.output
             assert "killed" not in command.output
             assert "Traceback" not in command.output
@@ -376,8 +359,7 @@ class TestCommand:
         with running(DRAIN_SECONDS="60") as command:
             (url,) = command.wait_until_ready()
             children = command.children()
-            with connect(url) as client:
-                messages_until(client, type="connected")
+            with client_at(url):
                 command.process.send_signal(signal.SIGINT)
                 wait_until(lambda: "draining" in command.output)
                 assert command.stop() == 0
@@ -529,8 +511,7 @@ class TestDeadTerminal:
             pids = self.when_ready(started.pid, port)
             assert started.stdout is not None
             started.stdout.close()
-            with connect(f"ws://127.0.0.1:{port}") as client:  # which the server notes in its log
-                messages_until(client, type="connected")
+            with client_at(f"ws://127.0.0.1:{port}"):  # which the server notes in its log
                 self.all_have_ended(pids[1:], port)
 
     def test_nobody_reads_the_output(self, command: list[str], port: int) -> None:

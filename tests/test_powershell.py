@@ -21,7 +21,6 @@ import pytest
 from botocore import xform_name
 from tree_sitter import Node
 from websockets.exceptions import ConnectionClosedError
-from websockets.sync.client import connect
 from websockets.sync.server import Server, ServerConnection, serve
 
 from tests import template
@@ -47,6 +46,7 @@ from tests.scripts import (
     variable_name,
     walk,
 )
+from tests.talking import client_at
 
 ROOT = template.PATH.parent
 TEMPLATE = template.load()
@@ -646,16 +646,14 @@ class TestPowerShell:
 
     def test_gateway(self, gateway: str) -> None:
         """The gateway the Pester tests talk to does what they expect of one."""
-        with connect(gateway) as connection:
-            assert json.loads(connection.recv())["type"] == "connected"
-            connection.send('{"action":"ping"}')
-            assert json.loads(connection.recv())["type"] == "event"
-            assert json.loads(connection.recv())["type"] == "pong"
+        with client_at(gateway) as client:
+            client.send(action="ping")
+            assert [client.receive()["type"] for _ in range(2)] == ["event", "pong"]
         with (
-            connect(f"{gateway}/closed") as connection,
             pytest.raises(ConnectionClosedError, match="4401"),
+            client_at(f"{gateway}/closed"),
         ):
-            connection.recv()
+            pass
 
     def test_there_are_pester_tests(self) -> None:
         """Each script has its file of Pester tests, and each file dot-sources its script."""
