@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
+from coverage import Coverage
 
 import server
 from aws_standin import without_aws
@@ -24,6 +25,9 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither 
 
 
 SERVER = Path(server.__file__)
+
+MEASURED = {"COVERAGE_PROCESS_START": str(SERVER.with_name("pyproject.toml"))}
+"""With it a Python measures its own coverage from its start on, and leaves it for pytest-cov."""
 
 
 class Process:
@@ -66,10 +70,13 @@ class Process:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment of the tests without any setting of a gateway."""
+    """The environment of the tests without any setting of a gateway.
+
+    What runs in it is measured if the tests are: the beginning and the end of ``main`` run there.
+    """
     own = {field.name.upper() for field in dataclasses.fields(Settings)}
     kept = {name: v for name, v in without_aws(os.environ).items() if name not in own}
-    return {**kept, "no_proxy": "127.0.0.1"}
+    return {**kept, "no_proxy": "127.0.0.1", **(MEASURED if Coverage.current() else {})}
 
 
 @contextlib.asynccontextmanager
