@@ -1200,6 +1200,26 @@ class TestList:
         steps = page.locator("#detail .steps span:not(.seq)").all_text_contents()
         assert steps == ["Thinking", "Planned"]
 
+    def test_order_of_another_page(
+        self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
+    ) -> None:
+        """Its id is long and its agent is not known; it can be seen and stopped all the same."""
+        page = open_page(console_link(console, scripted.url, PROJECT))
+        await_live(page)
+        order = "2781690393-1090459261-3719029838-4113421"
+        data = {"stream": "s", "at": 0, "text": "early"}
+        scripted.send(type="stream", data=data, in_reply_to=order, ephemeral=True)
+        page.click("#orders .link")
+        assert text_of(page, "#detail-title") == f"Order {order[:24]}\u2026"
+        await_text(page, "#detail .steps .seq", "ephemeral")
+        scripted.send(type="stream", data=data, in_reply_to=order)
+        await_text(page, "#detail .steps .seq", "1")
+        stop = page.locator("#orders button.stop").bounding_box()
+        orders = page.locator("#p-orders").bounding_box()
+        assert stop
+        assert orders
+        assert stop["x"] + stop["width"] <= orders["x"] + orders["width"]
+
     @pytest.mark.measures
     def test_ten_thousand_events(
         self,

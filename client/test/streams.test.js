@@ -99,6 +99,22 @@ describe('streams', () => {
     assert.deepEqual([...ids].map(({ id, text }) => [id, text]), [['s.1', 'one '], ['s.1', 'three']]);
   });
 
+  test('of an hour are joined in well under a second, where each piece could have cost the whole text', async () => {
+    const { socket, sub, seen } = await live();
+    let stream;
+    sub.on('stream', (each) => { stream = each; });
+    const part = 'word '.repeat(30);
+    const began = performance.now();
+    for (let seq = 1, at = 0; seq <= 2400; seq++, at += 5 * part.length) {
+      for (let n = 0; n < 5; n++) socket.receive(piece(undefined, at + n * part.length, part));
+      socket.receive(piece(seq, at, part.repeat(5)));
+      seen.length = 0;
+    }
+    const took = performance.now() - began;
+    assert.equal(stream.text.length, 2400 * 5 * part.length);
+    assert.ok(took < 5000, `${took} ms`); // on a machine with other things to do
+  });
+
   test('come in events of any type, and are nothing but their pieces', async () => {
     const { socket, sub, seen, wrong } = await live();
     const types = [];
