@@ -2049,9 +2049,12 @@ class Ledger:
         return self.clients_bytes + self.agents_bytes() <= self._budget_bytes
 
     def update(self, connection: Connection) -> None:
-        """Charge a connection with what it holds now; one that is gone was forgotten."""
+        """Charge a connection with what it holds now."""
+        self.add(connection, sum(connection.held().values()) - connection.charged_bytes)
+
+    def add(self, connection: Connection, change_bytes: int) -> None:
+        """Charge a connection with so much more, or less; one that is gone was forgotten."""
         if connection.progress is not Progress.LOST:
-            change_bytes = sum(connection.held().values()) - connection.charged_bytes
             connection.charged_bytes += change_bytes
             self._held_bytes += change_bytes
             if change_bytes > 0:
@@ -4439,7 +4442,7 @@ class Connection(asyncio.Protocol):
         could_act = self._may_act
         self.in_flight += change
         self.in_flight_bytes += size_bytes * change
-        self.recount()
+        self._gateway.ledger.add(self, size_bytes * change)
         if self._may_act and not could_act:
             self._gateway.turns.queue(self)
 
@@ -4502,6 +4505,7 @@ class Connection(asyncio.Protocol):
 
     def take_turn(self, until_s: float) -> bool:
         """Act on what was read until the thread's CPU time is ``until_s``; whether more is left."""
+        was_held = not self.is_read or self.inbox.unfinished_since
         try:
             if self.transport.is_closing():
                 return False
@@ -4518,7 +4522,8 @@ class Connection(asyncio.Protocol):
             self.pause_reading()
         else:
             self.resume_reading()
-        self.recount()
+        if was_held or left or self.inbox.unfinished_since:  # else it holds as much as before
+            self.recount()
         return left and self._may_act
 
     # Inside.
@@ -5243,8 +5248,10 @@ class Sweep:
             self._listen_to(connection, now)
         elif connection.transport.get_extra_info("socket").getsockopt(*self.PENDING_ERROR):
             connection.transport.abort()  # the peer has cut it, unheard as it is not read from
-        else:
-            self._say_busy(connection, now)
+        elif now - connection.said_busy_at >= self.BUSY_EVERY_S and not connection.backlog_bytes:
+            # Show that somebody is here, unless it shows by what waits to be written.
+            connection.said_busy_at = now
+            connection.send(encode(Busy()))
 
     def _listen_to(self, connection: Connection, now: float) -> None:
         """Close who does not finish a message, ping who is quiet, drop who does not answer."""
@@ -5270,12 +5277,6 @@ class Sweep:
         elif left_s <= self.TOKEN_WARNING_S + TOKEN_LEEWAY_S and not connection.warned:
             connection.warned = True
             connection.send(encode(TokenExpiring(max(0, int(left_s - TOKEN_LEEWAY_S)))))
-
-    def _say_busy(self, connection: Connection, now: float) -> None:
-        """Show that somebody is here, unless it shows by what waits to be written."""
-        if now - connection.said_busy_at >= self.BUSY_EVERY_S and not connection.backlog_bytes:
-            connection.said_busy_at = now
-            connection.send(encode(Busy()))
 
 
 class Gateway:
