@@ -193,13 +193,16 @@ class Order:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        try:
-            for stream in self._streams.values():
+        for stream in self._streams.values():
+            try:
                 stream.close("failed" if error else None)
+            except StreamError as failure:
+                error = error or failure
+        try:
             if error is None and self._stopped and not self._ended:
                 self.cancelled()
         except Exception as failure:
-            error = error or failure
+            error = failure
         if error is not None:
             logger.error("message %s failed", self.sqs_message_id, exc_info=error)
         self._batch.settle(self._record, failed=error is not None)

@@ -286,6 +286,26 @@ class TestStream:
             ("one two three", "done")
         ]
 
+    def test_one_of_two_cannot_be_sent(
+        self, platform: Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other one ends all the same, as that of an order that has failed."""
+        order = only(body())
+        lost, other = order.stream("lost"), order.stream("other")
+        send = Order.send
+
+        def refused(of: Order, kind: str, data: Any, **more: Any) -> None:
+            if data["stream"] == lost.id:
+                raise ConnectionError("refused")
+            send(of, kind, data, **more)
+
+        monkeypatch.setattr(Order, "send", refused)
+        with order:
+            lost.write("lost")
+            other.write("other")
+        assert logged(sent(platform))[-1].get("state") == "failed"
+        other.close()
+
     @pytest.mark.parametrize("how", ["done", "failed"])
     def test_end_without_a_text(self, platform: Platform, how: str) -> None:
         """An attempt that ends its order and streams nothing ends what an earlier one began."""

@@ -80,6 +80,7 @@ async function orders(gateway: import('../agenticai-ws.js').Connection) {
   const saved: import('../agenticai-ws.js').SavedOrder = await order;
   for await (const event of gateway.follow<{ status: string }>(saved)) event.data?.status.trim();
   gateway.subscribe('p').on('stream', ({ done }) => done === true);
+  gateway.on('stream', ({ from, type }) => from.toFixed() + type.toUpperCase());
   // @ts-expect-error a text cannot be written by a page
   gateway.subscribe('p').on('stream', (stream) => { stream.text = ''; });
   await order.stop();
