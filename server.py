@@ -4829,7 +4829,7 @@ class Door:
 
     WORK_SHARE = 0.05  # of the loop's CPU time, for all connections of one principal
     ADDRESS_WORK_SHARE = 0.5  # for those without a principal, ten times as much: for offices
-    SOCKET_PRICE_S = 0.0001  # the work of accepting and closing a socket, as it was measured
+    SOCKET_PRICE_S = 0.0001  # the work of accepting and closing a socket, charged at its end
     PATHS = ("/", "/ws")
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
@@ -4867,7 +4867,6 @@ class Door:
         """A socket was accepted; until it says who it is, its work is its peer's."""
         connection.account = self.work_by_address.of(peer_of(connection))
         connection.account.users += 1
-        connection.account.charge(self.SOCKET_PRICE_S, self._gateway.now())
         self._gateway.registry.sockets.add(connection)
         self._gateway.ledger.update(connection)
 
@@ -5417,6 +5416,7 @@ class Gateway:
         self.registry.drop(connection)
         self.registry.sockets.discard(connection)
         self.ledger.forget(connection)
+        connection.account.charge(Door.SOCKET_PRICE_S, self.now())
         connection.account.users -= 1
         if connection.opened_at:
             self.door.admission.count(connection.address, -1)

@@ -522,10 +522,10 @@ class TestExamples:
             client = await connect(gateway, "?busy=1")
             await client.next()
             [connection] = gateway.registry.connections.values()
-            connection.hold(+1)
+            connection.hold(+server.Connection.FORWARDS_IN_FLIGHT)
             await client.socket.send(json.dumps(EXAMPLES["ping"]))
             await client.receive("busy")
-            connection.hold(-1)
+            connection.hold(-server.Connection.FORWARDS_IN_FLIGHT)
 
     @shows("too_large", "too_many_subscriptions", "overloaded", "unavailable", "timeout")
     async def test_troubles(

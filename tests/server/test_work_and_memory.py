@@ -255,7 +255,7 @@ class TestTurns:
             assert len(gateway.registry.connections) == 2
 
     async def test_sockets_are_charged(self, platform: aws_standin.Platform) -> None:
-        """What it costs to accept a socket is its peer's to pay, if it never says a word."""
+        """What a socket costs is its peer's to pay, if it never says a word."""
         async with running_gateway(platform) as gateway:
             account = gateway.door.work_by_address.of("127.0.0.1")
             before, count = gateway.now(), 50
