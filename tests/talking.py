@@ -52,8 +52,8 @@ class Client:
 
 @contextlib.contextmanager
 def client_at(url: str, patience_s: float = DEADLINE_S, **options: Any) -> Iterator[Client]:
-    """A client that was greeted; ``options`` are those of `connect`."""
-    with connect(url, proxy=None, max_size=None, **options) as socket:
+    """A client that was greeted, and sends no pings; ``options`` are those of `connect`."""
+    with connect(url, proxy=None, max_size=None, ping_interval=None, **options) as socket:
         client = Client(socket, patience_s)
         assert client.receive()["type"] == "connected"
         yield client

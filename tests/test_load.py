@@ -76,9 +76,7 @@ class StallingClient:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.RECEIVE_BUFFER_BYTES)
         sock.connect(("127.0.0.1", self._port))
         url = f"ws://127.0.0.1:{self._port}{path}"
-        return self._sockets.enter_context(
-            client_at(url, sock=sock, compression=None, ping_interval=None, max_queue=1)
-        )
+        return self._sockets.enter_context(client_at(url, sock=sock, compression=None, max_queue=1))
 
     def read_until(self, seq: int) -> None:
         """Read up to an event; for 0, up to the confirmation of the subscription."""

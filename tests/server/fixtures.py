@@ -7,7 +7,6 @@ from typing import cast
 
 import pytest
 import pytest_asyncio
-from hypothesis import settings as hypothesis_settings
 
 import aws_standin
 import server
@@ -17,11 +16,6 @@ from tests.issuer import Issuer, running_issuer
 from tests.moto_aws import MotoAws
 from tests.server.aws import Platform, aws_clients, prefixes
 from tests.server.gateways import gateway_in_a_task
-
-hypothesis_settings.register_profile("busy machine", deadline=None)
-
-
-hypothesis_settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")

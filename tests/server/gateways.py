@@ -138,8 +138,12 @@ class Listening(Protocol):
 
 @contextlib.asynccontextmanager
 async def client_at(url: str, **options: Any) -> AsyncIterator[Client]:
-    """A client of whatever speaks the protocol at ``url``; ``options`` are those of `connect`."""
-    async with connect_websocket(url, proxy=None, max_size=None, **options) as socket:
+    """A client of whatever speaks the protocol at ``url``; ``options`` are those of `connect`.
+
+    It sends no pings of its own: on a busy machine, their answers may come too late.
+    """
+    options = {"proxy": None, "max_size": None, "ping_interval": None, **options}
+    async with connect_websocket(url, **options) as socket:
         async with asyncio.timeout(DEADLINE_S):
             greeting = json.loads(await socket.recv())
         assert greeting["type"] == "connected"
