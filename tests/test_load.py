@@ -153,7 +153,7 @@ class TestSlowReaders:
             documented_bytes("the process itself")
             + (self.SLOW + self.QUICK) * documented_bytes("a connection")
             + self.UNREAD_BYTES
-            + 2 * documented_bytes("a project with listeners")  # plain and deflated
+            + documented_bytes("events that were delivered or read, for clients that come back")
             + self.BURST * self.EVENT_BYTES  # updates in hand
         )
 
