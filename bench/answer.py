@@ -112,7 +112,6 @@ def answer(seconds: float, gather_s: float) -> tuple[Counter[str], float]:
     Raises:
         BenchError: a viewer has not got the text.
     """
-    random.seed(SEED)
     return virtual_time.run(_answer(seconds, gather_s))
 
 
@@ -125,6 +124,7 @@ async def _answer(seconds: float, gather_s: float) -> tuple[Counter[str], float]
         with mock.patch.dict(os.environ, environment, clear=True):
             async with gateway(platform) as viewers, server.connect("us-east-1") as aws:
                 texts = asyncio.gather(*(read_text(each) for each in viewers))
+                random.seed(SEED)
                 before = used(stand_in)
                 written = await write(seconds, gather_s, aws)
                 if await texts != [written] * TASKS:
