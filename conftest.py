@@ -9,4 +9,4 @@ pytest.register_assert_rewrite("tests")  # of what tests share, too
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
-pytest_plugins = ["tests.server.fixtures"]
+pytest_plugins = ["tests.server.fixtures", "tests.schedule"]

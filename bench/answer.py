@@ -17,7 +17,6 @@ import logging
 import os
 import random
 import re
-import socket
 import types
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -34,7 +33,7 @@ from aws_standin import Platform, StandIn, without_aws
 from bench import prices, virtual_time
 from bench.bill import QUIET
 from bench.processes import ROOT, BenchError
-from bench.servers import Used
+from bench.servers import Used, free_ports
 
 PAGE = ROOT / "docs" / "WRITING_AGENTS.md"
 PART = re.compile(r"(<!-- bench:answer -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -55,19 +54,13 @@ CALLS = {
 }
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextlib.asynccontextmanager
 async def gateway(platform: Platform) -> AsyncIterator[list[ClientConnection]]:
     """Two tasks; yields a viewer of the project ``p`` at each."""
     async with contextlib.AsyncExitStack() as stack:
         viewers = []
         for _ in range(TASKS):
-            port = free_port()
+            [port] = free_ports(1)
             environment = platform.environment() | QUIET | {"WEBSOCKET_PORT": str(port)}
             serving = asyncio.create_task(server.serve(server.Settings.from_mapping(environment)))
             stack.callback(serving.cancel)

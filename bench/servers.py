@@ -394,7 +394,7 @@ def _output(*command: str) -> str:
 NCHAN_MODULE = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     try:
         return [s.getsockname()[1] for s in sockets]
@@ -422,7 +422,7 @@ def _accepts(port: int) -> bool:
 @contextlib.contextmanager
 def nats(deflate: bool) -> Iterator[Running]:
     """nats-server; several messages may share a WebSocket frame, so markers are counted."""
-    port, feed_port = _free_ports(2)
+    port, feed_port = free_ports(2)
     with tempfile.TemporaryDirectory() as directory:
         values = {"port": port, "feed": feed_port, "deflate": str(deflate).lower()}
         configuration = _configured("nats.conf", directory, **values)
@@ -494,7 +494,7 @@ class JetStream(Running):
 @contextlib.contextmanager
 def jetstream(_tasks: int, *_: Any, **__: Any) -> Iterator[list[Running]]:
     """nats-server with its streams in files; it is one server, whatever is asked for."""
-    port, feed_port = _free_ports(2)
+    port, feed_port = free_ports(2)
     with tempfile.TemporaryDirectory() as directory:
         configuration = _configured("jetstream.conf", directory, port=port, feed=feed_port)
         process = Process(["nats-server", "-c", configuration])
@@ -522,7 +522,7 @@ def _nats_version() -> str:
 @contextlib.contextmanager
 def nchan(deflate: bool) -> Iterator[Running]:
     """An nginx with nchan, which deflates a message once for all, where that is on."""
-    [port] = _free_ports(1)
+    [port] = free_ports(1)
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)  # nginx's worker is another user
         configuration = _configured(

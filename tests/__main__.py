@@ -47,8 +47,12 @@ def last_failed() -> list[str]:
 
 def run_all(seed: int, workers: str, paths: Sequence[str]) -> int:
     """Run all tests, or those of some paths; return the highest exit code."""
-    side_by_side = ["-n", workers, "--dist", "loadscope", "--no-loadscope-reorder"]
-    side_by_side += ["-p", "tests.schedule", "--durations=10"]
+    by_scope = [
+        "--dist",
+        "loadscope",
+        "--no-loadscope-reorder",
+    ]  # in the order of tests/schedule.py
+    side_by_side = ["-n", workers, *by_scope, "--durations=10"]
     if paths:
         return pytest(seed, "--no-cov", *side_by_side, *paths)
     enough = f"--cov-fail-under={COVERAGE_PERCENT}"

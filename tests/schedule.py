@@ -1,7 +1,7 @@
-"""In which order `python -m tests` runs everything, and whose coverage it measures.
+"""In which order tests run that run side by side, and whose coverage is measured then.
 
-A plugin of pytest. Tests are handed out by classes, and by files where they are in none, so that
-what a class or a file shares is started once.
+A plugin of pytest. `python -m tests` has tests handed out by classes, and by files where they are
+in none, so that what a class or a file shares is started once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def rank(item: pytest.Item) -> int:
     return len(LONGEST_FIRST)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):  # it is not a worker of pytest-xdist's
+        return
     items.sort(key=rank)
     for item in items:
         if not item.nodeid.startswith(IN_THIS_PROCESS):
