@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -191,11 +192,16 @@ def closure(roots: list[str], environment: Mapping[str, str]) -> Iterator[str]:
             continue
         seen.add(wanted)
         yield from with_extras(requirement)
-        try:
-            dependencies = requires(requirement.name) or []
-        except PackageNotFoundError:  # it is for another platform
-            continue
-        waiting += [(Requirement(dependency), wanted[1]) for dependency in dependencies]
+        waiting += [(dependency, wanted[1]) for dependency in dependencies_of(requirement.name)]
+
+
+@functools.cache
+def dependencies_of(name: str) -> tuple[Requirement, ...]:
+    """What a package needs; nothing if it is not installed, as it is for another platform."""
+    try:
+        return tuple(map(Requirement, requires(name) or []))
+    except PackageNotFoundError:
+        return ()
 
 
 def runtime_imports(path: Path) -> Iterator[str]:
