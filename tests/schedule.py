@@ -14,7 +14,8 @@ LONGEST_FIRST = (
     *("tests/test_browser.py", "tests/test_bench.py", "tests/test_local.py"),
     *("tests/test_image.py", "tests/test_powershell.py", "tests/test_clients.py"),
     *("tests/test_task_role.py", "tests/test_packaging.py", "tests/test_contract.py"),
-    *("tests/test_flakes.py", "tests/test_ag_ui.py", "tests/test_template.py"),
+    *("tests/test_client_growth.py", "tests/test_flakes.py", "tests/test_ag_ui.py"),
+    "tests/test_template.py",
     *("tests/server/test_event_log.py", "tests/server/test_round_trip.py"),
     *("tests/server/test_forwarder.py", "tests/server/test_resume.py"),
 )
