@@ -179,8 +179,9 @@ export interface Subscription<Data = unknown, Events extends object = Record<str
   /**
    * A text has begun, has grown or has ended; from the first such listener on. A page that comes in its middle (without
    * `since`, or with one after its beginning) has it from the first logged piece that it sees: see {@link Stream.from}.
-   * After a `gap` the texts under way go on in the same way, as other objects of the same ids. With `since: 0` every
-   * text is whole: a piece that comes before its turn waits.
+   * After a `gap` the texts under way go on in the same way, as other objects of the same ids. With `since: 0`, and in a
+   * log that was empty then, every text is whole: a piece that comes before its turn waits. In the first 30 s a text may
+   * begin as late as with its first logged piece.
    */
   on(event: 'stream', fn: (stream: Stream) => void): Off;
   /** A piece of a text that is none, or contradicts what is logged: it was left out. `detail` is the event. */

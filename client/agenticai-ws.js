@@ -26,6 +26,7 @@ const TIMER_MAX_MS = 2 ** 31 - 1; // what setTimeout can carry
 const MAX_FRAME = 4 << 20; // characters
 const EVERYONE = '*';
 const STREAMS_KEPT = 500; // of one subscription
+const STALE_MS = 30000; // after a page has come, for ephemeral pieces of texts that are older
 const PIECES_WAITING = 1000; // of one stream, for the one before them
 const ENDS = new Set(['done', 'failed', 'cancelled']); // `data.status` of an order's last answer
 // Forwards on their way at once. A gateway stops reading, pings too, at 32 that wait for SQS.
@@ -966,9 +967,12 @@ class Stream {
   get text() { return this.#logged + this.#early; }
   get done() { return this.state !== undefined; }
 
-  /** Whether it is another one with this piece. Throws where the piece contradicts what is logged. */
-  take({ at, text, state }, logged) {
-    if (this.from === undefined && (logged || !at)) this.from = at;
+  /**
+   * Whether it is another one with this piece. Throws where the piece contradicts what is logged. `fresh`: an
+   * ephemeral piece may be its beginning, and no late one of what was logged before.
+   */
+  take({ at, text, state }, logged, fresh = false) {
+    if (this.from === undefined && (logged || fresh && !at)) this.from = at;
     if (state === 'superseded') {
       this.state = state;
       return true;
@@ -1007,10 +1011,13 @@ class Stream {
 /**
  * The texts that events are pieces of, the latest of them.
  * @param {(name: string, values: any[], wanted: () => boolean) => void} emit
- * @param {{ whole?: boolean, lasting?: boolean }} options `whole`: events come from before the beginning of each text
- *   on; `lasting`: those without `seq` are all there is, as nothing is logged of what goes to one connection.
+ * @param {{ now: () => number, whole?: () => boolean, lasting?: boolean }} options `whole`: events come from before the
+ *   beginning of each text on; `lasting`: those without `seq` are all there is, as nothing is logged of what goes to one
+ *   connection.
  */
-function streamsOf(emit, { whole = false, lasting = false } = {}) {
+function streamsOf(emit, { now, whole = () => false, lasting = false }) {
+  let begun = now();
+  let lost = false;
   const streams = new Map(); // by their ids; null where it has ended
   return {
     take(event, wanted) {
@@ -1022,11 +1029,11 @@ function streamsOf(emit, { whole = false, lasting = false } = {}) {
       let stream = streams.get(data.stream);
       if (stream === null) return;
       if (!stream) {
-        streams.set(data.stream, stream = new Stream(event, whole ? 0 : undefined));
+        streams.set(data.stream, stream = new Stream(event, whole() && !lost ? 0 : undefined));
         if (streams.size > STREAMS_KEPT) streams.delete(streams.keys().next().value);
       }
       try {
-        const changed = stream.take(data, lasting || event.seq !== undefined);
+        const changed = stream.take(data, lasting || event.seq !== undefined, now() - begun >= STALE_MS);
         if (stream.done) streams.set(data.stream, null);
         if (changed) emit('stream', [stream], wanted);
       } catch (/** @type {any} */ error) {
@@ -1035,7 +1042,8 @@ function streamsOf(emit, { whole = false, lasting = false } = {}) {
     },
     /** Events are lost: a text that goes on does so as one that the page has come in the middle of. */
     lose() {
-      whole = false;
+      lost = true;
+      begun = now();
       streams.clear();
     },
   };
@@ -1197,6 +1205,8 @@ export function connect(url, {
     const ours = emitter();
     const typed = emitter(); // by the agents' own words
     const loops = new Set();
+    /** Where in the log it began. */
+    let start = since ?? undefined;
     /** From the first listener on. @type {ReturnType<typeof streamsOf> | undefined} */
     let streams;
     /** @type {Position} */ let told = { seq: since ?? undefined, epoch };
@@ -1204,6 +1214,7 @@ export function connect(url, {
 
     const hear = (name, values, position, wanted) => {
       if (position) told = { ...told, ...position };
+      start ??= told.seq;
       if (values.length) ours.emit(name, values, wanted);
       if (name === 'gap') streams?.lose();
       if (name !== 'event') return;
@@ -1212,6 +1223,7 @@ export function connect(url, {
     };
     const reader = act(() => machine.join(project, { since: since ?? undefined, epoch, snapshot: snapshot === true }, hear));
     if (reader.state === 'live') told = { seq: reader.at, epoch: reader.epoch };
+    start ??= told.seq;
 
     const place = () => {
       if (left) return left;
@@ -1236,7 +1248,7 @@ export function connect(url, {
       /** Why it is closed, unless the page wanted it. */
       get error() { return reader.state === 'closed' && machine.ended?.code !== 'closed' ? machine.ended : undefined; },
       on(name, fn) {
-        if (name === 'stream') streams ??= streamsOf(ours.emit, { whole: since === 0, lasting: project === EVERYONE });
+        if (name === 'stream') streams ??= streamsOf(ours.emit, { now, whole: () => start === 0, lasting: project === EVERYONE });
         return (OWN.has(name) ? ours : typed).on(name, fn);
       },
       history: (options) => history(project, options),
@@ -1359,7 +1371,7 @@ export function connect(url, {
     // Without a project, what answers it is no event of the connection's where the page has subscribed to `*`.
     const answered = (fn) => (sub ?? page).on(sub ? 'event' : 'message', (event) => mine(event) && fn(event));
     const texts = emitter();
-    const streams = streamsOf(texts.emit, { whole: true, lasting: !sub });
+    const streams = streamsOf(texts.emit, { now, whole: () => true, lasting: !sub });
     let over = false;
     const offs = [answered((event) => streams.take(event, () => !over)), sub?.on('gap', streams.lose)];
     const ended = (event) => mine(event) && ENDS.has(event.data?.status);
@@ -1434,7 +1446,7 @@ export function connect(url, {
   act(() => machine.start());
   return /** @type {any} */ ({
     on(name, fn) {
-      if (name === 'stream') streams ??= streamsOf(page.emit, { lasting: true });
+      if (name === 'stream') streams ??= streamsOf(page.emit, { now, lasting: true });
       return page.on(name, fn);
     },
     get state() { return machine.state; },

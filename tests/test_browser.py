@@ -1092,6 +1092,7 @@ class TestList:
         self, scripted: ScriptedGateway, open_page: Callable[..., Page], console: str
     ) -> None:
         """From the first logged piece on, with no hole; another attempt is another text."""
+        scripted.head = 5
         page = open_page(console_link(console, scripted.url, PROJECT))
         await_live(page)
 
@@ -1104,7 +1105,7 @@ class TestList:
         await_text(page, brief, "\u2026")
         piece(5, "567")
         piece(10, "ab")
-        await_seq(page, 2)
+        await_seq(page, 7)
         assert text_of(page, brief) == "\u2026567"
         piece(8, "89")
         await_text(page, brief, "\u202656789ab")
