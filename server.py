@@ -4234,11 +4234,12 @@ class Connection(asyncio.Protocol):
     Attributes:
         account: which its work is charged to: first its socket's peer, then its principal.
         backlog_bytes: what the transport would hold if nothing had moved since the last look.
+        behind: at the last look it had more unread than a client may have.
         charged_bytes: what the ledger has it down for.
         choked: the transport holds more than ``CHOKED_AT_BYTES`` that the client did not read.
         deadline: when handshake, authentication or close must be over, by the loop's clock.
         in_flight, in_flight_bytes: forwards that are not settled yet, and what else holds it up.
-        moved_at: when the client last read enough, or had nothing left to read.
+        moved_at: when the client last read something, or had nothing left to read.
         principal: who it belongs to; ``None`` until that is known.
         queued: it waits for its turn to act on its input.
         said_busy_at: when it was last told that it is not read from; infinite if it did not ask.
@@ -4255,13 +4256,12 @@ class Connection(asyncio.Protocol):
     REPLAY_PRICE_S_PER_BYTE = 5e-8  # the work it stands for: a megabyte a second for a principal
     CLOSE_TIMEOUT_S = 10.0
     HANDSHAKE_TIMEOUT_S = 10.0
-    BEHIND_FOR_S = 1.0
-    STALLED_AFTER_S = 30.0
+    STALLED_AFTER_S = 30.0  # without a byte of its backlog moving, a connection is closed
     FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 
     __slots__ = (
         "_asked", "_drained", "_gateway", "_paused_at", "_private_bytes", "_request_bytes",
-        "account", "address", "backlog_bytes", "catch_up_turn", "catching_up",
+        "account", "address", "backlog_bytes", "behind", "catch_up_turn", "catching_up",
         "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id", "in_flight",
         "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal", "progress",
         "queued", "said_busy_at", "subscriptions", "transport", "warned",
@@ -4279,7 +4279,7 @@ class Connection(asyncio.Protocol):
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None  # only for those who ever need it
         self.deflates = False
-        self.choked = self.queued = False
+        self.behind = self.choked = self.queued = False
         self.in_flight = self.in_flight_bytes = 0
         self.opened_at = self.heard_at = self.pinged_at = self.moved_at = 0.0
         self.deadline = 0.0
@@ -4320,12 +4320,11 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.choked = True
-        self.moved_at = self._gateway.now()
         self._private_bytes = 0
         self.recount()
 
     def resume_writing(self) -> None:
-        self.choked = False
+        self.choked = self.behind = False
         self.moved_at = self._gateway.now()
         self.recount()
         if self._drained is not None and not self._drained.done():
@@ -4382,20 +4381,22 @@ class Connection(asyncio.Protocol):
     def look(self, now: float, max_backlog_bytes: int) -> bool:
         """See what the client has read since the last look; whether it reads too slowly.
 
-        It does if for ``STALLED_AFTER_S`` it has read nothing of what it has unread, or if for
-        ``BEHIND_FOR_S`` that was more than the bound and it has not read as much between two looks:
-        keeping what it missed is then the log's work, not memory's. However much comes at once
-        closes nobody, and who catches up does so at its own pace, a chunk at a time.
+        It does if it has read nothing of what it has unread for ``STALLED_AFTER_S``, or if it had
+        more unread than the bound at both looks and has not read as much between them: keeping
+        what it missed is then the log's work, not memory's. However much comes at once closes
+        nobody, and who catches up does so at its own pace, a chunk at a time.
         """
         size = self.transport.get_write_buffer_size()
         read_bytes = self.backlog_bytes - size
-        is_behind = size > max_backlog_bytes + (self.CHUNK_BYTES if self.catching_up else 0)
-        if not size or read_bytes >= (max_backlog_bytes if is_behind else 1):
+        if not size or read_bytes > 0:
             self.moved_at = now
+        chunk_bytes = self.CHUNK_BYTES if self.catching_up else 0
+        was_behind, self.behind = self.behind, size > max_backlog_bytes + chunk_bytes
         if size != self.backlog_bytes:
             self.backlog_bytes = size
             self.recount()
-        return now - self.moved_at > (self.BEHIND_FOR_S if is_behind else self.STALLED_AFTER_S)
+        lags = was_behind and self.behind and read_bytes < max_backlog_bytes
+        return lags or now - self.moved_at > self.STALLED_AFTER_S
 
     # The gateway calls these.
 

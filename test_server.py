@@ -1989,7 +1989,6 @@ class TestGateway:
     ) -> None:
         """Who was closed with 1013 gets by `since` what was missed; the others miss nothing."""
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.01)
-        monkeypatch.setattr(server.Connection, "BEHIND_FOR_S", 0.01)
         count = 40
         async with (
             running_gateway(platform, max_backlog_bytes=100_000) as gateway,

@@ -422,7 +422,6 @@ class TestGateway:
     ) -> None:
         """Who catches up with one project is no slow reader of it, but may be of another."""
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.05)
-        monkeypatch.setattr(server.Connection, "BEHIND_FOR_S", 0.05)
         backlog = 65_536
         async with running_gateway(platform, max_backlog_bytes=backlog) as gateway:
             await fill_log(gateway, 100, 20_000)
@@ -438,6 +437,28 @@ class TestGateway:
                     written += 50_000
                     await asyncio.sleep(0.005)
                 assert gateway.metrics.slow_consumers_closed == 1
+
+    @pytest.mark.parametrize("unread", [0, 40_000])
+    async def test_much_at_once(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch, unread: int
+    ) -> None:
+        """Who was slow, but within the bound, has from one look to the next to read much."""
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 3_600)
+        backlog = 65_536
+        async with running_gateway(platform) as gateway, peer_of(gateway):
+            narrow(gateway)
+            [connection] = gateway.registry.connections.values()
+            began_at = gateway.now()
+            while unread and connection.transport.get_write_buffer_size() < unread:
+                gateway.feed.accept(event(None, EVERYONE, size=10_000), None)
+                await asyncio.sleep(0.01)
+            assert not connection.look(began_at + 1, backlog)
+            assert not connection.look(began_at + 6, backlog)
+            for _ in range(10):
+                gateway.feed.accept(event(None, EVERYONE, size=50_000), None)
+            await asyncio.sleep(0.01)
+            assert not connection.look(began_at + 7.1, backlog)
+            assert connection.look(began_at + 8.2, backlog)
 
     async def test_stalled_catch_up(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
