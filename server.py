@@ -42,6 +42,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 import uuid
 import zlib
 from collections import Counter, defaultdict, deque
@@ -279,10 +280,8 @@ PASSING_ERRORS = (
     HttpError,
     OSError,  # a timeout too
     # The SDK's parsers raise these for answers that are not of AWS's making.
-    AttributeError,
     KeyError,
     ResponseParserError,
-    TypeError,
     UnicodeDecodeError,
 )
 
@@ -356,6 +355,22 @@ ANSWER_MEMBERS = {
 """What an answer must have; one without it is not of AWS's making."""
 
 
+async def answer_to(method: Callable[P, Awaitable[T]], *args: P.args, **params: P.kwargs) -> T:
+    """The answer to a call of the SDK.
+
+    Raises:
+        ResponseParserError: the SDK's parser does not expect such an answer of AWS. The same
+            errors for a parameter are faults of this program, and stay what they are.
+    """
+    try:
+        return await method(*args, **params)
+    except (AttributeError, TypeError) as exc:
+        frames = traceback.walk_tb(exc.__traceback__)
+        if any(each.f_globals["__name__"].endswith("botocore.parsers") for each, _ in frames):
+            raise ResponseParserError(f"the answer is not of AWS's making: {exc}") from exc
+        raise
+
+
 REFUSALS_ARE_HANDLED = {"DescribeTargetHealth", "SendMessageBatch", "TransactWriteItems"}
 """Operations of which a refusal for good is for the caller to see; of others it ends the task."""
 
@@ -413,7 +428,7 @@ class Dependency:
         member = ANSWER_MEMBERS.get(operation)
         try:
             async with asyncio.timeout(CALL_TIMEOUTS_S.get(operation, CALL_TIMEOUT_S)):
-                answer = await method(*args, **params)
+                answer = await answer_to(method, *args, **params)
             if member is not None and member not in cast("Any", answer):
                 raise KeyError(member)
         except AWS_ERRORS as exc:
@@ -2506,8 +2521,7 @@ class Forwarder:
             answer = await to.dependency.call(
                 self._sqs.send_message_batch, QueueUrl=to.url, Entries=entries
             )
-            confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
-            failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
+            confirmed, failed = self._outcomes(answer)
         except AWS_ERRORS as exc:
             refused = isinstance(exc, ClientError) and not passes(exc)
             if not refused:
@@ -2530,6 +2544,14 @@ class Forwarder:
         while refused and again:
             await self._send(to, [again.pop(0)])
         return again
+
+    def _outcomes(self, answer: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        """Of what was sent, by its ``Id``: SQS's message id of each accepted, and the others."""
+        try:
+            confirmed = {entry["Id"]: entry["MessageId"] for entry in answer.get("Successful", ())}
+            return confirmed, {entry["Id"]: entry for entry in answer.get("Failed", ())}
+        except (AttributeError, TypeError) as exc:
+            raise ResponseParserError("the answer is not SQS's") from exc
 
     def _refuse(self, forward: PendingForward, code: str) -> None:
         sentence = f"The agent's queue refused the message ({code})."
@@ -2991,8 +3013,9 @@ class EventLog:
         written = [append for append in group if append.chosen]
         if not written:
             return []
+        items = [item for append in written for item in self._items(append)]
         try:
-            await self._transact([item for append in written for item in self._items(append)])
+            await self._transact(items)
         except AWS_ERRORS as exc:
             return self._after_error(written, exc)
         for append in written:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
+from typing import Any
 
 import pytest
 from botocore.exceptions import (
@@ -20,9 +21,9 @@ from hypothesis import strategies as st
 
 import aws_standin
 import server
-from aws_standin import StandIn
-from server import Dependency, UpstreamLost
-from tests.server.aws import SERVER_ERROR, always, deny, news, push
+from aws_standin import Fault, StandIn
+from server import Aws, Dependency, UpstreamLost
+from tests.server.aws import SERVER_ERROR, always, deny, faults, news, push
 from tests.server.gateways import client_of, running_gateway
 from tests.server.peers import fetch
 from tests.waiting import eventually
@@ -188,14 +189,38 @@ class TestDependency:
         with pytest.raises(UpstreamLost, match=r"^event log: Query .* ResourceNotFoundException"):
             await Dependency("event log").retry(query)
 
-    async def test_retry_lets_faults_of_ours_through(self) -> None:
+    @pytest.mark.parametrize("fault", [AttributeError, TypeError, ZeroDivisionError])
+    async def test_retry_lets_faults_of_ours_through(self, fault: type[Exception]) -> None:
         """What is no error of AWS's is not retried."""
 
         async def query() -> None:
-            raise ZeroDivisionError
+            raise fault
 
-        with pytest.raises(ZeroDivisionError):
-            await Dependency("event log").retry(query)
+        with pytest.raises(fault):
+            await asyncio.wait_for(Dependency("event log").retry(query), 5)
+
+    async def test_parameter_that_cannot_be_sent(self, aws: Aws) -> None:
+        """A parameter that the SDK cannot write down is a fault of ours, and not retried."""
+        keys: Any = {"table": 5}
+        with pytest.raises((AttributeError, TypeError)):
+            await asyncio.wait_for(
+                Dependency("event log").retry(aws.dynamodb.batch_get_item, RequestItems=keys), 5
+            )
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("answer", [b'{"Items":5}', b'{"Items":[5]}', b'{"Items":[{"PK":5}]}'])
+    async def test_answer_that_the_sdk_cannot_read(
+        self, aws: Aws, platform: aws_standin.Platform, stand_in: StandIn, answer: bytes
+    ) -> None:
+        """An answer that is not of AWS's making is asked for again."""
+        stand_in.fault = faults("Query", Fault(garbage=answer))
+        found = await Dependency("event log").retry(
+            aws.dynamodb.query,
+            TableName=platform.events_table_name,
+            KeyConditionExpression="PK = :pk",
+            ExpressionAttributeValues={":pk": {"S": "x"}},
+        )
+        assert found["Items"] == []
 
 
 class TestHealth:
