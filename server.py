@@ -1732,6 +1732,7 @@ class Chunk:
     Slow readers share what they have not read, too.
 
     Attributes:
+        joined: the frames in one piece, by whether they are deflated.
         size_bytes: of the events' frames.
     """
 
@@ -1739,18 +1740,19 @@ class Chunk:
     CHUNK_BYTES = 1_000  # held for a chunk, and for its channel once that is gone
     EVENT_BYTES = 300  # held for an event beside its frame
 
-    __slots__ = ("_joined", "events", "size_bytes")
+    __slots__ = ("events", "joined", "size_bytes")
 
     def __init__(self, events: list[Event]) -> None:
         self.events = events
         self.size_bytes = sum([len(event.frame) for event in events])
-        self._joined: dict[bool, bytes] = {}
+        self.joined: dict[bool, bytes] = {}
 
     def frames(self, deflated: bool) -> bytes:
-        joined = self._joined.get(deflated)
+        joined = self.joined.get(deflated)
         if joined is None:
             frames = [event.deflated if deflated else event.frame for event in self.events]
-            joined = self._joined[deflated] = b"".join(frames)
+            # A copy even of a single one, which its event keeps: the ledger counts references.
+            joined = self.joined[deflated] = b"".join([b"", *frames])
         return joined
 
     @classmethod
@@ -1782,7 +1784,7 @@ class Chunk:
             return False
         self.events.append(event)
         self.size_bytes = size_bytes
-        self._joined.clear()
+        self.joined.clear()
         return True
 
 
@@ -1898,6 +1900,11 @@ class Registry:
             forgetful.chunks.remove(oldest)
             self.remembered_bytes -= Chunk.CHUNK_BYTES + sum(map(Chunk.held_bytes, oldest.events))
         return chunk
+
+    def joined(self) -> Iterator[bytes]:
+        """What is remembered in one piece, whether anybody is sent it or not."""
+        for _, chunk in self._chunks:
+            yield from chunk.joined.values()
 
     def drop(self, connection: Connection) -> None:
         """Send a connection nothing more, whatever it is subscribed to or catches up with."""
@@ -2088,8 +2095,10 @@ class Ledger:
 
     def let_go(self) -> None:
         """Stop counting shared bytes that no transport refers to any more."""
+        kept = set(map(id, self._registry.joined())) if self._shared else ()
         for key, data in tuple(self._shared.items()):
-            if sys.getrefcount(data) <= 4:  # here: the dict, the tuple, `data` and the argument
+            # Here: the dict, the tuple, `data` and the argument; and where it is remembered.
+            if sys.getrefcount(data) <= 4 + (key in kept):
                 del self._shared[key]
                 self._shared_bytes -= len(data)
 

@@ -27,7 +27,7 @@ from tests.server.gateways import (
     unsettled,
 )
 from tests.server.listeners import event
-from tests.server.peers import DEFLATED, dialled, masked, peer_of, request, upgrade
+from tests.server.peers import DEFLATED, dialled, masked, peer_of, request, seqs_until, upgrade
 from tests.waiting import eventually
 
 
@@ -422,6 +422,18 @@ class TestLedger:
             third.send_frame(b'{"action":"ping"}', Opcode.CONT)
             assert (await third.receive())["type"] == "pong"
             await eventually(lambda: gateway.ledger.figures()["input"] < 40_000)
+
+    async def test_read_counts_no_more(self, gateway: Gateway) -> None:
+        """What is remembered for others does not count as unread once everybody has read it."""
+        await fill_log(gateway, 20, 20_000)
+        async with peer_of(gateway) as peer:
+            await peer.ask(action="subscribe", project_id="p", since=0)
+            assert await seqs_until(peer, 20) == list(range(1, 21))
+            gateway.feed.accept(event(21, size=20_000))
+            assert (await peer.receive())["seq"] == 21
+            await eventually(lambda: not gateway.registry.channels["p"].visitors)
+            gateway.ledger.let_go()
+            assert gateway.ledger.figures()["unread"] == 0
 
     async def test_shared_counts_once(self, platform: aws_standin.Platform) -> None:
         """An event that many have not read yet is counted once."""
