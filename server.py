@@ -3543,6 +3543,7 @@ class Receiver:
 
     def __post_init__(self) -> None:
         self._polls: list[asyncio.Task[list[dict[str, Any]]]] = []
+        self._empty_answers = 0
 
     @property
     def polling(self) -> bool:
@@ -3594,9 +3595,12 @@ class Receiver:
                 ],
             )
             batch = cast("list[dict[str, Any]]", answer.get("Messages", []))
+        if batch:
+            self._empty_answers = 0
         # An error, or nothing although nobody waited for it: either would spin.
-        if not batch and time.monotonic() - began_at < self.SHORT_POLL_S:
-            await asyncio.sleep(full_jitter_s(1))
+        elif time.monotonic() - began_at < self.SHORT_POLL_S:
+            await asyncio.sleep(full_jitter_s(self._empty_answers))
+            self._empty_answers += 1
         return batch
 
 

@@ -18,6 +18,7 @@ from server import Aws, Receiver, UpstreamLost
 from tests.server.aws import (
     GARBAGE,
     SERVER_ERROR,
+    THROTTLED,
     Json,
     always,
     each_passing_fault,
@@ -230,6 +231,28 @@ class TestReceiver:
             await asyncio.wait([receiving], timeout=0.5)
             receiving.cancel()
         assert stand_in.calls["sqs", "ReceiveMessage"] < 50
+
+    async def test_backs_off(
+        self,
+        stand_in: StandIn,
+        platform: aws_standin.Platform,
+        aws: Aws,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """While a queue throttles it is asked ever more seldom, until it has given something."""
+        attempts: list[int] = []
+
+        def no_pause(attempt: int) -> float:
+            attempts.append(attempt)
+            return 0
+
+        monkeypatch.setattr(server, "full_jitter_s", no_pause)
+        stand_in.fault = faults("ReceiveMessage", *[THROTTLED] * 6, Fault(), THROTTLED)
+        push(stand_in, *news(*range(11)))
+        async with receiver_of(platform, aws) as receiver:
+            while len(attempts) < 7:
+                await receiver.messages()
+        assert attempts[:7] == [*range(6), 0]
 
     async def test_stopping(
         self, stand_in: StandIn, platform: aws_standin.Platform, aws: Aws
