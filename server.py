@@ -4542,11 +4542,12 @@ class Connection(asyncio.Protocol):
 
     def take_turn(self, until_s: float) -> bool:
         """Act on what was read until the thread's CPU time is ``until_s``; whether more is left."""
-        was_held = not self.is_read or self.inbox.unfinished_since
+        opens = self.progress is Progress.HANDSHAKE
+        was_held = opens or not self.is_read or self.inbox.unfinished_since
         try:
             if self.transport.is_closing():
                 return False
-            if self.progress is Progress.HANDSHAKE:
+            if opens:
                 self._handshake()
             else:
                 self._act(until_s)

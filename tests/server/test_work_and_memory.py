@@ -423,6 +423,15 @@ class TestLedger:
             assert (await third.receive())["type"] == "pong"
             await eventually(lambda: gateway.ledger.figures()["input"] < 40_000)
 
+    async def test_slow_request_counts(self, gateway: Gateway) -> None:
+        """What has come of a request counts, for the budget and in the figures."""
+        async with dialled(gateway) as peer:
+            await eventually(lambda: gateway.registry.sockets)
+            before = held(gateway)
+            peer.write(b"GET /ws HTTP/1.1\r\nX-Long: " + b"x" * 10_000)
+            await eventually(lambda: gateway.ledger.figures()["input"] > 10_000)
+            assert held(gateway) - before == gateway.ledger.figures()["input"]
+
     async def test_read_counts_no_more(self, gateway: Gateway) -> None:
         """What is remembered for others does not count as unread once everybody has read it."""
         await fill_log(gateway, 20, 20_000)
