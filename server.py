@@ -3611,6 +3611,7 @@ class Relay:
     EVENTS_BEGIN: ClassVar[bytes] = b'"events":['  # nothing before it in a message is others'
     RETENTION_S: ClassVar[int] = 60
     STALE_AFTER_HEARTBEATS: ClassVar[int] = 5
+    GONE_CODES: ClassVar = ("AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist")
 
     _tasks: asyncio.TaskGroup
     _sqs: SQSClient
@@ -3764,10 +3765,8 @@ class Relay:
         others = (queues.keys() | subscriptions.keys()) - {self._name}
         dead = set[str]()
         for name in sorted(others, key=lambda name: (name < self._name, name)):
-            if name in queues:
-                answer = await self._sqs.list_queue_tags(QueueUrl=queues[name])
-                if float(answer.get("Tags", {}).get("heartbeat", "0")) >= stale_before:
-                    break
+            if await self._heartbeat_of(name) >= stale_before:
+                break
             dead.add(name)
         # Twice in a row: of a queue made a moment ago, SQS may not know yet.
         confirmed, self._suspects = dead & self._suspects, dead
@@ -3779,6 +3778,20 @@ class Relay:
             with contextlib.suppress(*AWS_ERRORS):
                 if name in queues:
                     await self._sqs.delete_queue(QueueUrl=queues[name])
+
+    async def _heartbeat_of(self, name: str) -> float:
+        """When a task last showed a sign of life, unix seconds; 0 if its queue is gone.
+
+        SQS is asked for each by name: its list may lack what is new, and have what is gone.
+        """
+        try:
+            queue = await self._sqs.get_queue_url(QueueName=name)
+            answer = await self._sqs.list_queue_tags(QueueUrl=queue["QueueUrl"])
+        except ClientError as exc:
+            if error_code(exc) in self.GONE_CODES:
+                return 0.0
+            raise
+        return float(answer.get("Tags", {}).get("heartbeat", "0"))
 
     async def _subscriptions(self) -> dict[str, str]:
         """Queue name to subscription ARN, of the topic's subscriptions that tasks have made."""

@@ -25,6 +25,7 @@ from tests.server.aws import (
     news,
     prefixes,
     push,
+    subscriptions,
 )
 from tests.server.gateways import client_of, how_it_ends, running_gateway, settings, task_group
 from tests.waiting import eventually
@@ -157,6 +158,27 @@ class TestRelay:
         async with running_gateway(platform, topic=True, task_heartbeat_seconds=0.2) as gateway:
             await eventually(lambda: name not in stand_in.queues)
             assert gateway.health() == {"status": "ok"}
+
+    async def test_reaps_what_is_gone_and_what_is_dead(
+        self, stand_in: StandIn, platform: aws_standin.Platform
+    ) -> None:
+        """A list of queues that lags is no proof: neither of a queue's life nor of its death."""
+        dead, alive, gone = (f"agenticai-updates-task-{name}" for name in ("y", "z", "u"))
+        stand_in.sqs.create(dead, tags={"heartbeat": "1"})
+        stand_in.sqs.create(alive, tags={"heartbeat": str(int(time.time()) + 1_000)})
+        listed = json.dumps({"QueueUrls": [f"http://localhost/000000000000/{gone}"]})
+        async with aws_clients(platform) as aws:
+            for name in (dead, alive):
+                await aws.sns.subscribe(
+                    TopicArn=platform.topic_arn,
+                    Protocol="sqs",
+                    Endpoint=f"arn:aws:sqs:us-east-1:000000000000:{name}",
+                )
+        stand_in.fault = always("ListQueues", Fault(garbage=listed.encode()))
+        async with running_gateway(platform, topic=True, task_heartbeat_seconds=0.2):
+            await eventually(lambda: stand_in.calls["sqs", "ListQueues"] > 6)
+            named = {each.endpoint.rpartition(":")[2] for each in subscriptions(stand_in)}
+        assert named == {"agenticai-updates-task-task-1", alive}
 
     async def test_heartbeat(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A task shows that it lives, again and again."""
