@@ -1452,9 +1452,11 @@ class Admission:
                 del self._inside_by_scope[name]
 
     def failed(self, address: str, now: float) -> None:
-        """Count a failed authentication."""
+        """Count a failed authentication; those beyond the limit make nobody wait longer."""
         for name, worth in self.scopes_of(address):
-            self._failures.of(name, worth).charge(1, now)
+            failures = self._failures.of(name, worth)
+            if failures.has(1, now):
+                failures.charge(1, now)
 
     def forget(self, now: float) -> None:
         """Let go of addresses that have been quiet."""

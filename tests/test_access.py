@@ -203,6 +203,17 @@ class TestAdmission:
         assert admission.refusal("a", 10.1) is not None
         assert all(admission.refusal("a", 71.0) is None for _ in range(6))
 
+    def test_failures_of_many_at_once(self) -> None:
+        """Who is inside may fail more often than the limit; a minute later that is forgiven too."""
+        admission = admission_with(max_failed_authentications_per_ip=6)
+        for _ in range(100):
+            admission.failed("a", 0.0)
+        assert admission.refusal("a", 9.9) is not None
+        assert admission.refusal("a", 10.1) is None
+        for _ in range(6):
+            assert admission.refusal("a", 61.0) is None
+            admission.failed("a", 61.0)
+
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
     def test_connections_are_counted(self, moves: list[tuple[str, bool]]) -> None:
         """However they come and go, an address is refused exactly while it has two."""
