@@ -3246,7 +3246,8 @@ class Feed:
     gap is read from the log before anything else is delivered.
     """
 
-    TURNS = 32  # pages of up to 1 MB read at once, and chunks written in one turn of the loop
+    READS = 32  # at once, of pages of up to 1 MB
+    WRITES = 32  # of chunks, in one turn of the loop
     AUDITED_AT_ONCE = 1_000  # channels, at half a read unit each
 
     _tasks: asyncio.TaskGroup
@@ -3257,8 +3258,9 @@ class Feed:
     _read_state: Callable[[str], Awaitable[Any]]
 
     def __post_init__(self) -> None:
-        self._turns = asyncio.Semaphore(self.TURNS)
-        self._reads: dict[tuple[Channel, int], asyncio.Future[bool]] = {}
+        self._may_read = asyncio.Semaphore(self.READS)
+        self._may_write = asyncio.Semaphore(self.WRITES)
+        self._reads: dict[tuple[Channel, int], asyncio.Future[list[Chunk] | None]] = {}
         self._to_open = Batcher(self._tasks, self._open, entries=100)
 
     def accept(self, event: Event, connection_id: str | None = None) -> bool:
@@ -3370,7 +3372,7 @@ class Feed:
         self._registry.join(connection, channel)
 
     async def _catch_up(self, connection: Connection, channel: Channel, request: Subscribe) -> None:
-        """Catch up, one project at a time a connection, so that one piece is written at a time."""
+        """Catch up, one project at a time a connection: each may hold a page of the log."""
         connection.catch_up_turn = connection.catch_up_turn or asyncio.Lock()
         async with connection.catch_up_turn:
             with connection.failing_alone():
@@ -3385,31 +3387,38 @@ class Feed:
         if (request.since or 0) > (channel.cursor or 0):
             await self._fill(channel)  # the client comes from a task that is ahead of this one
         position, recovered = self._resume_at(channel, request)
-        if not await self._find(connection, channel, position):
-            position, recovered = channel.cursor or 0, False
+        found = await self._find(connection, channel, position)
+        if found is None:
+            position, recovered, found = channel.cursor or 0, False, []
         self._confirm(connection, channel, recovered, ref_of(request))
         if request.snapshot:
             await self._send_snapshot(connection, request.project_id, ref_of(request))
         while position < channel.floor:
-            if chunk := channel.chunk_with(position + 1):
-                async with self._turns:  # a crowd that gets the same at once stops nobody else
+            for chunk in found:
+                async with self._may_write:  # a crowd that gets the same at once stops nobody else
                     connection.replay(chunk.after(position))
                     position = chunk.last
                     await asyncio.sleep(0)
                 await connection.drained()
-            elif not await self._find(connection, channel, position):
-                position = channel.cursor or 0
+            found = await self._find(connection, channel, position)
+            if found is None:
+                position, found = channel.cursor or 0, []
                 self._confirm(connection, channel, False)
         self._go_live(connection, channel, position)
 
-    async def _find(self, connection: Connection, channel: Channel, position: int) -> bool:
-        """Have what follows ``position`` remembered; whether the log still reaches back so far.
+    async def _find(
+        self, connection: Connection, channel: Channel, position: int
+    ) -> list[Chunk] | None:
+        """Some of what follows ``position``; ``None`` if the log no longer reaches back so far.
 
         It is read once for all who wait for it, even if the first of them has gone. No task group
-        has the read: a fault of ours is to end the connections that wait, not the process.
+        has the read: a fault of ours is to end the connections that wait, not the process. Whoever
+        has found it keeps it until it is sent, though the channel may forget it meanwhile.
         """
-        if position >= (channel.cursor or 0) or channel.chunk_with(position + 1):
-            return True
+        if position >= channel.floor:
+            return []
+        if chunk := channel.chunk_with(position + 1):
+            return [chunk]
         await connection.account.afford(PAGE_PRICE_S)
         place = (channel, position)
         if place not in self._reads:
@@ -3417,14 +3426,21 @@ class Feed:
             self._reads[place].add_done_callback(partial(self._reads.pop, place))
         return await asyncio.shield(self._reads[place])
 
-    async def _read_back(self, channel: Channel, position: int) -> bool:
-        """Read a page of the log for clients that come back; whether it follows ``position``."""
-        async with self._turns:
-            if channel.chunk_with(position + 1):
-                return True  # somebody else's read has brought it back by now
-            self._metrics.catch_ups += 1
-            events = await self._read(channel, position, channel.cursor or 0)
-        return bool(events) and events[0].seq == position + 1
+    async def _read_back(self, channel: Channel, position: int) -> list[Chunk] | None:
+        """Read what follows ``position`` for clients that come back: at most a page of the log."""
+        async with self._may_read:
+            last = position + 1
+            if not channel.chunk_with(last):  # else somebody else's read has brought it back by now
+                self._metrics.catch_ups += 1
+                events = await self._read(channel, position, channel.cursor or 0)
+                if not events or events[0].seq != position + 1:
+                    return None
+                last = cast("int", events[-1].seq)
+        found: list[Chunk] = []
+        while position < last and (chunk := channel.chunk_with(position + 1)):
+            found.append(chunk)
+            position = chunk.last
+        return found
 
     async def _read(self, channel: Channel, after: int, known: int) -> list[Event]:
         """A page of the log, remembered; what in it is news to the channel is delivered."""
@@ -3441,7 +3457,7 @@ class Feed:
         self, connection: Connection, project_id: str, ref: str | UnsetType
     ) -> None:
         try:
-            async with self._turns:
+            async with self._may_read:
                 state = await self._read_state(project_id)
         except UpstreamLost as exc:  # the platform's table is not what this task lives by
             logger.error("no snapshot of %r: %s", project_id, exc)

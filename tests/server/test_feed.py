@@ -294,6 +294,48 @@ class TestFeed:
             assert await reads_of_another(90) == 0
             assert await reads_of_another(50) >= 30
 
+    async def test_slow_readers_need_no_second_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What one has read is not read again for what others need between two of its pieces."""
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 6_000_000)
+        log = MemoryLog(page=20)
+        log.add(200, size=50_000)
+        crowd = [Listener(str(since)) for since in range(0, 200, 20)]
+        async with office_of(log) as office:
+            for since, listener in zip(range(0, 200, 20), crowd, strict=True):
+                listener.reads.clear()
+                office.feed.subscribe(listener, Subscribe("p", since))
+            while not all("p" in listener.subscriptions for listener in crowd):
+                for listener in crowd:
+                    listener.reads.set()
+                    await settle()
+                    listener.reads.clear()
+                assert log.reads <= sum(range(11)) + len(crowd)
+        for since, listener in zip(range(0, 200, 20), crowd, strict=True):
+            assert check_story(listener.received()[1:], since) == 200
+
+    async def test_reads_hold_up_no_writes(self) -> None:
+        """While reads of the log are not answered, what is remembered is sent all the same."""
+        log = MemoryLog(held=True)
+        log.add(10, size=50_000)
+        async with office_of(log) as office:
+            first, second = Listener("first"), Listener("second")
+            office.feed.subscribe(first, Subscribe("p", 0))
+            while "p" not in first.subscriptions:
+                await log.go_on()
+            for number in range(server.Feed.READS):
+                log.add(1, project_id=f"q{number}")
+                office.feed.subscribe(Listener(f"q{number}"), Subscribe(f"q{number}", 0))
+            for _ in range(3):
+                await log.go_on()  # the heads
+            assert log.reads > server.Feed.READS
+            office.feed.subscribe(second, Subscribe("p", 0))
+            try:
+                await eventually(lambda: "p" in second.subscriptions)
+                assert check_story(second.received()[1:], 0) == 10
+            finally:
+                for step in log.steps:
+                    step.cancel()
+
     async def test_neighbours_share(self, log: MemoryLog) -> None:
         """Clients that have missed about the same, each another number of events, share reads."""
         log.add(2_000)
@@ -305,7 +347,7 @@ class TestFeed:
         for listener in listeners:
             listener.messages.popleft()
             assert listener.seqs() == list(range(int(listener.id) + 1, 2_001))
-        assert log.reads <= 2 * server.Feed.TURNS
+        assert log.reads <= 2 * server.Feed.READS
 
     async def test_audits_take_turns(self, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
         """With more channels than one audit looks at, each is looked at in its turn."""
