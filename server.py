@@ -1735,18 +1735,19 @@ class Chunk:
 
     Attributes:
         joined: the frames in one piece, by whether they are deflated.
-        size_bytes: of the events' frames.
+        size_bytes: of the frames of events that were taken.
     """
 
     MAX_BYTES = 131_072  # of one write to a client that catches up; a larger event is alone
-    CHUNK_BYTES = 1_000  # held for a chunk, and for its channel once that is gone
+    CHUNK_BYTES = 1_300  # held for a chunk, and for its channel once that is gone
     EVENT_BYTES = 300  # held for an event beside its frame
+    FRAMES_HELD = 4  # of an event at most: plain and deflated, each by itself and joined
 
     __slots__ = ("events", "joined", "size_bytes")
 
     def __init__(self, events: list[Event]) -> None:
         self.events = events
-        self.size_bytes = sum([len(event.frame) for event in events])
+        self.size_bytes = 0
         self.joined: dict[bool, bytes] = {}
 
     def frames(self, deflated: bool) -> bytes:
@@ -1757,23 +1758,21 @@ class Chunk:
             joined = self.joined[deflated] = b"".join([b"", *frames])
         return joined
 
-    @classmethod
-    def held_bytes(cls, event: Event) -> int:
-        """What is held for one of the events at most.
-
-        Its frame may be there four times: plain and deflated, each by itself and joined.
-        """
-        return cls.EVENT_BYTES + 4 * len(event.frame)
+    @property
+    def held_bytes(self) -> int:
+        """What is held for it at most."""
+        frames = self.FRAMES_HELD * self.size_bytes
+        return self.CHUNK_BYTES + len(self.events) * self.EVENT_BYTES + frames
 
     # Of those whose events are consecutive ones of a log.
 
     @property
     def first(self) -> int:
-        return cast("int", self.events[0].seq)
+        return self.events[0].seq or 0
 
     @property
     def last(self) -> int:
-        return cast("int", self.events[-1].seq)
+        return self.events[-1].seq or 0
 
     def after(self, position: int) -> Chunk:
         """The events after ``position``: all of them are this chunk itself."""
@@ -1782,7 +1781,7 @@ class Chunk:
     def take(self, event: Event) -> bool:
         """Add the next event, if it is one and there is room; whether it was."""
         size_bytes = self.size_bytes + len(event.frame)
-        if event.seq != self.last + 1 or size_bytes > self.MAX_BYTES:
+        if self.events and (event.seq != self.last + 1 or size_bytes > self.MAX_BYTES):
             return False
         self.events.append(event)
         self.size_bytes = size_bytes
@@ -1794,6 +1793,7 @@ class Channel:
     """One project on this task: its listeners and its cursor.
 
     Attributes:
+        listeners: those who are sent plain frames, and those who are sent deflated ones.
         cursor: ``seq`` of the last event delivered here; ``None`` until the log was asked.
         wanted: highest ``seq`` heard of; above ``cursor`` it means a gap.
         chunks: what is remembered of the events up to ``cursor``, without overlaps.
@@ -1808,7 +1808,7 @@ class Channel:
 
     def __init__(self, project_id: str) -> None:
         self.project_id = project_id
-        self.listeners: set[Connection] = set()
+        self.listeners: tuple[set[Connection], set[Connection]] = (set(), set())
         self.pending: list[Event] = []
         self.cursor: int | None = None
         self.wanted = 0
@@ -1830,7 +1830,7 @@ class Channel:
 
     @property
     def idle(self) -> bool:
-        return not (self.listeners or self.visitors)
+        return not (any(self.listeners) or self.visitors)
 
     def place(self, event: Event) -> bool:
         """Move the cursor over ``event``, if it is the next one; whether it was."""
@@ -1867,7 +1867,7 @@ class Registry:
         return channel
 
     def join(self, connection: Connection, channel: Channel) -> None:
-        channel.listeners.add(connection)
+        channel.listeners[connection.deflates].add(connection)
         connection.subscriptions.add(channel.project_id)
         connection.recount()
 
@@ -1876,7 +1876,7 @@ class Registry:
         connection.subscriptions.discard(project_id)
         channel = self.channels.get(project_id)
         if channel is not None:
-            channel.listeners.discard(connection)
+            channel.listeners[connection.deflates].discard(connection)
             self.release(channel)
         connection.recount()
 
@@ -1892,15 +1892,16 @@ class Registry:
         in ``chunk``, if that ends before it and has room; returns the chunk that it is in.
         """
         if chunk is None or not chunk.take(event):
-            chunk = Chunk([event])
+            chunk = Chunk([])
+            chunk.take(event)
             channel.chunks.append(chunk)
             self._chunks.append((channel, chunk))
             self.remembered_bytes += Chunk.CHUNK_BYTES
-        self.remembered_bytes += Chunk.held_bytes(event)
+        self.remembered_bytes += Chunk.EVENT_BYTES + Chunk.FRAMES_HELD * len(event.frame)
         while self.remembered_bytes > self.REMEMBERED_BYTES:
             forgetful, oldest = self._chunks.popleft()
             forgetful.chunks.remove(oldest)
-            self.remembered_bytes -= Chunk.CHUNK_BYTES + sum(map(Chunk.held_bytes, oldest.events))
+            self.remembered_bytes -= oldest.held_bytes
         return chunk
 
     def joined(self) -> Iterator[bytes]:
@@ -1919,7 +1920,7 @@ class Registry:
     @property
     def subscriptions(self) -> int:
         return sum(
-            len(channel.listeners)
+            sum(map(len, channel.listeners))
             for channel in self.channels.values()
             if channel.project_id != EVERYONE
         )
@@ -2198,14 +2199,30 @@ class FanOut:
         """Write what is pending, to each listener in one piece, as before a new one joins."""
         due: dict[Connection, list[bytes]] = {}
         for channel in channels:
-            if channel.pending:
-                chunk, channel.pending = Chunk(channel.pending), []
-                for connection in channel.listeners:
-                    due.setdefault(connection, []).append(chunk.frames(connection.deflates))
-                self._metrics.delivered(chunk.events, len(channel.listeners))
+            if not channel.pending:
+                continue
+            chunk, channel.pending = Chunk(channel.pending), []
+            for deflated in (False, True):
+                listeners = channel.listeners[deflated]
+                if listeners and len(channels) == 1:
+                    self._write(tuple(listeners), chunk.frames(deflated))
+                elif listeners:
+                    frames = chunk.frames(deflated)
+                    for connection in listeners:
+                        due.setdefault(connection, []).append(frames)
+            plain, deflating = channel.listeners
+            self._metrics.delivered(chunk.events, len(plain) + len(deflating))
         for connection, pieces in due.items():
+            self._write((connection,), b"".join(pieces))  # a single one stays as it is
+
+    def _write(self, listeners: Iterable[Connection], frames: bytes) -> None:
+        is_large = len(frames) > CHOKED_AT_BYTES
+        for connection in listeners:
             try:
-                connection.write_shared(b"".join(pieces))  # a single one stays as it is
+                if is_large or connection.choked:
+                    connection.write_shared(frames)
+                else:  # which comes to this, for nearly all
+                    connection.transport.write(frames)
             except Exception as exc:  # what is wrong with one must not keep it from the others
                 connection.fail(exc)
 
@@ -3287,7 +3304,7 @@ class Feed:
     def _place(self, channel: Channel, event: Event) -> bool:
         """Deliver an event of the log, if it is the next one; whether it was."""
         if placed := channel.place(event):
-            latest = channel.chunk_with(cast("int", event.seq) - 1)
+            latest = channel.chunks[-1] if channel.chunks else None
             self._registry.remember(channel, event, latest)
             self._fan_out.push(channel, event)
         return placed
@@ -3512,7 +3529,7 @@ class Feed:
         logger.warning("the log of %r has a hole up to %d", channel.project_id, seq)
         self._fan_out.flush(channel)
         channel.cursor = seq
-        for connection in tuple(channel.listeners):
+        for connection in list(itertools.chain(*channel.listeners)):
             self._confirm(connection, channel, False)
 
     async def audit(self, interval_s: float) -> NoReturn:

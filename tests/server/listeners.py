@@ -57,6 +57,7 @@ class Listener(Connection):
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None
         self.deflates = deflates
+        self.choked = False
         self.account = server.Account(share=0, window_s=0)
         self.closed_with: int | None = None
         self.reads = asyncio.Event()

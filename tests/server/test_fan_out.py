@@ -12,6 +12,11 @@ from server import Channel, Event, FanOut, Metrics
 from tests.server.listeners import Listener, Sink, event, new_metrics
 
 
+def join(channel: Channel, *listeners: Any) -> None:
+    for listener in listeners:
+        channel.listeners[listener.deflates].add(listener)
+
+
 class TestFanOut:
     @pytest.fixture
     def metrics(self) -> Metrics:
@@ -28,7 +33,7 @@ class TestFanOut:
     async def test_lone_event(self, fan_out: FanOut, channel: Channel) -> None:
         """A lone event is written within the same turn of the loop, not before and not later."""
         listener = Listener()
-        channel.listeners.add(listener)
+        join(channel, listener)
         fan_out.push(channel, event(1))
         assert listener.received() == []
         await asyncio.sleep(0)
@@ -37,7 +42,7 @@ class TestFanOut:
     async def test_burst(self, fan_out: FanOut, channel: Channel, metrics: Metrics) -> None:
         """What comes in one turn is one write a listener, in order, of the same bytes."""
         listeners = [Listener(), Listener(), Listener("c", deflates=True)]
-        channel.listeners |= set(listeners)
+        join(channel, *listeners)
         for seq in range(1, 21):
             fan_out.push(channel, event(seq, size=500))
         await asyncio.sleep(0)
@@ -51,8 +56,8 @@ class TestFanOut:
     async def test_channels(self, fan_out: FanOut, channel: Channel) -> None:
         """Channels do not mix, and each keeps its own order."""
         other, listeners = Channel("q"), [Listener(), Listener()]
-        channel.listeners.add(listeners[0])
-        other.listeners.add(listeners[1])
+        join(channel, listeners[0])
+        join(other, listeners[1])
         for seq in (1, 2, 3):
             fan_out.push(channel, event(seq))
             fan_out.push(other, event(seq, "q"))
@@ -69,8 +74,8 @@ class TestFanOut:
         everything, single = Listener(deflates=deflates), Listener("b", deflates=deflates)
         channels = [Channel(f"p{number}") for number in range(5)]
         for channel in channels:
-            channel.listeners.add(everything)
-        channels[0].listeners.add(single)
+            join(channel, everything)
+        join(channels[0], single)
         for seq in (1, 2):
             for channel in channels:
                 fan_out.push(channel, event(seq, channel.project_id))
@@ -83,10 +88,10 @@ class TestFanOut:
     async def test_early_flush(self, fan_out: FanOut, channel: Channel) -> None:
         """What was written before a newcomer joined does not reach it, and nobody else twice."""
         listener, newcomer = Listener(), Listener()
-        channel.listeners.add(listener)
+        join(channel, listener)
         fan_out.push(channel, event(1))
         fan_out.flush(channel)
-        channel.listeners.add(newcomer)
+        join(channel, newcomer)
         fan_out.push(channel, event(2))
         await asyncio.sleep(0)
         assert listener.seqs() == [1, 2]
@@ -109,7 +114,7 @@ class TestFanOut:
 
         listeners = [Listener(str(number)) for number in range(5)]
         listeners[2].transport = Broken()
-        channel.listeners |= set(listeners)
+        join(channel, *listeners)
         fan_out.push(channel, event(1))
         await asyncio.sleep(0)
         assert listeners.pop(2).closed_with is not None
@@ -117,7 +122,7 @@ class TestFanOut:
 
     async def test_latency(self, fan_out: FanOut, channel: Channel, metrics: Metrics) -> None:
         """The latency of an event counts from when its agent sent it, if that is known."""
-        channel.listeners.add(Listener())
+        join(channel, Listener())
         fan_out.push(channel, Event("p", 1, b"{}", sent_at=time.time() - 1))
         fan_out.push(channel, Event("p", 2, b"{}"))
         await asyncio.sleep(0)
