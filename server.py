@@ -2629,9 +2629,9 @@ class Forwarder:
 #
 # An append is one transaction over as many projects as it can hold. Of each project it moves the
 # head from the seq that this task knows to the new end of the log, and puts the events in between.
-# A transaction that fails, fails for all its projects. Those that DynamoDB names, or else all of
-# them, are then tried each alone, and the others together. One that fails alone is read again, as
-# another task may have moved its head; and where a refusal is for good, it goes event by event. A
+# A transaction that fails, fails for all its projects, and is split: where DynamoDB says for whom,
+# into those and the others, else into halves. So it comes down to one project, which is read
+# again, as another task may have moved its head, and where a refusal is for good, to one event. A
 # call without an answer is repeated with the same token, by which DynamoDB recognises for ten
 # minutes what it has done. To fail less often, a task learns the numbers and ids of the events
 # that other tasks publish.
@@ -3212,7 +3212,7 @@ class EventLog:
             await asyncio.sleep(full_jitter_s(attempt))
 
     def _after_error(self, group: list[ProjectAppend], exc: Exception) -> list[list[ProjectAppend]]:
-        """Whose turn it is again: each alone that the answer may be about, the others together."""
+        """Who is to be written anew: those the answer is about, and the others; or two halves."""
         codes = cancellation_codes(exc)
         named = any(codes)
         others, blamed = list[ProjectAppend](), list[ProjectAppend]()
@@ -3227,7 +3227,8 @@ class EventLog:
             append.head.stale |= not named or own[0] != ""
             if named or len(group) == 1:
                 self._blame(append, own if named else [], exc)
-        return [*([others] if others else ()), *([each] for each in blamed)]
+        half = 0 if others else len(blamed) // 2
+        return [part for part in (others, blamed[:half], blamed[half:]) if part]
 
     def _blame(self, append: ProjectAppend, codes: Sequence[str], exc: Exception) -> None:
         """Note what a failed transaction says of a project: ``codes`` of its items, or nothing."""

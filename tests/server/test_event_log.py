@@ -33,7 +33,15 @@ from server import (
     Update,
     UpstreamLost,
 )
-from tests.server.aws import CUT_BEFORE, SILENT_AFTER, Platform, always, aws_clients, faults
+from tests.server.aws import (
+    CUT_BEFORE,
+    SILENT_AFTER,
+    THROTTLED,
+    Platform,
+    always,
+    aws_clients,
+    faults,
+)
 from tests.server.event_logs import (
     LogKit,
     append,
@@ -159,6 +167,16 @@ class TestTransactions:
         assert stand_in.calls["dynamodb", "TransactWriteItems"] == 3
         assert stand_in.calls["dynamodb", "Query"] == 0
         assert await log.heads(names(20)) == dict.fromkeys(names(20), 1)
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_throttled_together(self, log: EventLog, stand_in: StandIn) -> None:
+        """While DynamoDB throttles it is not asked for each project alone."""
+        attempts = EventLog.SAME_TRANSACTION_ATTEMPTS
+        stand_in.fault = faults("TransactWriteItems", *[THROTTLED] * attempts)
+        appends = one_each(names(40))
+        await append_groups(log, appends)
+        assert all(each.pending[0].event for each in appends)
+        assert stand_in.calls["dynamodb", "TransactWriteItems"] == attempts + 2
 
     @pytest.mark.usefixtures("impatient")
     async def test_never_an_answer(self, log: EventLog, stand_in: StandIn) -> None:
