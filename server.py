@@ -4021,7 +4021,13 @@ class Intake:
             logger.warning("update %s cannot be used: %s", message["MessageId"], fault)
             receipt = message["ReceiptHandle"]
             del self._held[receipt]
-            self._tasks.create_task(self._show_after(0, [receipt]))
+            self._tasks.create_task(self._give_back(receipt))
+
+    async def _give_back(self, receipt: str) -> None:
+        try:
+            await self._show_after(0, [receipt])
+        except UpstreamLost as exc:  # its visibility timeout does the same, later
+            logger.warning("%s", exc)
 
     async def _delete(self, receipts: list[str]) -> None:
         """Delete what is done. What stays is held until it can be deleted."""

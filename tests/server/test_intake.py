@@ -32,12 +32,13 @@ class TestIntake:
         ]
         assert stand_in.calls["sqs", "ChangeMessageVisibilityBatch"] == 4
 
+    @pytest.mark.parametrize("fault", [SERVER_ERROR, Fault(status=403, code="AccessDenied")])
     async def test_unreadable_cannot_be_given_back(
-        self, stand_in: StandIn, platform: aws_standin.Platform
+        self, stand_in: StandIn, platform: aws_standin.Platform, fault: Fault
     ) -> None:
         """An unreadable update that cannot be given back comes again by itself."""
         stand_in.queues["agenticai-updates"].attributes["VisibilityTimeout"] = "1"
-        stand_in.fault = faults("ChangeMessageVisibilityBatch", SERVER_ERROR)
+        stand_in.fault = faults("ChangeMessageVisibilityBatch", fault)
         async with running_gateway(platform):
             push(stand_in, "hello")
             await eventually(lambda: bodies(stand_in, "agenticai-updates-dlq") == ["hello"])
