@@ -4036,11 +4036,11 @@ class Intake:
             self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
         )
         failed = answer.get("Failed", ())
-        left = {int(each["Id"]) for each in failed if not each.get("SenderFault")}
+        left = {each.get("Id") for each in failed if not each.get("SenderFault")}
         if left:
             await asyncio.sleep(full_jitter_s(0))
         for i, receipt in enumerate(receipts):
-            if i in left:
+            if str(i) in left:
                 self._to_delete.add(receipt)
             else:
                 del self._held[receipt]

@@ -87,6 +87,16 @@ class TestIntake:
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
         assert stand_in.calls["sqs", "DeleteMessageBatch"] == 2
 
+    async def test_delete_answered_with_nonsense(
+        self, stand_in: StandIn, platform: aws_standin.Platform
+    ) -> None:
+        """An answer that does not say what failed ends no task: what stays comes again."""
+        stand_in.queues["agenticai-updates"].attributes["VisibilityTimeout"] = "1"
+        stand_in.fault = faults("DeleteMessageBatch", Fault(garbage=b'{"Failed":[{"Code":"x"}]}'))
+        async with running_gateway(platform):
+            push(stand_in, *news(1))
+            await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
+
     async def test_deletes_wait_for_company(
         self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
