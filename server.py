@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -1796,7 +1797,7 @@ class Channel:
         listeners: those who are sent plain frames, and those who are sent deflated ones.
         cursor: ``seq`` of the last event delivered here; ``None`` until the log was asked.
         wanted: highest ``seq`` heard of; above ``cursor`` it means a gap.
-        chunks: what is remembered of the events up to ``cursor``, without overlaps.
+        chunks: what is remembered of the events up to ``cursor``, in order and without overlaps.
         pending: events to be written at the end of this turn of the loop.
         visitors: clients still catching up, for whom the channel must stay.
     """
@@ -1825,8 +1826,8 @@ class Channel:
         return chunk.first - 1 if chunk else cursor
 
     def chunk_with(self, seq: int) -> Chunk | None:
-        found = (chunk for chunk in reversed(self.chunks) if chunk.first <= seq <= chunk.last)
-        return next(found, None)
+        place = bisect.bisect_right(self.chunks, seq, key=operator.attrgetter("first")) - 1
+        return self.chunks[place] if place >= 0 and seq <= self.chunks[place].last else None
 
     @property
     def idle(self) -> bool:
@@ -1894,7 +1895,7 @@ class Registry:
         if chunk is None or not chunk.take(event):
             chunk = Chunk([])
             chunk.take(event)
-            channel.chunks.append(chunk)
+            bisect.insort(channel.chunks, chunk, key=operator.attrgetter("first"))
             self._chunks.append((channel, chunk))
             self.remembered_bytes += Chunk.CHUNK_BYTES
         self.remembered_bytes += Chunk.EVENT_BYTES + Chunk.FRAMES_HELD * len(event.frame)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import timeit
 import tracemalloc
 
 import msgspec
@@ -35,6 +36,19 @@ class TestRegistry:
         assert channel.wanted == 5
         assert not channel.place(event(7))
         assert (channel.cursor, channel.wanted) == (5, 7)
+
+    def test_many_pieces(self) -> None:
+        """To find an event takes about as long, in however many pieces it was read."""
+        took_s = []
+        for count in (10, 5_000):
+            registry = Registry()
+            channel = registry.channel("p")
+            channel.cursor = count
+            for seq in range(count, 0, -1):
+                registry.remember(channel, event(seq), None)
+            assert len(channel.chunks) == count
+            took_s.append(min(timeit.repeat(lambda: channel.floor, repeat=5, number=10)))  # noqa: B023
+        assert took_s[1] < 20 * took_s[0]
 
     @given(
         bursts=st.lists(
