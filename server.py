@@ -4966,6 +4966,10 @@ class Door:
 
     def answer(self, connection: Connection, request: Request) -> None:
         """Have a request answered: at once, unless the issuer's keys must be read for it."""
+        forwarded_for = request.headers.get_all("X-Forwarded-For")
+        hops = self._settings.trusted_proxy_hops
+        connection.address = client_address(peer_of(connection), forwarded_for, hops)
+        connection.charge_to(self.work_by_address.of(connection.address))  # not to the balancer
         path, _ = split_target(request.path)
         if path in self.PATHS:
             self._admit(connection, request)
@@ -5016,10 +5020,6 @@ class Door:
     def _admit(self, connection: Connection, request: Request) -> None:
         """Let a client in, by origin, limits and token, in this order: the cheapest comes first."""
         settings, headers = self._settings, request.headers
-        connection.address = client_address(
-            peer_of(connection), headers.get_all("X-Forwarded-For"), settings.trusted_proxy_hops
-        )
-        connection.charge_to(self.work_by_address.of(connection.address))
         foreign = set(headers.get_all("Origin")) - set(settings.allowed_origins)
         token = bearer_token(headers)
         if settings.allowed_origins and foreign:
@@ -5301,6 +5301,7 @@ class Sweep:
     MESSAGE_TIMEOUT_S = 30.0  # from a message's first byte to its last
     CONNECTIONS_A_TURN = 200  # then everything else has its turn
     PENDING_ERROR = (socket.SOL_SOCKET, socket.SO_ERROR)
+    CUT_BY = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)  # other errors of a network may pass
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self._gateway = gateway
@@ -5339,12 +5340,16 @@ class Sweep:
             connection.close(CloseCode.TRY_AGAIN_LATER, "reading too slowly; resume with since")
         elif connection.is_read:
             self._listen_to(connection, now)
-        elif connection.transport.get_extra_info("socket").getsockopt(*self.PENDING_ERROR):
+        elif self._pending_error(connection) in self.CUT_BY:
             connection.transport.abort()  # the peer has cut it, unheard as it is not read from
         elif now - connection.said_busy_at >= self.BUSY_EVERY_S and not connection.backlog_bytes:
             # Show that somebody is here, unless it shows by what waits to be written.
             connection.said_busy_at = now
             connection.send(encode(Busy()))
+
+    def _pending_error(self, connection: Connection) -> int:
+        raw = connection.transport.get_extra_info("socket")
+        return int(raw.getsockopt(*self.PENDING_ERROR))
 
     def _listen_to(self, connection: Connection, now: float) -> None:
         """Close who does not finish a message, ping who is quiet, drop who does not answer."""

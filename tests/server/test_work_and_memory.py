@@ -268,6 +268,18 @@ class TestTurns:
             paid_s = (account.paid_at - saved_from) * server.Door.ADDRESS_WORK_SHARE
             assert paid_s >= count * server.Door.SOCKET_PRICE_S
 
+    @pytest.mark.parametrize("line", ["GET /nothing", "POST /health", "GET /health", "GET /ws"])
+    async def test_requests_are_charged(self, platform: aws_standin.Platform, line: str) -> None:
+        """Whatever a request asks for, it is its sender's to pay, and not the balancer's."""
+        async with running_gateway(platform) as gateway:
+            head = "Host: x\r\nX-Forwarded-For: 203.0.113.9\r\n\r\n"
+            async with dialled(gateway) as peer:
+                peer.write(f"{line} HTTP/1.1\r\n{head}".encode())
+                await peer.response()
+            await eventually(lambda: not gateway.registry.sockets)
+            accounts = [gateway.door.work_by_address.of(a) for a in ("203.0.113.9", "127.0.0.1")]
+            assert [account.paid_at > 0 for account in accounts] == [True, False]
+
     async def test_accounts_survive(self, platform: aws_standin.Platform) -> None:
         """A reconnect starts no new account."""
         async with running_gateway(platform) as gateway:
@@ -573,7 +585,7 @@ class TestHolds:
                 assert (await peer.response())[0] == 101
                 assert (await peer.receive())["type"] == "connected"
             # Whatever it does next puts it in debt.
-            connection.charge_to(Account(1e-6, server.Turns.WORK_WINDOW_S))
+            connection.account.share = 1e-6
             if opening:
                 peer.send_frame(b"\xff")
                 assert await peer.close_code() == CloseCode.INVALID_DATA
