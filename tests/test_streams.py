@@ -111,6 +111,5 @@ class TestStreams:
         outcome = await run(1, 20, order_visibility_s=10)
         assert outcome.streams["done"] >= 19
         assert outcome.seen > 200
-        assert outcome.middle > 0
         assert outcome.agents_killed >= 2
         assert outcome.faults > 50

@@ -103,15 +103,17 @@ async def test_task_role_allows_what_tasks_do_and_nothing_else() -> None:
     """Statement by statement, the actions are those that were called; none is left over.
 
     But for two: tasks of the version before, beside these in a deployment, delete from their own
-    queue, and would say ephemeral events twice if they could not; and they read the log's epoch.
+    queue, and would say ephemeral events twice if they could not; and items are read one by one
+    (TransactGetItems) only where an update comes again, which not every run brings about.
     """
     outcome = await run_on_stand_in(make_plan(2, faults=False, scale=SCALE))
     async with asyncio.timeout(60):
         calls = await calls_for_a_client()
     allowed = granted()
     allowed["OwnQueue"].remove("sqs:DeleteMessage")
-    allowed["KeepEventLog"].remove("dynamodb:GetItem")
-    assert needed(outcome.calls | calls) == allowed
+    found = needed(outcome.calls | calls)
+    found["KeepEventLog"].add("dynamodb:GetItem")
+    assert found == allowed
 
 
 @pytest.mark.parametrize(
