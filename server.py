@@ -2039,6 +2039,8 @@ class Turns:
 class Ledger:
     """Every byte held for clients or because of them, by connection and in all.
 
+    Without events: what is remembered of them has a bound of its own (``Registry``).
+
     Over the budget, the account that holds most loses the connection that has stalled longest, at
     once. What agents cause counts too, but stops the intake of updates and never a client.
 
@@ -4320,8 +4322,9 @@ class Inbox:
 class Connection(asyncio.Protocol):
     """A client: an ``asyncio.Protocol`` around websockets' Sans-I/O ``ServerProtocol``.
 
-    It owns no task, timer or lock, and after the handshake no trace of the request: an idle one
-    costs about 5 KB. What needs time (pings, deadlines) is done by the gateway's one sweep.
+    While it is idle it owns no task, timer or lock, and after the handshake no trace of the
+    request: it costs about 5 KB then. What needs time (pings, deadlines) is done by the gateway's
+    one sweep.
 
     Attributes:
         account: which its work is charged to: first its socket's peer, then its principal.
