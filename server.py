@@ -1726,7 +1726,8 @@ def choose_subprotocol(_: ServerProtocol, offers: Sequence[Subprotocol]) -> Subp
 
 
 # --- Registry -------------------------------------------------------------------------------
-# Who is connected, who listens to what, what they were told last. Never awaits, never logs.
+# Who is connected, who listens to what, what they were told last, and which events are remembered
+# for those who come back. Never awaits, never logs.
 
 
 class Chunk:
