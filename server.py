@@ -4356,7 +4356,8 @@ class Connection(asyncio.Protocol):
     FORWARDS_IN_FLIGHT = 32  # per connection; beyond it, reading is paused
 
     __slots__ = (
-        "_asked", "_drained", "_gateway", "_paused_at", "_private_bytes", "_request_bytes",
+        "_asked", "_drained", "_gateway", "_paused_at", "_private_bytes", "_request",
+        "_request_bytes",
         "account", "address", "backlog_bytes", "behind", "catch_up_turn", "catching_up",
         "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id", "in_flight",
         "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal", "progress",
@@ -4385,6 +4386,7 @@ class Connection(asyncio.Protocol):
         self.said_busy_at = math.inf
         self.charged_bytes = self.backlog_bytes = self._private_bytes = 0
         self._asked = False
+        self._request: Request | None = None
         self._drained: asyncio.Future[None] | None = None
         self._paused_at = 0.0
         self._request_bytes = 0
@@ -4652,8 +4654,11 @@ class Connection(asyncio.Protocol):
         data, self.inbox.unread = self.inbox.unread, b""
         protocol = self.inbox.protocol
         if self._asked:
+            request, self._request = self._request, None
             if data:
                 self.transport.abort()  # it goes on before it has an answer
+            elif request is not None:
+                self._gateway.door.answer(self, request)
             return
         self._request_bytes += len(data)
         protocol.receive_data(data)
@@ -4666,7 +4671,12 @@ class Connection(asyncio.Protocol):
             protocol.send_response(protocol.reject(400, "Data before the end of the handshake.\n"))
         elif events:
             self._asked = True
-            self._gateway.door.answer(self, cast("Request", events[0]))
+            request = cast("Request", events[0])
+            self._gateway.door.identify(self, request)
+            if self.account.paid_at > self._gateway.now():
+                self._request = request  # in debt: it is answered in its turn
+            else:
+                self._gateway.door.answer(self, request)
             return
         elif self._request_bytes > HANDSHAKE_MAX_BYTES:
             protocol.send_response(protocol.reject(431, "The request is too large.\n"))
@@ -4968,12 +4978,15 @@ class Door:
         self._gateway.registry.sockets.add(connection)
         self._gateway.ledger.update(connection)
 
-    def answer(self, connection: Connection, request: Request) -> None:
-        """Have a request answered: at once, unless the issuer's keys must be read for it."""
+    def identify(self, connection: Connection, request: Request) -> None:
+        """Charge what follows to the address that a request is from, and not to the balancer."""
         forwarded_for = request.headers.get_all("X-Forwarded-For")
         hops = self._settings.trusted_proxy_hops
         connection.address = client_address(peer_of(connection), forwarded_for, hops)
-        connection.charge_to(self.work_by_address.of(connection.address))  # not to the balancer
+        connection.charge_to(self.work_by_address.of(connection.address))
+
+    def answer(self, connection: Connection, request: Request) -> None:
+        """Have a request answered: at once, unless the issuer's keys must be read for it."""
         path, _ = split_target(request.path)
         if path in self.PATHS:
             self._admit(connection, request)

@@ -280,6 +280,26 @@ class TestTurns:
             accounts = [gateway.door.work_by_address.of(a) for a in ("203.0.113.9", "127.0.0.1")]
             assert [account.paid_at > 0 for account in accounts] == [True, False]
 
+    @pytest.mark.parametrize("target", ["/nothing", "/ws"])
+    async def test_requests_wait_in_debt(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch, target: str
+    ) -> None:
+        """Who is in debt is answered when it is paid, and others at once, behind one balancer."""
+        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 1.0)
+        async with running_gateway(platform) as gateway:
+            account = gateway.door.work_by_address.of("203.0.113.9")
+            account.charge(10.0, gateway.now())
+            paid_at = account.paid_at
+            answered_at = {}
+            async with dialled(gateway) as debtor, dialled(gateway) as other:
+                for peer, address in ((debtor, "203.0.113.9"), (other, "203.0.113.10")):
+                    head = f"Host: x\r\nX-Forwarded-For: {address}\r\n\r\n"
+                    peer.write(f"GET {target} HTTP/1.1\r\n{head}".encode())
+                for peer in (other, debtor):
+                    await peer.response()
+                    answered_at[peer] = gateway.now()
+            assert answered_at[other] < paid_at <= answered_at[debtor]
+
     async def test_accounts_survive(self, platform: aws_standin.Platform) -> None:
         """A reconnect starts no new account."""
         async with running_gateway(platform) as gateway:
