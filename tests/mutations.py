@@ -95,8 +95,8 @@ MUTATIONS = [
     ),
     Mutation(
         "Backplane",
-        "position, recovered = channel.cursor or 0, False",
-        "position, recovered = channel.cursor or 0, True",
+        "position, recovered, found = channel.cursor or 0, False, []",
+        "position, recovered, found = channel.cursor or 0, True, []",
         "test_server.py -k TestFeed",
     ),
     Mutation(
