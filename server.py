@@ -1831,8 +1831,14 @@ class Channel:
         return self.chunks[place] if place >= 0 and seq <= self.chunks[place].last else None
 
     @property
+    def audience(self) -> int:
+        """How many listeners there are."""
+        plain, deflating = self.listeners
+        return len(plain) + len(deflating)
+
+    @property
     def idle(self) -> bool:
-        return not (any(self.listeners) or self.visitors)
+        return not (self.audience or self.visitors)
 
     def place(self, event: Event) -> bool:
         """Move the cursor over ``event``, if it is the next one; whether it was."""
@@ -1922,9 +1928,7 @@ class Registry:
     @property
     def subscriptions(self) -> int:
         return sum(
-            sum(map(len, channel.listeners))
-            for channel in self.channels.values()
-            if channel.project_id != EVERYONE
+            channel.audience for channel in self.channels.values() if channel.project_id != EVERYONE
         )
 
 
@@ -2208,14 +2212,13 @@ class FanOut:
             chunk, channel.pending = Chunk(channel.pending), []
             for deflated in (False, True):
                 listeners = channel.listeners[deflated]
-                if listeners and len(channels) == 1:
-                    self._write(tuple(listeners), chunk.frames(deflated))
-                elif listeners:
-                    frames = chunk.frames(deflated)
-                    for connection in listeners:
-                        due.setdefault(connection, []).append(frames)
-            plain, deflating = channel.listeners
-            self._metrics.delivered(chunk.events, len(plain) + len(deflating))
+                frames = chunk.frames(deflated) if listeners else b""
+                if len(channels) == 1:
+                    self._write(tuple(listeners), frames)
+                    continue
+                for connection in listeners:
+                    due.setdefault(connection, []).append(frames)
+            self._metrics.delivered(chunk.events, channel.audience)
         for connection, pieces in due.items():
             self._write((connection,), b"".join(pieces))  # a single one stays as it is
 
@@ -4348,7 +4351,7 @@ class Connection(asyncio.Protocol):
     HANDSHAKE_BYTES = 36_000  # one that is not open yet
     SUBSCRIPTION_BYTES = 250
     CATCH_UP_BYTES = 5_000
-    CHUNK_BYTES = 524_288  # of a catch-up: more than any, as an item of the log has 400 KB at most
+    LARGEST_CHUNK_BYTES = 524_288  # of a catch-up: an item of the log has 400 KB at most
     REPLAY_PRICE_S_PER_BYTE = 5e-8  # the work it stands for: a megabyte a second for a principal
     CLOSE_TIMEOUT_S = 10.0
     HANDSHAKE_TIMEOUT_S = 10.0
@@ -4357,11 +4360,10 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_asked", "_drained", "_gateway", "_paused_at", "_private_bytes", "_request",
-        "_request_bytes",
-        "account", "address", "backlog_bytes", "behind", "catch_up_turn", "catching_up",
-        "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id", "in_flight",
-        "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal", "progress",
-        "queued", "said_busy_at", "subscriptions", "transport", "warned",
+        "_request_bytes", "account", "address", "backlog_bytes", "behind", "catch_up_turn",
+        "catching_up", "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id",
+        "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal",
+        "progress", "queued", "said_busy_at", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     account: Account
@@ -4488,7 +4490,7 @@ class Connection(asyncio.Protocol):
         read_bytes = self.backlog_bytes - size
         if not size or read_bytes > 0:
             self.moved_at = now
-        chunk_bytes = self.CHUNK_BYTES if self.catching_up else 0
+        chunk_bytes = self.LARGEST_CHUNK_BYTES if self.catching_up else 0
         was_behind, self.behind = self.behind, size > max_backlog_bytes + chunk_bytes
         if size != self.backlog_bytes:
             self.backlog_bytes = size

@@ -306,10 +306,9 @@ class TestGateway:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who waits for the keys is answered, though its turn comes again in the meantime."""
+        # Any handshake is in debt then, for as long as this.
         monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 1e-4)
-        monkeypatch.setattr(
-            server.Turns, "WORK_WINDOW_S", 0.2
-        )  # for which any handshake is in debt
+        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 0.2)
         async with late_keys(platform, monkeypatch) as (gateway, issuer), dialled(gateway) as peer:
             await wait_for_late_keys(peer, issuer)
             [connection] = gateway.registry.sockets
