@@ -3072,13 +3072,13 @@ class EventLog:
             name = append.project_id
             head = self._heads.pop(name, known[name])
             append.head = self._heads[name] = cast("Head", head)
-        await asyncio.gather(
-            *(
-                self._read_up(append)
-                for append in group
-                if append.head.stale or append.look_back_to < self._knows_since(append.head)
-            )
-        )
+        unknown = [
+            append for append in group if append.head.stale or self._may_have_forgotten(append)
+        ]
+        while unknown:
+            await asyncio.gather(*map(self._read_up, unknown))
+            # If that took minutes, ids of the others may have been forgotten meanwhile.
+            unknown = [append for append in group if self._may_have_forgotten(append)]
 
     def _head_of(self, item: dict[str, Any] | None) -> Head:
         """A head as it was just read: if the last event is old, then there are no newer ids."""
@@ -3088,15 +3088,19 @@ class EventLog:
         says_when = newest_seq == item["seq"]["N"]  # else a task that does not write it came after
         return Head(int(item["seq"]["N"]), unix_s(stamp) + 0.001 if says_when else time.time())
 
-    def _knows_since(self, head: Head) -> float:
-        forgotten = self._recent_ids.since
-        return head.known_since if head.read_at > forgotten else max(head.known_since, forgotten)
+    def _may_have_forgotten(self, append: ProjectAppend) -> bool:
+        """Whether something that waits may be in the log without being among the ids."""
+        head, forgotten = append.head, self._recent_ids.since
+        knows_since = head.known_since
+        if head.read_at < forgotten:
+            knows_since = max(knows_since, forgotten)
+        return append.look_back_to < knows_since
 
     async def _read_up(self, append: ProjectAppend) -> None:
         """Learn the log's end: down to what is known of it, or to where an update may be in it."""
         project_id, head, now = append.project_id, append.head, time.time()
         bound, before = append.look_back_to, head.seq  # more may be learned on the way
-        looks_back = bound < self._knows_since(head)
+        looks_back = self._may_have_forgotten(append)
         first = 1 if looks_back else before + 1
         seq, met, head.stale = 0, set[int](), False
         async for page in self._pages(

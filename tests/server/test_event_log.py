@@ -495,6 +495,33 @@ class TestMemory:
             assert places([pending]) == [number + 1]
         assert stand_in.calls["dynamodb", "Query"] == 1
 
+    async def test_forgotten_while_another_is_read(
+        self, kit: LogKit, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ids that are forgotten while the log of another project is read are read as well."""
+        log, clock, later_s = kit.log(), time.time, 0.0
+        monkeypatch.setattr(time, "time", lambda: clock() + later_s)
+
+        async def time_passes(*seconds: float) -> None:
+            nonlocal later_s
+            for each in seconds:
+                later_s += each
+                await append_groups(log, one_each(["another"], int(later_s)))
+
+        await append_groups(log, one_each(["p", "q"]))
+        await time_passes(100, 100, 90)
+        within_window = time.time() - server.EVENT_ID_WINDOW_S - server.CLOCK_SKEW_S
+        again = entry(1, "p-1", within_window)
+        stand_in.fault = always("Query", THROTTLED)
+        log.learn("q", 7, None)  # whose log is read, therefore
+        appends = [ProjectAppend("p", [again]), *one_each(["q"], 2)]
+        running = asyncio.create_task(append_groups(log, appends))
+        await eventually(lambda: stand_in.calls["dynamodb", "Query"])
+        await time_passes(100, 100, 100, 100)
+        stand_in.fault = None
+        await running
+        assert places([again]) == [1]
+
     async def test_forgets_by_age(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ids are forgotten when the window is over, and no earlier."""
         ids, began_at = server.RecentIds(), time.time()
