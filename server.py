@@ -551,12 +551,6 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def letters_apart(one: str, other: str) -> int:
-    """How many letters are to be added, left out or replaced to make one word of another."""
-    steps = difflib.SequenceMatcher(None, one, other).get_opcodes()
-    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in steps if tag != "equal")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the operator decides; each field is the environment variable of its name in capitals."""
@@ -564,6 +558,7 @@ class Settings:
     REGION: ClassVar[str] = (
         r"(?:arn:[^:]+:\w+:|https?://(?:[^/]+\.)?)([a-z]{2,4}(?:-[a-z]+)+-[0-9]{1,2})[.:]"
     )
+    MISSPELT_ABOVE: ClassVar = 0.9  # likeness, as `difflib` has it: of 11 letters, one is wrong
 
     sqs_queue_url_pm: str = setting(url, "URL of the PM agent's queue; it may be a FIFO queue")
     sqs_queue_url_dev: str = setting(url, "URL of the Dev agent's queue, likewise")
@@ -603,9 +598,6 @@ class Settings:
     )
     max_connections_per_ip: int = setting(
         number(0, 1_000_000), "beyond it 429; 0 is no limit", 1_000
-    )
-    max_failed_authentications_per_ip: int = setting(
-        number(0, 100_000), "a minute, beyond it 429; 0 is no limit", 30, "auth_jwks_url"
     )
     trusted_proxy_hops: int = setting(
         number(0, 10), "proxies whose `X-Forwarded-For` entries are believed", 1
@@ -724,8 +716,8 @@ class Settings:
                 elif needs and found.get(field.name) != field.default and not found.get(needs):
                     yield f"{name} has no effect without {needs.upper()}", False
                 continue
-            near = (each for each in fields if abs(len(each) - len(name)) <= 2)
-            meant = next((each for each in near if letters_apart(name.upper(), each) <= 2), "")
+            near = difflib.get_close_matches(name.upper(), fields, n=1, cutoff=cls.MISSPELT_ABOVE)
+            meant = near[0] if near else ""
             if meant or name.startswith(("AUTH_", "MAX_")):
                 hint = f", unlike {meant}" if meant else ""
                 opens = meant.startswith("AUTH_") and name[0] in "Aa"  # OAUTH_ISSUER is another's
@@ -1309,87 +1301,6 @@ def decode_update(body: str) -> Update:
 # Who may do what, and how much of it. Knows no sockets, no AWS.
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Account:
-    """What somebody has used up lately, kept as the moment at which all of it is paid.
-
-    ``share`` units are paid a second. At most ``window_s`` seconds of it are saved up, and at most
-    as many are owed (the generic cell rate algorithm, ITU-T I.371). A share of 0 counts nothing.
-
-    Attributes:
-        paid_at: when nothing is owed any more, by the loop's clock.
-        users: open connections that are charged to it; it is not forgotten while there are any.
-    """
-
-    share: float
-    window_s: float
-    paid_at: float = -math.inf
-    users: int = 0
-    _gate: asyncio.Lock | None = None  # only for those who ever need it
-
-    def charge(self, amount: float, now: float) -> None:
-        """Have something that was used paid from ``now`` on."""
-        if self.share:
-            started_at = max(self.paid_at, now - self.window_s)
-            self.paid_at = min(started_at + amount / self.share, now + self.window_s)
-
-    def has(self, amount: float, now: float) -> bool:
-        """Whether what is saved up suffices for ``amount``."""
-        if not self.share:
-            return True
-        saved_s = min(now - self.paid_at, self.window_s)
-        return saved_s * self.share >= amount - 1e-9  # clocks are floats
-
-    def owed(self, now: float) -> float:
-        return max(0.0, self.paid_at - now) * self.share
-
-    def unused(self, now: float) -> bool:
-        """Whether nothing would be lost by forgetting this account."""
-        return not self.users and self.paid_at <= now - self.window_s
-
-    async def afford(self, amount: float) -> None:
-        """Wait until nothing is owed, one after the other, and charge for something."""
-        now = asyncio.get_running_loop().time
-        self._gate = self._gate or asyncio.Lock()
-        async with self._gate:
-            while self.paid_at > now():
-                await asyncio.sleep(self.paid_at - now())
-            self.charge(amount, now())
-
-
-class Accounts:
-    """An account for each key; those that are unused are forgotten."""
-
-    REMEMBERED = 65_536
-    FORGOTTEN_AT_ONCE = 4_096  # accounts looked at, each second
-
-    def __init__(self, share: float, window_s: float) -> None:
-        self._share = share
-        self._window_s = window_s
-        self._accounts: dict[str, Account] = {}
-
-    def of(self, key: str, worth: int = 1) -> Account:
-        """The account of somebody, or of a network that may do as much as ``worth`` of them."""
-        account = self._accounts.get(key)
-        if account is None:
-            while len(self._accounts) >= self.REMEMBERED:
-                del self._accounts[next(iter(self._accounts))]
-            account = Account(worth * self._share, self._window_s)
-            self._accounts[key] = account
-        return account
-
-    def owed(self, now: float) -> float:
-        """What is owed on all accounts together."""
-        return sum(account.owed(now) for account in self._accounts.values())
-
-    def forget(self, now: float) -> None:
-        """Look at the oldest; those that are in use come last, and have their turn again."""
-        for key in list(itertools.islice(self._accounts, self.FORGOTTEN_AT_ONCE)):
-            account = self._accounts.pop(key)
-            if not account.unused(now):
-                self._accounts[key] = account
-
-
 def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
     """Whose limits apply: an IPv4 address, or the /64 that one IPv6 customer has.
 
@@ -1417,7 +1328,6 @@ class Admission:
     def __init__(self, settings: Settings) -> None:
         self._max_connections = settings.max_connections or math.inf
         self._max_per_address = settings.max_connections_per_ip or math.inf
-        self._failures = Accounts(settings.max_failed_authentications_per_ip / 60, window_s=60)
         self._inside = 0
         self._inside_by_scope: Counter[str] = Counter()
 
@@ -1433,11 +1343,9 @@ class Admission:
                 site = ipaddress.IPv6Network(address).supernet(new_prefix=48)
                 yield str(site), cls.SITE_ADDRESSES
 
-    def refusal(self, address: str, now: float) -> tuple[int, str] | None:
+    def refusal(self, address: str) -> tuple[int, str] | None:
         """HTTP status and sentence for who may not come in."""
-        scopes, most = tuple(self.scopes_of(address)), self._max_per_address
-        if not all(self._failures.of(name, worth).has(1, now) for name, worth in scopes):
-            return 429, "Too many failed authentications."
+        scopes, most = self.scopes_of(address), self._max_per_address
         if any(self._inside_by_scope[name] >= worth * most for name, worth in scopes):
             return 429, "Too many connections from this address."
         if self._inside >= self._max_connections:
@@ -1451,17 +1359,6 @@ class Admission:
             self._inside_by_scope[name] += change
             if not self._inside_by_scope[name]:
                 del self._inside_by_scope[name]
-
-    def failed(self, address: str, now: float) -> None:
-        """Count a failed authentication; those beyond the limit make nobody wait longer."""
-        for name, worth in self.scopes_of(address):
-            failures = self._failures.of(name, worth)
-            if failures.has(1, now):
-                failures.charge(1, now)
-
-    def forget(self, now: float) -> None:
-        """Let go of addresses that have been quiet."""
-        self._failures.forget(now)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1944,11 +1841,83 @@ CHOKED_AT_BYTES = 16_384  # a connection with more unread than this is looked at
 MEMORY_BUDGET_SHARE = 0.4  # of the container's limit; the rest is Python's and the kernel's
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class Account:
+    """What somebody has used up lately, kept as the moment at which all of it is paid.
+
+    At most ``WINDOW_S`` seconds of its share are saved up, and at most as many are owed (the
+    generic cell rate algorithm, ITU-T I.371).
+
+    Attributes:
+        share: seconds of work that are paid a second.
+        paid_at: when nothing is owed any more, by the loop's clock.
+        users: open connections that are charged to it; it is not forgotten while there are any.
+    """
+
+    WINDOW_S: ClassVar[float] = 10.0
+
+    share: float
+    paid_at: float = -math.inf
+    users: int = 0
+    _gate: asyncio.Lock | None = None  # only for those who ever need it
+
+    def charge(self, amount: float, now: float) -> None:
+        """Have something that was used paid from ``now`` on."""
+        started_at = max(self.paid_at, now - self.WINDOW_S)
+        self.paid_at = min(started_at + amount / self.share, now + self.WINDOW_S)
+
+    def owed(self, now: float) -> float:
+        return max(0.0, self.paid_at - now) * self.share
+
+    def unused(self, now: float) -> bool:
+        """Whether nothing would be lost by forgetting this account."""
+        return not self.users and self.paid_at <= now - self.WINDOW_S
+
+    async def afford(self, amount: float) -> None:
+        """Wait until nothing is owed, one after the other, and charge for something."""
+        now = asyncio.get_running_loop().time
+        self._gate = self._gate or asyncio.Lock()
+        async with self._gate:
+            while self.paid_at > now():
+                await asyncio.sleep(self.paid_at - now())
+            self.charge(amount, now())
+
+
+class Accounts:
+    """An account for each key; those that are unused are forgotten."""
+
+    REMEMBERED = 65_536
+    FORGOTTEN_AT_ONCE = 4_096  # accounts looked at, each second
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._accounts: dict[str, Account] = {}
+
+    def of(self, key: str) -> Account:
+        account = self._accounts.get(key)
+        if account is None:
+            while len(self._accounts) >= self.REMEMBERED:
+                del self._accounts[next(iter(self._accounts))]
+            account = self._accounts[key] = Account(self._share)
+        return account
+
+    def owed(self, now: float) -> float:
+        """What is owed on all accounts together."""
+        return sum(account.owed(now) for account in self._accounts.values())
+
+    def forget(self, now: float) -> None:
+        """Look at the oldest; those that are in use come last, and have their turn again."""
+        for key in list(itertools.islice(self._accounts, self.FORGOTTEN_AT_ONCE)):
+            account = self._accounts.pop(key)
+            if not account.unused(now):
+                self._accounts[key] = account
+
+
 class Turns:
     """Whose input is acted on next, and how much of the loop's time input may take.
 
     The account that has used least comes first. Who is in debt waits until it is paid. Whoever
-    waits keeps the place in time that was due then, and a newcomer's is at most ``WORK_WINDOW_S``
+    waits keeps the place in time that was due then, and a newcomer's is at most an account's window
     in the past, so that who has waited that long comes before all newcomers. The connections of
     one account take turns.
 
@@ -1959,7 +1928,6 @@ class Turns:
     TURN_S = 0.001  # of CPU time, for one connection's input, before the others get their turn
     INPUT_SLICE_S = 0.005  # of CPU time, for all input, before the rest of the loop's work
     NOTHING_DUE_S = 0.0005  # if everything else took less since the last slice, nothing was due
-    WORK_WINDOW_S = 10.0  # accounts have so much of their share saved up at most, or owe as much
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -1994,7 +1962,7 @@ class Turns:
             self._slice_at(0.0)
 
     def _place(self, account: Account) -> None:
-        place = max(account.paid_at, self._loop.time() - self.WORK_WINDOW_S)
+        place = max(account.paid_at, self._loop.time() - Account.WINDOW_S)
         heapq.heappush(self._order, (place, next(self._arrivals), account))
 
     def _run(self, connection: Connection) -> None:
@@ -4160,7 +4128,8 @@ class Metrics:
     memory_closed: int = counter("connections ended because the memory budget was used up")
     bytes_held: Gauge = gauge("Bytes", "bytes held for clients and agents, by kind")
     work_owed: Gauge = gauge(
-        "Seconds", "CPU time that clients owe and are not read from until it is paid, by kind"
+        "Seconds",
+        "work that clients owe, and are not read from until it is paid, by kind",
     )
     catch_ups: int = counter("reads of the log for clients that came back")
     gaps_filled: int = counter("times that events had to be read from the log after all")
@@ -4944,6 +4913,7 @@ class Door:
     WORK_SHARE = 0.05  # of the loop's CPU time, for all connections of one principal
     ADDRESS_WORK_SHARE = 0.5  # for those without a principal, ten times as much: for offices
     SOCKET_PRICE_S = 0.0001  # the work of accepting and closing a socket, charged at its end
+    FAILED_AUTHENTICATION_PRICE_S = 1.0  # so that an address tries 30 tokens a minute
     PATHS = ("/", "/ws")
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
@@ -4954,15 +4924,15 @@ class Door:
             keys = Keys(partial(fetch_keys, address), settings.auth_algorithms)
             self.tokens = Verifier(settings, keys)
         self.admission = Admission(settings)
-        self.work_by_address = Accounts(self.ADDRESS_WORK_SHARE, Turns.WORK_WINDOW_S)
-        self.work_by_subject = Accounts(self.WORK_SHARE, Turns.WORK_WINDOW_S)
+        self.work_by_address = Accounts(self.ADDRESS_WORK_SHARE)
+        self.work_by_subject = Accounts(self.WORK_SHARE)
         self._anybody = Principal(None, None, math.inf)
         self._extensions = (
             [ServerPerMessageDeflateFactory(True, True)] if settings.compression else None
         )
 
     def work_owed(self) -> dict[str, float]:
-        """Seconds of CPU time that clients owe, by what their accounts are kept for."""
+        """Seconds of work that clients owe, by what their accounts are kept for."""
         now = self._gateway.now()
         return {
             "subjects": round(self.work_by_subject.owed(now), 3),
@@ -5064,7 +5034,7 @@ class Door:
             return 503, f"This server is {status}."
         if not self._gateway.ledger.has_room:
             return 503, "This server is full."
-        return self.admission.refusal(address, self._gateway.now())
+        return self.admission.refusal(address)
 
     def _identified(
         self, connection: Connection, request: Request, found: Principal | NotAuthenticated
@@ -5074,7 +5044,7 @@ class Door:
             if refusal := self._closed_to(connection.address):
                 self._say(connection, request, *refusal)
             elif isinstance(found, NotAuthenticated):
-                self.count_failure(connection, found)
+                self.charge_failure(connection, found)
                 self._say(connection, request, 401, "A valid token is needed.")
             else:
                 self.know(connection, found)
@@ -5085,15 +5055,19 @@ class Door:
         connection.principal = principal
         connection.charge_to(self.work_by_subject.of(str(principal.subject)))
 
-    def count_failure(self, connection: Connection, exc: NotAuthenticated) -> None:
-        """Hold a refused token against its address, if it may be a guess."""
+    def charge_failure(self, connection: Connection, exc: NotAuthenticated) -> None:
+        """Have its address pay for a refused token, if that may be a guess.
+
+        Not its subject, whose fresh token it may be: guesses would cost another account each.
+        """
         if not isinstance(exc, UnknownKey | Expired):
-            self.admission.failed(connection.address, self._gateway.now())
-        logger.info("token refused: %s", exc, extra={"connection_id": connection.id})
+            account = self.work_by_address.of(connection.address)
+            account.charge(self.FAILED_AUTHENTICATION_PRICE_S, self._gateway.now())
+        whose = {"connection_id": connection.id, "address": connection.address}
+        logger.info("token refused: %s", exc, extra=whose)
 
     def forget_the_quiet(self, now: float) -> None:
         """Let go of addresses and principals that have been quiet."""
-        self.admission.forget(now)
         self.work_by_address.forget(now)
         self.work_by_subject.forget(now)
 
@@ -5216,7 +5190,7 @@ class Messages:
             if connection.progress is not Progress.OPEN:
                 pass
             elif isinstance(found, NotAuthenticated):
-                self._gateway.door.count_failure(connection, found)
+                self._gateway.door.charge_failure(connection, found)
                 connection.close(CLOSE_UNAUTHENTICATED, "the token was refused")
             else:
                 self._use(connection, message, found)

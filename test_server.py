@@ -471,31 +471,21 @@ class TestAccess:
         """One address has so many connections, and others are not affected."""
         admission = server.Admission(settings(max_connections_per_ip=2))
         for _ in range(2):
-            assert admission.refusal("a", 0.0) is None
+            assert admission.refusal("a") is None
             admission.count("a", +1)
-        assert admission.refusal("a", 0.0) == (429, "Too many connections from this address.")
-        assert admission.refusal("b", 0.0) is None
+        assert admission.refusal("a") == (429, "Too many connections from this address.")
+        assert admission.refusal("b") is None
         admission.count("a", -1)
-        assert admission.refusal("a", 0.0) is None
+        assert admission.refusal("a") is None
         admission.count("a", -1)
-        assert admission.refusal("a", 0.0) is None
+        assert admission.refusal("a") is None
 
     def test_admission_in_all(self) -> None:
         """All addresses together have so many connections."""
         admission = server.Admission(settings(max_connections=2))
         for address in "ab":
             admission.count(address, +1)
-        assert admission.refusal("c", 0.0) == (503, "This server is full.")
-
-    def test_admission_after_failures(self) -> None:
-        """An address that fails to authenticate too often has to wait."""
-        admission = server.Admission(settings(max_failed_authentications_per_ip=3))
-        for _ in range(3):
-            assert admission.refusal("a", 0.0) is None
-            admission.failed("a", 0.0)
-        assert admission.refusal("a", 0.0) == (429, "Too many failed authentications.")
-        assert admission.refusal("b", 0.0) is None
-        assert admission.refusal("a", 20.1) is None
+        assert admission.refusal("c") == (503, "This server is full.")
 
     @pytest.mark.parametrize(
         ("projects", "project_id", "allowed"),

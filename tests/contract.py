@@ -761,8 +761,8 @@ LIMITS: tuple[tuple[str, str | int, str], ...] = (
     ("connections of an IP address", "max_connections_per_ip", "429"),
     (
         "bad tokens from an IP address, a minute; expired ones do not count",
-        "max_failed_authentications_per_ip",
-        "429",
+        int(60 * server.Door.ADDRESS_WORK_SHARE / server.Door.FAILED_AUTHENTICATION_PRICE_S),
+        "handshakes and first messages from there are answered later",
     ),
     (
         "silence, seconds",

@@ -65,7 +65,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Work and memory",
-        "min(started_at + amount / self.share, now + self.window_s)",
+        "min(started_at + amount / self.share, now + self.WINDOW_S)",
         "started_at + amount / self.share",
         "tests/server/test_work_and_memory.py -k TestAccount",
     ),

@@ -34,6 +34,7 @@ import server
 from aws_standin import StandIn
 from server import (
     EVERYONE,
+    Connection,
     Gateway,
     Keys,
     NotAuthenticated,
@@ -69,7 +70,7 @@ from tests.server.guarded import (
     starting,
     status_of,
 )
-from tests.server.peers import answer_to, request, upgrade
+from tests.server.peers import answer_to, dialled, request, upgrade
 from tests.waiting import DEADLINE_S, eventually
 
 __all__ = ["platform"]
@@ -157,62 +158,33 @@ class TestClientAddress:
 
 
 class TestAdmission:
-    """Limits with a clock of their own."""
-
     def test_off(self) -> None:
         """Limits of 0 refuse nobody."""
         admission = admission_with()
         for _ in range(1_000):
-            assert admission.refusal("a", 0.0) is None
+            assert admission.refusal("a") is None
             admission.count("a", +1)
-            admission.failed("a", 0.0)
 
     def test_connections_per_address(self) -> None:
         """An address has so many connections; when one ends, there is room for another."""
         admission = admission_with(max_connections_per_ip=2)
         admission.count("a", +1)
         admission.count("a", +1)
-        refusal = admission.refusal("a", 0.0)
+        refusal = admission.refusal("a")
         assert refusal is not None
         assert refusal[0] == 429
-        assert admission.refusal("b", 0.0) is None
+        assert admission.refusal("b") is None
         admission.count("a", -1)
-        assert admission.refusal("a", 0.0) is None
+        assert admission.refusal("a") is None
 
     def test_connections_in_all(self) -> None:
         """A full task refuses every address, as something that another task may not."""
         admission = admission_with(max_connections=2)
         admission.count("a", +1)
         admission.count("b", +1)
-        refusal = admission.refusal("c", 0.0)
+        refusal = admission.refusal("c")
         assert refusal is not None
         assert refusal[0] == 503
-
-    def test_failed_authentications(self) -> None:
-        """Who fails too often in a minute waits; a minute later all is forgiven."""
-        admission = admission_with(max_failed_authentications_per_ip=6)
-        for _ in range(6):
-            assert admission.refusal("a", 0.0) is None
-            admission.failed("a", 0.0)
-        refusal = admission.refusal("a", 0.0)
-        assert refusal is not None
-        assert refusal[0] == 429
-        assert admission.refusal("b", 0.0) is None
-        assert admission.refusal("a", 10.1) is None
-        admission.failed("a", 10.1)
-        assert admission.refusal("a", 10.1) is not None
-        assert all(admission.refusal("a", 71.0) is None for _ in range(6))
-
-    def test_failures_of_many_at_once(self) -> None:
-        """Who is inside may fail more often than the limit; a minute later that is forgiven too."""
-        admission = admission_with(max_failed_authentications_per_ip=6)
-        for _ in range(100):
-            admission.failed("a", 0.0)
-        assert admission.refusal("a", 9.9) is not None
-        assert admission.refusal("a", 10.1) is None
-        for _ in range(6):
-            assert admission.refusal("a", 61.0) is None
-            admission.failed("a", 61.0)
 
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
     def test_connections_are_counted(self, moves: list[tuple[str, bool]]) -> None:
@@ -220,7 +192,7 @@ class TestAdmission:
         admission = admission_with(max_connections_per_ip=2)
         inside = dict.fromkeys("abc", 0)
         for address, comes in moves:
-            assert (admission.refusal(address, 0.0) is None) == (inside[address] < 2)
+            assert (admission.refusal(address) is None) == (inside[address] < 2)
             if comes and inside[address] < 2:
                 admission.count(address, +1)
                 inside[address] += 1
@@ -442,11 +414,11 @@ class TestHandshake:
 
     async def test_forged(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
         """No forged token lets anybody in, nor does the answer say what was wrong with it."""
-        limits = {"max_failed_authentications_per_ip": 0}
-        async with guarded(platform, issuer, **limits) as gateway:
+        async with guarded(platform, issuer) as gateway:
             answers = set()
-            for name, token in FORGED.items():
-                status, _, body = await refusal_of(gateway, token)
+            for number, (name, token) in enumerate(FORGED.items()):
+                here = f"198.51.100.{number}"  # where nobody has tried a token yet
+                status, _, body = await refusal_of(gateway, token, X_Forwarded_For=here)
                 answers.add((status, body))
                 assert status == 401, name
             assert answers == {(401, "A valid token is needed.\n")}
@@ -1209,61 +1181,6 @@ class TestLimits:
                 assert sorted(await asyncio.gather(*coming)) == [101] * 3 + [429] * 7
                 assert len(gateway.registry.connections) == 3
 
-    async def test_failed_authentications(
-        self, platform: aws_standin.Platform, issuer: Issuer
-    ) -> None:
-        """After so many bad tokens in a minute an address is not even listened to."""
-        limits = {"max_failed_authentications_per_ip": 3}
-        here = {"X_Forwarded_For": "203.0.113.1"}
-        async with guarded(platform, issuer, **limits) as gateway:
-            outcomes = [await status_of(gateway, "bad", **here) for _ in range(3)]
-            assert outcomes == [401, 401, 401]
-            assert await status_of(gateway, token_of(), **here) == 429
-            assert await status_of(gateway, token_of(), X_Forwarded_For="203.0.113.2") == 101
-
-    @pytest.mark.parametrize("way", ["header", "message"])
-    async def test_keys_that_are_not_read_yet(
-        self, platform: aws_standin.Platform, issuer: Issuer, way: str
-    ) -> None:
-        """Tokens with a new key, while keys may not be read, do not shut their address out."""
-        limits = {"max_failed_authentications_per_ip": 10, "auth_first_message": True}
-        token = token_of(key_id="key-2")
-        async with guarded(platform, issuer, **limits) as gateway:
-            assert issuer.reads == 1
-            for _ in range(40):
-                if way == "header":
-                    assert await status_of(gateway, token) == 401
-                    continue
-                async with client_of(gateway) as client:
-                    await client.send(action="authenticate", token=token)
-                    assert (await closed_with(client))[0] == 4401
-            assert issuer.reads == 1
-            assert await status_of(gateway, token_of()) == 101
-
-    async def test_keys_that_are_read_in_vain(
-        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A key that is not among those read for it is a failure like any other."""
-        monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
-        limits = {"max_failed_authentications_per_ip": 3}
-        async with guarded(platform, issuer, **limits) as gateway:
-            for _ in range(3):
-                assert await status_of(gateway, token_of(key_id="key-2")) == 401
-            assert issuer.reads == 4
-            assert await status_of(gateway, token_of()) == 429
-
-    async def test_failed_first_messages(
-        self, platform: aws_standin.Platform, issuer: Issuer
-    ) -> None:
-        """Bad tokens in messages count like those in handshakes."""
-        limits = {"max_failed_authentications_per_ip": 2, "auth_first_message": True}
-        async with guarded(platform, issuer, **limits) as gateway:
-            for _ in range(2):
-                async with client_of(gateway) as client:
-                    await client.send(action="authenticate", token="bad")
-                    assert (await closed_with(client))[0] == 4401
-            assert await status_of(gateway, token_of()) == 429
-
     async def test_subscriptions(self, platform: aws_standin.Platform) -> None:
         """A connection has so many subscriptions; everyone's own and repeated ones are free."""
         async with (
@@ -1281,10 +1198,7 @@ class TestLimits:
 
     async def test_off(self, platform: aws_standin.Platform) -> None:
         """Each limit is off at 0."""
-        names = (
-            "max_connections", "max_connections_per_ip",
-            "max_subscriptions_per_connection", "max_failed_authentications_per_ip",
-        )  # fmt: skip
+        names = ("max_connections", "max_connections_per_ip", "max_subscriptions_per_connection")
         off: dict[str, Any] = dict.fromkeys(names, 0)
         async with (
             running_gateway(platform, **off) as gateway,
@@ -1296,6 +1210,185 @@ class TestLimits:
                 await client.send(action="ping")
             answers = await client.receive_many(600)
             assert {answer["type"] for answer in answers} == {"pong", "subscription_confirmed"}
+
+
+GUESSER = "203.0.113.1"
+
+
+def in_debt(gateway: Gateway, address: str = GUESSER) -> bool:
+    """Whether an address owes work, and is answered when it is paid."""
+    return gateway.door.work_by_address.of(address).paid_at > gateway.now()
+
+
+def waiting(gateway: Gateway) -> list[Connection]:
+    """The connections that wait for their turn."""
+    return [each for each in gateway.registry.sockets if not each.is_read]
+
+
+async def first_message(gateway: Gateway, token: str) -> int | None:
+    """The code with which a connection from the guesser ends, whose first message has the token."""
+    async with client_of(gateway, X_Forwarded_For=GUESSER) as client:
+        await client.send(action="authenticate", token=token)
+        return (await closed_with(client))[0]
+
+
+class TestFailedAuthentications:
+    """A wrong token has a price on its address's account of work."""
+
+    @pytest.fixture
+    def expensive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One failure takes more than is saved up, and is owed for a whole window."""
+        monkeypatch.setattr(server.Door, "FAILED_AUTHENTICATION_PRICE_S", 10.0)
+
+    @pytest.mark.parametrize("token", ["good", "bad"])
+    async def test_next_is_answered_late(
+        self,
+        platform: aws_standin.Platform,
+        issuer: Issuer,
+        monkeypatch: pytest.MonkeyPatch,
+        token: str,
+    ) -> None:
+        """Whoever comes next from the address is answered when that is paid; others, at once."""
+        monkeypatch.setattr(server.Account, "WINDOW_S", 1.0)
+        here = {"X_Forwarded_For": GUESSER}
+        async with guarded(platform, issuer) as gateway:
+            assert await status_of(gateway, "bad", **here) == 401
+            due = gateway.door.work_by_address.of(GUESSER).paid_at
+            assert due > gateway.now()
+            wants = token_of() if token == "good" else "bad"
+            late = asyncio.create_task(status_of(gateway, wants, **here))
+            assert await status_of(gateway, token_of(), X_Forwarded_For="203.0.113.2") == 101
+            assert not late.done()
+            assert await late == (101 if token == "good" else 401)
+            assert gateway.now() >= due
+
+    async def test_honest_among_guessers(
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who has a good token waits for those who came before it from its address, and no more."""
+        monkeypatch.setattr(server.Account, "WINDOW_S", 0.3)
+        order: list[int] = []
+
+        async def come(token: str) -> None:
+            order.append(await status_of(gateway, token, X_Forwarded_For=GUESSER))
+
+        async with guarded(platform, issuer) as gateway:
+            await come("bad")
+            async with asyncio.TaskGroup() as coming:
+                tasks = []
+                for token in ("bad", "bad", token_of()):
+                    tasks.append(coming.create_task(come(token)))
+                    await eventually(lambda: len(waiting(gateway)) + len(order) == 1 + len(tasks))
+        assert order == [401, 401, 401, 101]
+
+    async def test_many_at_once(
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many connections guess, they get the answers that one address can pay.
+
+        Those that wait are in the memory budget, and their deadlines stand still.
+        """
+        price_s = 0.2 / server.Door.ADDRESS_WORK_SHARE
+        monkeypatch.setattr(server.Door, "FAILED_AUTHENTICATION_PRICE_S", 0.2)
+        opening = upgrade(Authorization="Bearer bad", X_Forwarded_For=GUESSER)
+        count = 100
+        async with (
+            guarded(platform, issuer) as gateway,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            began_at = gateway.now()
+            peers = [await stack.enter_async_context(dialled(gateway)) for _ in range(count)]
+            for peer in peers:
+                peer.write(opening)
+            answers = [asyncio.create_task(peer.response()) for peer in peers]
+            for number, answer in enumerate(asyncio.as_completed(answers)):
+                assert (await answer)[0] == 401
+                least_s = number * price_s - server.Account.WINDOW_S
+                assert gateway.now() - began_at >= least_s
+                if least_s > 4 * price_s:
+                    break
+            left = len(waiting(gateway))
+            assert left > count / 2
+            held_bytes = gateway.ledger.clients_bytes
+            assert held_bytes >= left * server.Connection.HANDSHAKE_BYTES
+            for answer in answers:
+                answer.cancel()
+
+    @pytest.mark.usefixtures("expensive")
+    @pytest.mark.parametrize("way", ["header", "message"])
+    async def test_keys_that_are_not_read_yet(
+        self, platform: aws_standin.Platform, issuer: Issuer, way: str
+    ) -> None:
+        """Tokens with a new key, while keys may not be read, cost their address nothing."""
+        token = token_of(key_id="key-2")
+        async with guarded(platform, issuer, auth_first_message=True) as gateway:
+            assert issuer.reads == 1
+            for _ in range(40):
+                if way == "header":
+                    assert await status_of(gateway, token, X_Forwarded_For=GUESSER) == 401
+                else:
+                    assert await first_message(gateway, token) == 4401
+            assert issuer.reads == 1
+            assert not in_debt(gateway)
+
+    @pytest.mark.usefixtures("expensive")
+    async def test_keys_that_are_read_in_vain(
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A key that is not among those read for it is a failure like any other."""
+        monkeypatch.setattr(server.Keys, "REFRESH_S", 0.0)
+        token = token_of(key_id="key-2")
+        async with guarded(platform, issuer) as gateway:
+            assert await status_of(gateway, token, X_Forwarded_For=GUESSER) == 401
+            assert issuer.reads == 2
+            assert in_debt(gateway)
+
+    @pytest.mark.usefixtures("expensive")
+    @pytest.mark.parametrize("way", ["header", "message"])
+    async def test_expired(self, platform: aws_standin.Platform, issuer: Issuer, way: str) -> None:
+        """A stale page that goes on with an expired token costs its office nothing."""
+        expired = token_of(valid_s=-60)
+        async with guarded(platform, issuer, auth_first_message=True) as gateway:
+            for _ in range(6):
+                if way == "header":
+                    assert await status_of(gateway, expired, X_Forwarded_For=GUESSER) == 401
+                else:
+                    assert await first_message(gateway, expired) == 4401
+            assert not in_debt(gateway)
+            forged = token_of(key=private_key("key-2"))
+            assert await status_of(gateway, forged, X_Forwarded_For=GUESSER) == 401
+            assert in_debt(gateway)
+
+    async def test_first_messages(
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Wrong tokens in messages cost like those in handshakes, on many connections too."""
+        monkeypatch.setattr(server.Account, "WINDOW_S", 0.5)
+        async with (
+            guarded(platform, issuer, auth_first_message=True) as gateway,
+            client_of(gateway, X_Forwarded_For=GUESSER) as early,
+            client_of(gateway, X_Forwarded_For=GUESSER) as late,
+        ):
+            await early.send(action="authenticate", token="bad")
+            assert (await closed_with(early))[0] == 4401
+            due = gateway.door.work_by_address.of(GUESSER).paid_at
+            await late.send(action="authenticate", token="bad")
+            assert (await closed_with(late))[0] == 4401
+            assert gateway.now() >= due
+            assert gateway.door.work_by_address.of(GUESSER).paid_at > due
+
+    @pytest.mark.usefixtures("expensive")
+    async def test_fresh_token(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
+        """A wrong fresh token is its address's to pay, and not its subject's."""
+        async with (
+            guarded(platform, issuer) as gateway,
+            client_of(gateway, token_of("ada"), X_Forwarded_For=GUESSER) as client,
+        ):
+            await client.send(action="authenticate", token="bad")
+            assert (await closed_with(client))[0] == 4401
+            assert in_debt(gateway)
+            assert gateway.door.work_by_subject.of("ada").paid_at <= gateway.now()
+            assert await status_of(gateway, token_of("ada")) == 101
 
 
 # --- Nothing leaks --------------------------------------------------------------------------
@@ -1346,12 +1439,13 @@ class TestNothingLeaks:
         good = token_of(self.MARK, nickname=self.MARK)
         tokens = [good, token_of(self.MARK, -60), *FORGED.values()]
         nasty_headers = {"User-Agent": self.MARK, "X-Forwarded-For": self.MARK}
-        for token in tokens[1:]:
+        for number, token in enumerate(tokens[1:]):
+            here = {"X-Forwarded-For": f"{self.MARK}, 198.51.100.{number}"}
             with contextlib.suppress(InvalidStatus):
                 await connect_websocket(
                     url_of(address, f"/ws?token={token}"),
                     proxy=None,
-                    additional_headers={**authorization(token), **nasty_headers},
+                    additional_headers={**authorization(token), **nasty_headers, **here},
                 )
         async with connect_websocket(
             url_of(address, f"/ws?project_id={self.MARK}&token={good}"),
@@ -1400,7 +1494,6 @@ class TestNothingLeaks:
         environment = {
             **platform.environment(),
             **issuer.environment,
-            "MAX_FAILED_AUTHENTICATIONS_PER_IP": "0",
             "DRAIN_SECONDS": "0",
             "LOG_LEVEL": log_level,
         }

@@ -143,6 +143,14 @@ Describe 'Template parameters' {
         $found['LogLevel'].Source | Should -Be ''
     }
 
+    It 'drops what the stack has for a parameter that the template has no more' {
+        $inherited = [pscustomobject]@{ Source = 'the stack'; Value = @{ VpcId = 'vpc-1'; MaxFailedAuthenticationsPerIp = '30' } }
+        $ParameterOverride = @{}
+        $found = Resolve-Parameter -Template $template -MainOutput @{} -Inherited $inherited
+        $found.Keys | Should -Not -Contain 'MaxFailedAuthenticationsPerIp'
+        $found['VpcId'].Source | Should -Be 'the stack'
+    }
+
     It 'types arguments so that they can be pasted' {
         ConvertTo-Argument -Value @{ B = "it's"; A = 1; C = @('x', 'y') } | Should -Be "@{ A = '1'; B = 'it''s'; C = 'x', 'y' }"
     }

@@ -101,6 +101,5 @@ def admission_with(**limits: int) -> Admission:
     off: dict[str, Any] = {
         "max_connections": 0,
         "max_connections_per_ip": 0,
-        "max_failed_authentications_per_ip": 0,
     }
     return Admission(settings(**{**off, **limits}))

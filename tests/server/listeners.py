@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import deque
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ class Listener(Connection):
         self.catch_up_turn: asyncio.Lock | None = None
         self.deflates = deflates
         self.choked = False
-        self.account = server.Account(share=0, window_s=0)
+        self.account = server.Account(share=math.inf)
         self.closed_with: int | None = None
         self.reads = asyncio.Event()
         self.reads.set()

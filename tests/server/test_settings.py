@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 import aws_standin
-from server import Settings, SettingsError, letters_apart
+from server import Settings, SettingsError
 from tests.server.gateways import AUTHENTICATION, REQUIRED
 from tests.server.processes import process_of
 
@@ -97,7 +97,6 @@ class TestDoubts:
     @pytest.mark.parametrize(
         ("name", "value", "needs"),
         [
-            ("MAX_FAILED_AUTHENTICATIONS_PER_IP", "5", "AUTH_JWKS_URL"),
             ("EVENT_RETENTION_HOURS", "48", "SQS_QUEUE_URL_UPDATES"),
             ("TASK_HEARTBEAT_SECONDS", "10", "UPDATES_TOPIC_ARN"),
         ],
@@ -127,7 +126,12 @@ class TestDoubts:
         ]
 
     @pytest.mark.parametrize(
-        "name", ["MAX_HANDSHAKES_PER_SECOND", "MAX_HANDSHAKES_PER_SECOND_PER_IP"]
+        "name",
+        [
+            "MAX_FAILED_AUTHENTICATIONS_PER_IP",
+            "MAX_HANDSHAKES_PER_SECOND",
+            "MAX_HANDSHAKES_PER_SECOND_PER_IP",
+        ],
     )
     def test_limits_of_earlier_versions(self, name: str) -> None:
         """A limit that an earlier version had, and its template may still set, is named."""
@@ -202,15 +206,6 @@ class TestRegions:
     def test_fault_of_the_url_itself(self) -> None:
         """A setting that cannot be read has no region either."""
         assert len(faults(SQS_QUEUE_URL_DEV="eu-west-1", UPDATES_TOPIC_ARN="eu-west-1")) == 2
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "apart"),
-    [("", "", 0), ("a", "", 1), ("abc", "abd", 1), ("abcd", "bcde", 2), ("kitten", "sitting", 3)],
-)
-def test_letters_apart(one: str, other: str, apart: int) -> None:
-    assert letters_apart(one, other) == letters_apart(other, one) == apart
-    assert letters_apart(one + "x" * 9, other) > 2
 
 
 class TestSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from typing import Any
 
@@ -32,52 +33,43 @@ from tests.waiting import eventually
 
 
 def take(account: Account, now: float) -> bool:
-    """Charge for something if what is saved up suffices for it; whether it did."""
-    suffices = account.has(1, now)
-    if suffices:
+    """Charge for something unless there is a debt; whether there was none."""
+    may = account.paid_at <= now
+    if may:
         account.charge(1, now)
-    return suffices
+    return may
 
 
 class TestAccount:
-    def test_no_share(self) -> None:
-        """A share of 0 counts nothing."""
-        account = Account(0, window_s=2)
-        assert all(take(account, 0.0) for _ in range(1_000))
-        assert account.paid_at < 0
-
     def test_burst(self) -> None:
-        """What is saved up may be used at once, and then the share."""
-        account = Account(5, window_s=2)
-        assert [take(account, 100.0) for _ in range(12)] == [True] * 10 + [False] * 2
-        assert [take(account, 101.0) for _ in range(7)] == [True] * 5 + [False] * 2
-        assert [take(account, 1e5) for _ in range(12)] == [True] * 10 + [False] * 2
+        """What is saved up may be used at once, and once more on credit; then the share."""
+        account = Account(1)
+        assert [take(account, 100.0) for _ in range(13)] == [True] * 11 + [False] * 2
+        assert [take(account, 105.0) for _ in range(7)] == [True] * 5 + [False] * 2
+        assert [take(account, 1e5) for _ in range(13)] == [True] * 11 + [False] * 2
 
-    @given(
-        share=st.integers(1, 1_000),
-        window_s=st.integers(1, 100),
-        steps=st.lists(st.floats(0, 10), min_size=1, max_size=200),
-    )
-    def test_rate(self, share: int, window_s: int, steps: list[float]) -> None:
-        """However takes are spread over time, the share and one window are never exceeded."""
-        account, now, taken = Account(share, window_s), 0.0, 0
+    @given(share=st.integers(1, 1_000), steps=st.lists(st.floats(0, 10), min_size=1, max_size=200))
+    def test_rate(self, share: int, steps: list[float]) -> None:
+        """However takes are spread over time, one goes beyond the share and one window at most."""
+        account, now, taken = Account(share), 0.0, 0
         for step in steps:
             now += step
             taken += take(account, now)
-        assert taken <= share * (window_s + now) + 1e-6
+        assert taken <= share * (Account.WINDOW_S + now) + 1 + 1e-6
 
     @given(st.lists(st.floats(0, 1e6), max_size=50))
     def test_debt_is_capped(self, charges: list[float]) -> None:
         """However much is charged, it is paid within the window."""
-        account = Account(0.05, window_s=10)
+        account = Account(0.05)
         for amount in charges:
             account.charge(amount, 100.0)
-        assert account.paid_at <= 110.0
+        assert account.paid_at <= 100.0 + Account.WINDOW_S
 
-    async def test_afford(self) -> None:
+    async def test_afford(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Those who want more than is saved up get it one after the other, as it is paid."""
+        monkeypatch.setattr(Account, "WINDOW_S", 0.2)
         now = asyncio.get_running_loop().time
-        account = Account(1.0, window_s=0.2)
+        account = Account(1.0)
         started_at = now()
         await asyncio.gather(*(account.afford(0.1) for _ in range(6)))
         assert (
@@ -87,21 +79,21 @@ class TestAccount:
     def test_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who has been quiet costs no memory; who has a connection open is not forgotten."""
         monkeypatch.setattr(server.Accounts, "FORGOTTEN_AT_ONCE", 10)
-        accounts = Accounts(1, window_s=2)
+        accounts = Accounts(1)
         for number in range(95):
-            accounts.of(str(number)).charge(3 if number % 2 else 1, 0.0)
+            accounts.of(str(number)).charge(11 if number % 2 else 1, 0.0)
         held = accounts.of("0")
         held.users = 1
         for _ in range(10):
-            accounts.forget(2.5)
+            accounts.forget(Account.WINDOW_S + 0.5)
         assert accounts.of("0") is held
-        left = [number for number in range(95) if accounts.of(str(number)).paid_at >= 0]
+        left = [number for number in range(95) if accounts.of(str(number)).paid_at > 0]
         assert left == [number for number in range(95) if number % 2]
 
     def test_bookkeeping_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A million addresses are not remembered, and the last ones are."""
         monkeypatch.setattr(server.Accounts, "REMEMBERED", 3)
-        accounts = Accounts(1, window_s=2)
+        accounts = Accounts(1)
         first = accounts.of("0")
         found = [accounts.of(str(number)) for number in range(1, 5)]
         assert accounts.of("4") is found[-1]
@@ -146,7 +138,7 @@ class TestTurns:
     async def test_at_once(self) -> None:
         """Where nobody waits, input is acted on as it comes."""
         diary: list[str] = []
-        toiler = Toiler(Account(0.05, 10), [0.0], diary)
+        toiler = Toiler(Account(0.05), [0.0], diary)
         Turns().give(toiler)
         assert diary == ["a"]
         assert not toiler.paused
@@ -154,7 +146,7 @@ class TestTurns:
     async def test_connections_take_turns(self) -> None:
         """Connections of one account have a turn each before one has its second."""
         diary: list[str] = []
-        turns, account = Turns(), Account(0, 10)
+        turns, account = Turns(), Account(math.inf)
         toilers = [Toiler(account, [0.006] * 3, diary) for _ in range(3)]
         order: list[int] = []
         for number, toiler in enumerate(toilers):
@@ -173,7 +165,7 @@ class TestTurns:
         """Who has used least comes first, however many connections somebody else has."""
         diary: list[str] = []
         turns = Turns()
-        greedy, modest = Account(0.5, 10), Account(0.5, 10)
+        greedy, modest = Account(0.5), Account(0.5)
         greedy.charge(1.0, asyncio.get_running_loop().time())
         for _ in range(50):
             turns.queue(Toiler(greedy, [0.002] * 2, diary, "greedy"))
@@ -182,10 +174,11 @@ class TestTurns:
         assert diary.index("modest") < 3
         assert diary[:4].count("modest") >= 1
 
-    async def test_debt_is_paid_first(self) -> None:
+    async def test_debt_is_paid_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who owes is not acted on, nor read from, until it is paid, and then without a call."""
         diary: list[str] = []
-        turns, account = Turns(), Account(1.0, 0.2)
+        monkeypatch.setattr(Account, "WINDOW_S", 0.2)
+        turns, account = Turns(), Account(1.0)
         now = asyncio.get_running_loop().time
         account.charge(0.35, now())
         due = account.paid_at
@@ -201,7 +194,7 @@ class TestTurns:
         diary: list[str] = []
         turns, began_s = Turns(), time.thread_time()
         for _ in range(4):
-            turns.queue(Toiler(Account(0, 10), [0.002] * 40, diary))
+            turns.queue(Toiler(Account(math.inf), [0.002] * 40, diary))
         for _ in range(60):
             burn(0.003)
             await asyncio.sleep(0)
@@ -215,10 +208,10 @@ class TestTurns:
         turns, diary = Turns(), [""]
         diary.clear()
         now = asyncio.get_running_loop().time
-        old, fresh = Account(0.05, 10), Account(0.05, 10)
+        old, fresh = Account(0.05), Account(0.05)
         old.paid_at = now() - 0.001  # it has just paid its debt
         turns.queue(Toiler(old, [0.0], diary, "old"))
-        skip_ahead(monkeypatch, server.Turns.WORK_WINDOW_S + 0.1)
+        skip_ahead(monkeypatch, Account.WINDOW_S + 0.1)
         turns.queue(Toiler(fresh, [0.0], diary, "fresh"))
         await eventually(lambda: len(diary) == 2)
         assert diary == ["old", "fresh"]
@@ -264,7 +257,7 @@ class TestTurns:
                 async with dialled(gateway):
                     await eventually(lambda: gateway.registry.sockets)
                 await eventually(lambda: not gateway.registry.sockets)
-            saved_from = before - server.Turns.WORK_WINDOW_S
+            saved_from = before - Account.WINDOW_S
             paid_s = (account.paid_at - saved_from) * server.Door.ADDRESS_WORK_SHARE
             assert paid_s >= count * server.Door.SOCKET_PRICE_S
 
@@ -285,7 +278,7 @@ class TestTurns:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch, target: str
     ) -> None:
         """Who is in debt is answered when it is paid, and others at once, behind one balancer."""
-        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 1.0)
+        monkeypatch.setattr(Account, "WINDOW_S", 1.0)
         async with running_gateway(platform) as gateway:
             account = gateway.door.work_by_address.of("203.0.113.9")
             account.charge(10.0, gateway.now())
@@ -317,7 +310,7 @@ class TestTurns:
     ) -> None:
         """Catch-ups that replace each other cost the log what their account can pay."""
         monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 0.01)
-        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 1.0)
+        monkeypatch.setattr(Account, "WINDOW_S", 1.0)
         async with running_gateway(platform) as gateway:
             await fill_log(gateway, 200, 5_000)
             async with peer_of(gateway) as peer:
