@@ -2820,14 +2820,15 @@ class ProjectAppend:
         """Give as much of what waits as one transaction takes the next numbers.
 
         In the same step it is looked for among the ids: what this task learns later is beyond
-        these numbers, and makes the transaction fail. Returns what is in the log, by its ``seq``.
+        these numbers, and makes the transaction fail. Of what would be one item of the log, an
+        event or a stop, the first is taken. Returns what is in the log, by its ``seq``.
         """
         known: dict[PendingUpdate, int] = {}
         by_id: dict[str, PendingUpdate] = {}
         for each in self.waiting:
             seq = ids.find(self.project_id, each.event_id)
             if seq is None:
-                by_id.setdefault(each.event_id, each)
+                by_id.setdefault(each.stop["PK"]["S"] if each.stop else each.event_id, each)
             else:
                 known[each] = seq
         room = 0 if self.one_by_one else self.TRANSACTION_ITEMS - 1
@@ -2850,6 +2851,7 @@ class EventLog:
 
     SAME_TRANSACTION_ATTEMPTS = 4  # within the ten minutes of its token
     HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
+    ITEMS_AT_ONCE = 16  # of the largest, what one call reads: four megabytes
     HEAD_KEY = "EVENTLOG"  # sorts after all events
     REFUSAL_CODES = (
         "IdempotentParameterMismatchException",
@@ -2968,9 +2970,10 @@ class EventLog:
             options["ExclusiveStartKey"] = answer["LastEvaluatedKey"]
 
     async def _items_at(self, project_id: str, seqs: Sequence[int]) -> list[dict[str, Any]]:
-        """The events with these numbers, at most 16, of one moment: all of a transaction or none.
+        """The events with these numbers, of one moment: all of a transaction or none.
 
-        Whatever is not among them does not exist, or no more.
+        There are at most ``ITEMS_AT_ONCE`` numbers. Whatever is not among the events does not
+        exist, or no more.
         """
         gets: Any = [
             {"Get": {"TableName": self._table, "Key": self._key(project_id, event_key(seq))}}
@@ -3010,9 +3013,8 @@ class EventLog:
         if failures := max(append.failures for append in group):
             await asyncio.sleep(full_jitter_s(failures - 1, base_s=0.01))
         await self._look_up(group)
-        for append in group:
-            for pending, seq in append.choose(self._recent_ids).items():
-                await self._recognise(append.project_id, pending, seq)
+        known = [(append.project_id, append.choose(self._recent_ids)) for append in group]
+        await asyncio.gather(*(self._recognise(*each) for each in known if each[1]))
         written = [append for append in group if append.chosen]
         if not written:
             return []
@@ -3095,7 +3097,7 @@ class EventLog:
             )
         # From the newest on; where so many are missing indeed, all that is older has expired.
         missing = (place for place in range(seq, first - 1, -1) if place not in met)
-        while seqs := list(itertools.islice(missing, 16)):  # of the largest, what one call reads
+        while seqs := list(itertools.islice(missing, self.ITEMS_AT_ONCE)):
             held_back = await self._items_at(project_id, seqs)
             if not held_back:
                 break
@@ -3110,12 +3112,15 @@ class EventLog:
         self._recent_ids.add(project_id, item["event_id"]["S"], seq)
         return seq
 
-    async def _recognise(self, project_id: str, pending: PendingUpdate, seq: int) -> None:
+    async def _recognise(self, project_id: str, known: Mapping[PendingUpdate, int]) -> None:
         """Settle what is in the log already: what it says there is what happened."""
-        stored = await self._items_at(project_id, [seq])
-        as_sent = pending.update.event(seq, timestamp())
-        message = event_message(project_id, stored[0]) if stored else as_sent
-        pending.event = Event.of(message, pending.sent_at)
+        stored: dict[int | None, dict[str, Any]] = {}
+        for seqs in runs(set(known.values()), lambda _: 1, self.ITEMS_AT_ONCE):
+            stored |= {seq_of(item): item for item in await self._items_at(project_id, seqs)}
+        for pending, seq in known.items():
+            as_sent = pending.update.event(seq, timestamp())
+            message = event_message(project_id, stored[seq]) if seq in stored else as_sent
+            pending.event = Event.of(message, pending.sent_at)
 
     def _items(self, append: ProjectAppend) -> list[Any]:
         """A project's part in a transaction: the head, then the events with their stops."""

@@ -127,6 +127,34 @@ class TestTransactions:
         for each in appends:
             assert places(each.pending) == list(range(1, 8))
 
+    async def test_repetitions(self, kit: LogKit, stand_in: StandIn) -> None:
+        """What a task has left behind, its successor recognises in few calls, sixteen a call."""
+        await append_groups(kit.log(), [ProjectAppend("p", entries(*range(90)))])
+        stand_in.calls.clear()
+        again = ProjectAppend("p", entries(*range(90), look_back_to=time.time() - 60))
+        await append_groups(kit.log(), [again])
+        assert places(again.pending) == list(range(1, 91))
+        assert stand_in.calls["dynamodb", "TransactGetItems"] == 6
+        assert stand_in.calls["dynamodb", "TransactWriteItems"] == 0
+
+    async def test_same_stop_twice(self, log: EventLog, stand_in: StandIn) -> None:
+        """An order that two clients stop at once costs the other projects nothing."""
+        appends = one_each(names(40))
+        key = server.stop_key(server.Stop("m", project_id="p0"), None)
+        both = entries(1, 2, project_id="p0")
+        for each in both:
+            each.stop = key
+        appends[0] = ProjectAppend("p0", both)
+        await append_groups(log, appends)
+        assert [(each.event is None, each.refusal) for each in both] == [
+            (False, None),
+            (True, server.ALREADY_STOPPED),
+        ]
+        assert stand_in.calls == {
+            ("dynamodb", "BatchGetItem"): 1,
+            ("dynamodb", "TransactWriteItems"): 2,
+        }
+
     async def test_loser_alone(self, kit: LogKit, stand_in: StandIn) -> None:
         """Of those written together, only the one that another task has written to is read again.
 
