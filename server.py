@@ -4039,7 +4039,8 @@ class Intake:
             long_ago = time.monotonic() - self.VISIBILITY_S / 4
             held = [receipt for receipt, (since, _) in self._held.items() if since < long_ago]
             for batch in runs(held, lambda _: 1, SQS_BATCH_ENTRIES):
-                await self._show_after(self.VISIBILITY_S, batch)
+                # Side by side: while one call hangs, the others' time may run out.
+                self._tasks.create_task(self._show_after(self.VISIBILITY_S, batch))
 
     async def _show_after(self, visibility_s: int, receipts: Sequence[str]) -> None:
         """Have SQS hand out what was received again in so many seconds, if the call works."""

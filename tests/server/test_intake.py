@@ -205,6 +205,27 @@ class TestIntake:
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
             assert await client.has_nothing_more()
 
+    async def test_renewals_take_long(
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many updates are held, and however long SQS takes, none is handed out again."""
+        queue = stand_in.queues["agenticai-updates"]
+        monkeypatch.setattr(server.Intake, "VISIBILITY_S", 1)
+        queue.attributes["VisibilityTimeout"] = "1"
+        slow = {
+            "ChangeMessageVisibilityBatch": Fault(delay_s=0.3),
+            "TransactWriteItems": THROTTLED,
+        }
+        stand_in.fault = lambda call: slow.get(call.operation)
+        async with running_gateway(platform):
+            push(stand_in, *news(*range(60)))
+            renewals = ("sqs", "ChangeMessageVisibilityBatch")
+            await eventually(lambda: stand_in.calls[renewals] > 4 * 6)
+            assert {each.receive_count for each in queue.messages} == {1}
+            stand_in.fault = None
+            await eventually(lambda: not queue.bodies)
+        assert not bodies(stand_in, "agenticai-updates-dlq")
+
     async def test_room(
         self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
