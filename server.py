@@ -4054,8 +4054,8 @@ class Intake:
             )
 
     async def idle(self) -> None:
-        """Return once nothing is in hand; meant for after ``run``."""
-        while self._held:
+        """Return once nothing is in hand, a client's stop neither; meant for after ``run``."""
+        while self._held or self._under_way:
             await asyncio.sleep(self.ROOM_ASKED_FOR_S)
 
 
@@ -4873,6 +4873,10 @@ class Drain:
                 self._send_away(connection)
         if busy:  # who waits for confirmations gets them first
             await self.forwarder.idle()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CALL_TIMEOUT_S):  # stops have no deadline
+                    while any(each.in_flight > Connection.FORWARDS_IN_FLIGHT for each in busy):
+                        await asyncio.sleep(0.05)
         for connection in busy:
             self._send_away(connection)
 

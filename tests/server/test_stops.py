@@ -17,9 +17,11 @@ import aws_standin
 import server
 from aws_standin import Call, Fault, StandIn
 from server import Gateway, Principal, Stop
-from tests.server.aws import agents_say, always, bodies, faults
+from tests.server.aws import THROTTLED, agents_say, always, bodies, faults
 from tests.server.event_logs import LogKit, head_of
+from tests.server.feeds import settle
 from tests.server.gateways import Client, client_of, running_gateway
+from tests.waiting import eventually
 
 Json = dict[str, Any]
 
@@ -154,6 +156,34 @@ class TestStop:
                 await next_of(client, "stop_confirmed")
         logged = [each["in_reply_to"] for each in await stops_logged(gateway)]
         assert sorted(logged) == sorted({f"m{number}" for number in range(60)})
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_drain(self, platform: aws_standin.Platform, stand_in: StandIn) -> None:
+        """A drain first has stops that are on their way written and confirmed."""
+        stand_in.fault = always("TransactWriteItems", THROTTLED)
+        async with running_gateway(platform) as gateway, client_of(gateway) as client:
+            await client.send(action="stop", message_id="m", project_id="p")
+            await eventually(lambda: stand_in.calls["dynamodb", "TransactWriteItems"])
+            gateway.drain.wanted.set()
+            await eventually(lambda: gateway.health() == {"status": "draining"})
+            stand_in.fault = None
+            answers = [(await client.receive())["type"] for _ in range(2)]
+        assert answers == ["stop_confirmed", "reconnect"]
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_drain_without_client(self, gateway: Gateway, stand_in: StandIn) -> None:
+        """A drain also waits for the stop of a client that has left."""
+        assert gateway.intake is not None
+        stand_in.fault = always("TransactWriteItems", THROTTLED)
+        async with client_of(gateway) as client:
+            await client.send(action="stop", message_id="m", project_id="p")
+            await eventually(lambda: stand_in.calls["dynamodb", "TransactWriteItems"])
+        finished = asyncio.create_task(gateway.intake.idle())
+        await settle()
+        assert not finished.done()
+        stand_in.fault = None
+        await finished
+        assert stop_item(stand_in, "p", "m") is not None
 
     async def test_without_project(self, gateway: Gateway, stand_in: StandIn) -> None:
         """An order of nobody's project is stopped under its user's name, and in no log."""
