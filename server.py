@@ -46,7 +46,7 @@ import time
 import traceback
 import uuid
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -1931,7 +1931,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[Account, deque[Connection]] = {}
+        self._waiting: dict[Account, OrderedDict[Connection, None]] = {}
         self._order: list[tuple[float, int, Account]] = []  # a heap, of those in `_waiting`
         self._arrivals = itertools.count()
         self._left_s = self.INPUT_SLICE_S
@@ -1949,17 +1949,22 @@ class Turns:
 
     def queue(self, connection: Connection) -> None:
         """Have a connection act on its input in its turn; until then nothing is read from it."""
-        if connection.queued:
+        if connection.queued or connection.is_over:
             return
-        connection.queued = True
+        connection.queued = account = connection.account
         connection.pause_reading()
-        account = connection.account
         if account in self._waiting:
-            self._waiting[account].append(connection)
+            self._waiting[account][connection] = None
         else:
-            self._waiting[account] = deque((connection,))
+            self._waiting[account] = OrderedDict({connection: None})
             self._place(account)
             self._slice_at(0.0)
+
+    def leave(self, connection: Connection) -> None:
+        """Have no turn come for a connection; its account keeps the place until that is due."""
+        if connection.queued:
+            del self._waiting[connection.queued][connection]
+            connection.queued = None
 
     def _place(self, account: Account) -> None:
         place = max(account.paid_at, self._loop.time() - Account.WINDOW_S)
@@ -1998,9 +2003,10 @@ class Turns:
                 return
             heapq.heappop(self._order)
             waiting = self._waiting[account]
-            connection = waiting.popleft()
-            connection.queued = False
-            self._run(connection)
+            if waiting:  # else all of them have left
+                connection, _ = waiting.popitem(last=False)
+                connection.queued = None
+                self._run(connection)
             if waiting:
                 self._place(account)
             else:
@@ -4319,7 +4325,7 @@ class Connection(asyncio.Protocol):
         in_flight, in_flight_bytes: forwards that are not settled yet, and what else holds it up.
         moved_at: when the client last read something, or had nothing left to read.
         principal: who it belongs to; ``None`` until that is known.
-        queued: it waits for its turn to act on its input.
+        queued: the account with which it waits for its turn to act on its input.
         said_busy_at: when it was last told that it is not read from; infinite if it did not ask.
         warned: whether the client was told that its token is about to expire.
     """
@@ -4357,7 +4363,8 @@ class Connection(asyncio.Protocol):
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None  # only for those who ever need it
         self.deflates = False
-        self.behind = self.choked = self.queued = False
+        self.behind = self.choked = False
+        self.queued: Account | None = None
         self.in_flight = self.in_flight_bytes = 0
         self.opened_at = self.heard_at = self.pinged_at = self.moved_at = 0.0
         self.deadline = 0.0
@@ -4383,11 +4390,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._gateway.now()
-        if self.progress is Progress.CLOSING:  # only the peer's close frame matters
-            self.inbox.protocol.receive_data(data)
-            self.inbox.protocol.events_received()
-            self._write_out()
-        else:
+        if self.progress is not Progress.CLOSING:  # else only the peer's end matters
             self.inbox.unread += data
             self._gateway.turns.give(self)
 
@@ -4531,10 +4534,10 @@ class Connection(asyncio.Protocol):
 
         Who is closing is always read from, in whatever debt: else its end would not be seen.
         """
-        closing = self.progress is Progress.CLOSING or self.transport.is_closing()
-        if not self._paused_at and not closing:
+        if not self._paused_at and not self.is_over:
             self._paused_at = self._gateway.now()
             self.transport.pause_reading()
+            self.recount()  # with what was read before its turn
 
     def resume_reading(self) -> None:
         if self._paused_at:
@@ -4549,6 +4552,11 @@ class Connection(asyncio.Protocol):
                 self.transport.resume_reading()
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing of what the client sends is acted on any more."""
+        return self.progress in (Progress.CLOSING, Progress.LOST) or self.transport.is_closing()
+
+    @property
     def is_read(self) -> bool:
         """Whether what the client sends is read now; else its deadlines stand still."""
         return not self._paused_at
@@ -4557,10 +4565,9 @@ class Connection(asyncio.Protocol):
         """Start the closing handshake (RFC 6455, section 7.1.2); nothing if it has begun."""
         protocol = self.inbox.protocol
         if self.progress is Progress.OPEN and protocol.state is State.OPEN:
-            if code in (CloseCode.POLICY_VIOLATION, CloseCode.INVALID_DATA):
-                protocol.fail(code, reason)  # nothing more of it is read
-            else:
-                protocol.send_close(code, reason)
+            # And with it ends what is sent: so nobody waits for an answer to what still comes, and
+            # it is discarded unparsed. To parse it would be work that is charged to nobody.
+            protocol.fail(code, reason)
             self._write_out()
         elif self.progress is Progress.OPEN:  # the peer's close frame came, behind what is left
             self.inbox.clear()
@@ -4588,7 +4595,7 @@ class Connection(asyncio.Protocol):
         opens = self.progress is Progress.HANDSHAKE
         was_held = opens or not self.is_read or self.inbox.unfinished_since
         try:
-            if self.transport.is_closing():
+            if self.is_over:
                 return False
             if opens:
                 self._handshake()
@@ -4596,10 +4603,10 @@ class Connection(asyncio.Protocol):
                 self._act(until_s)
         except Exception as exc:  # as in ``failing_alone``, at less cost
             self.fail(exc)
-        if self.transport.is_closing() or self.progress is Progress.CLOSING:
+        if self.is_over:
             return False
-        left = self.inbox.has_frames or bool(self.inbox.unread)
-        if left or not self._may_act:
+        left = self.inbox.has_frames or bool(self.inbox.unread or self._request)
+        if left or self.queued or not self._may_act:
             self.pause_reading()
         else:
             self.resume_reading()
@@ -5521,6 +5528,7 @@ class Gateway:
         """The socket is gone."""
         self.registry.drop(connection)
         self.registry.sockets.discard(connection)
+        self.turns.leave(connection)
         self.ledger.forget(connection)
         connection.account.charge(Door.SOCKET_PRICE_S, self.now())
         connection.account.users -= 1

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import math
 import time
+import weakref
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from websockets.frames import CloseCode, Opcode
+from websockets.http11 import Request
 
 import aws_standin
 import server
 from aws_standin import StandIn
 from server import Account, Accounts, Connection, Gateway, Turns, deflate
+from tests.issuer import Issuer, token_of
 from tests.server.aws import Json, hold_back
 from tests.server.gateways import (
     client_of,
@@ -27,6 +31,7 @@ from tests.server.gateways import (
     skip_ahead,
     unsettled,
 )
+from tests.server.guarded import guarded
 from tests.server.listeners import event
 from tests.server.peers import DEFLATED, dialled, masked, peer_of, request, seqs_until, upgrade
 from tests.waiting import eventually
@@ -107,11 +112,15 @@ class Toiler(Connection):
         self, account: Account, costs_s: list[float], diary: list[str], name: str = "a"
     ) -> None:
         self.account = account
-        self.queued = False
+        self.queued = None
         self.paused = False
         self._costs_s = costs_s
         self._diary = diary
         self._name = name
+
+    @property
+    def is_over(self) -> bool:
+        return False
 
     def pause_reading(self) -> None:
         self.paused = True
@@ -292,6 +301,64 @@ class TestTurns:
                     await peer.response()
                     answered_at[peer] = gateway.now()
             assert answered_at[other] < paid_at <= answered_at[debtor]
+
+    async def test_debt_paid_within_the_turn(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A request that waits is answered, though its debt is paid before its turn has ended."""
+        resume_reading = Connection.resume_reading
+
+        def preempted(connection: Connection) -> None:
+            time.sleep(0.01)
+            resume_reading(connection)
+
+        async with running_gateway(platform) as gateway, dialled(gateway) as peer:
+            identify = gateway.door.identify
+
+            def in_debt(connection: Connection, asked: Request) -> None:
+                identify(connection, asked)
+                connection.account.paid_at = gateway.now() + 0.005
+                monkeypatch.setattr(Connection, "resume_reading", preempted)
+
+            monkeypatch.setattr(gateway.door, "identify", in_debt)
+            peer.write(request("/live", X_Forwarded_For="203.0.113.9"))
+            assert (await peer.response())[0] == 200
+
+    async def test_lost_have_no_turn(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who is gone before its debt is paid is not kept until then."""
+        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 1.0)
+        async with running_gateway(platform) as gateway:
+            account = gateway.door.work_by_address.of("127.0.0.1")
+            account.charge(1e3, gateway.now())
+            async with dialled(gateway) as peer, dialled(gateway) as other:
+                for each in (peer, other):
+                    each.write(b"GET")
+                await eventually(
+                    lambda: [c.queued for c in gateway.registry.sockets] == [account] * 2
+                )
+                gone = weakref.ref(next(iter(gateway.registry.sockets)).inbox.protocol)
+                for connection in gateway.registry.sockets:
+                    connection.transport.abort()
+            await eventually(lambda: not gateway.registry.sockets)
+            await eventually(lambda: gc.collect() and gone() is None)
+            async with client_of(gateway) as client:
+                assert await client.has_nothing_more()
+
+    async def test_closing_is_not_parsed(self, gateway: Gateway) -> None:
+        """What comes after the close frame is neither parsed nor kept nor answered."""
+        async with peer_of(gateway) as peer:
+            [connection] = gateway.registry.connections.values()
+            connection.close(CloseCode.TRY_AGAIN_LATER, "enough")
+            heard_at = connection.heard_at
+            assert await peer.close_code() == CloseCode.TRY_AGAIN_LATER
+            peer.send_frame(b"", Opcode.PING)
+            peer.write(masked(b"x" * 10_000)[:-1])
+            await eventually(lambda: connection.heard_at > heard_at)
+            assert not connection.inbox.held_bytes
+            peer.end()
+            assert await peer.rest() == []
 
     async def test_accounts_survive(self, platform: aws_standin.Platform) -> None:
         """A reconnect starts no new account."""
@@ -497,6 +564,16 @@ class TestLedger:
                 await client.ask(action="subscribe", project_id=f"{number:0256}")
             assert held(gateway) - before >= 100 * server.Ledger.CHANNEL_BYTES
 
+    async def test_unread_in_debt(self, gateway: Gateway) -> None:
+        """What was received before its turn is charged while it waits."""
+        async with peer_of(gateway) as peer:
+            [connection] = gateway.registry.connections.values()
+            connection.account.charge(1e3, gateway.now())
+            before = held(gateway)
+            peer.write(masked(b"x" * 10_000))
+            await eventually(lambda: connection.inbox.unread)
+            assert held(gateway) - before == len(connection.inbox.unread)
+
     async def test_half_open(self, platform: aws_standin.Platform) -> None:
         """Sockets that say nothing are charged: the one that has waited longest ends."""
         room = budget(server.Connection.HANDSHAKE_BYTES * 5 // 2)
@@ -608,6 +685,23 @@ class TestHolds:
             assert connection.account.paid_at > gateway.now()
             peer.end()
             await eventually(lambda: not gateway.registry.sockets)
+
+    async def test_authenticated_in_debt(
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whose token is of somebody in debt is not read from until that is paid."""
+        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 2.0)
+        async with (
+            guarded(platform, issuer, auth_first_message=True) as gateway,
+            peer_of(gateway) as peer,
+        ):
+            [connection] = gateway.registry.connections.values()
+            gateway.door.work_by_subject.of("alice").charge(1e3, gateway.now())
+            answer = await peer.ask(action="authenticate", token=token_of("alice"))
+            assert answer["type"] == "authenticated"
+            assert not connection.is_read
+            for _ in range(2):
+                assert await peer.is_answered()
 
     async def test_reset_is_noticed(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
