@@ -190,6 +190,7 @@ TRACE_MAX_CHARS = 128  # of a traceparent: 55 today, "higher versions" may be lo
 SEQ_MAX = 2**53 - 1  # what JavaScript's numbers hold exactly
 MAX_NESTING = 100  # of arrays and objects, the message's own included; parsers stop at a thousand
 REF_MAX_CHARS = 64
+REF_MAX_BYTES = 12 * REF_MAX_CHARS + 2  # with an escaped surrogate pair for each character
 EXPLAINED_BYTES = 1_024  # of a refused message, in which its ids are looked for
 
 # Access.
@@ -742,6 +743,11 @@ class Asking(Struct, kw_only=True):
     """What every message of a client may carry, and every answer to it repeats."""
 
     ref: Raw = Raw(b"0")
+
+    def __post_init__(self) -> None:
+        """Keep the ``ref`` alone: what is found in a message is a view, and holds all of it."""
+        is_short = memoryview(self.ref).nbytes <= REF_MAX_BYTES
+        self.ref = self.ref.copy() if is_short else Raw(b"0")
 
 
 class Answer(Struct, kw_only=True):
@@ -5251,6 +5257,7 @@ class Messages:
             traceparent=message.traceparent or UNSET,
         )
         self._gateway.forwarder.submit(queue, body, done)
+        message.data = Raw(b"null")  # the rest of the message is held no longer
         connection.hold(+1, size_bytes)
 
     def _position(self, project_id: str | None) -> dict[str, Any]:

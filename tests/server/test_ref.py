@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
 import aws_standin
 import server
+from aws_standin import StandIn
+from server import Connection, Gateway
+from tests.server.aws import hold_back
 from tests.server.gateways import client_of, running_gateway
+from tests.waiting import eventually
 
 MESSAGES: list[tuple[dict[str, Any], list[str]]] = [
     ({"action": "ping"}, ["pong"]),
@@ -54,6 +59,34 @@ class TestRef:
             assert answer["code"] == "unknown_action"
             assert "ref" not in answer
             assert (await client.ask(action="ping", padding=padding, ref="late"))["ref"] == "late"
+
+    @pytest.mark.parametrize("ref", [b'""', b'"\\ud83d\\ude00"', b'"%b"' % (b"x" * 50_000), b"[1]"])
+    def test_holds_no_more(self, ref: bytes) -> None:
+        """A message that waits for its answer holds nothing of what else its text had."""
+        text = b'{"action":"subscribe","project_id":"p","ref":%b,"x":"%b"}' % (ref, b"x" * 50_000)
+        message = server.decode_message(text)
+        assert sys.getrefcount(text) == 2
+        assert memoryview(message.ref).nbytes < 1_000
+
+    @pytest.mark.usefixtures("impatient")
+    async def test_forward_holds_no_more(self, gateway: Gateway, stand_in: StandIn) -> None:
+        """A forward under way does not, either, beside what is to be sent of it."""
+        texts: list[bytes] = []
+        handle = gateway.messages.handle
+        go_on = hold_back(stand_in)
+
+        def noted(connection: Connection, payload: bytes) -> None:
+            texts.append(payload)
+            handle(connection, payload)
+
+        gateway.messages.handle = noted  # type: ignore[method-assign]
+        async with client_of(gateway) as client:
+            await client.send(action="forward", type="dev", data="d", ref="r", x="x" * 50_000)
+            await eventually(lambda: texts)
+            references = sys.getrefcount(texts[0])
+            assert references == 2
+            go_on.set()
+            assert (await client.receive())["ref"] == "r"
 
     async def test_not_asked_for(self, platform: aws_standin.Platform) -> None:
         """What a URL asks for is answered without."""
