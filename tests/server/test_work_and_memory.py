@@ -328,7 +328,7 @@ class TestTurns:
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who is gone before its debt is paid is not kept until then."""
-        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 1.0)
+        monkeypatch.setattr(Account, "WINDOW_S", 1.0)
         async with running_gateway(platform) as gateway:
             account = gateway.door.work_by_address.of("127.0.0.1")
             account.charge(1e3, gateway.now())
@@ -690,7 +690,7 @@ class TestHolds:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whose token is of somebody in debt is not read from until that is paid."""
-        monkeypatch.setattr(server.Turns, "WORK_WINDOW_S", 2.0)
+        monkeypatch.setattr(Account, "WINDOW_S", 2.0)
         async with (
             guarded(platform, issuer, auth_first_message=True) as gateway,
             peer_of(gateway) as peer,
