@@ -2930,12 +2930,17 @@ class EventLog:
                 self._heads.setdefault(project_id, self._head_of(found.get(project_id)))
         return {project_id: int(item["seq"]["N"]) for project_id, item in found.items()}
 
-    async def read(self, project_id: str, after: int, known: int = 0) -> list[Event]:
+    async def read(
+        self, project_id: str, after: int, known: int = 0, *, over_holes: bool = True
+    ) -> list[Event]:
         """The next events after ``after`` that have not expired: up to a page, at most 1 MB.
 
         An empty list means the end of the log. A first ``seq`` other than ``after + 1``, and an
         empty list where ``known`` is the ``seq`` of a later event, mean that what is left out has
         expired: a query may see a part of a transaction, and so it is looked at again.
+
+        Unless ``over_holes``, it is not looked for beyond a page that has expired: DynamoDB
+        deletes such items days later, and a busy log may have a thousand pages of them.
         """
         while True:
             events: list[Event] = []
@@ -2946,7 +2951,7 @@ class EventLog:
                     for item in page
                     if int(item["expires_at"]["N"]) > now
                 ]
-                if events:
+                if events or not over_holes:
                     break
             first = cast("int", events[0].seq) if events else known + 1
             if first <= after + 1:
@@ -3446,7 +3451,8 @@ class Feed:
             last = position + 1
             if not channel.chunk_with(last):  # else somebody else's read has brought it back by now
                 self._metrics.catch_ups += 1
-                events = await self._read(channel, position, channel.cursor or 0)
+                known = channel.cursor or 0
+                events = await self._read(channel, position, known, over_holes=False)
                 if not events or events[0].seq != position + 1:
                     return None
                 last = cast("int", events[-1].seq)
@@ -3456,9 +3462,11 @@ class Feed:
             position = chunk.last
         return found
 
-    async def _read(self, channel: Channel, after: int, known: int) -> list[Event]:
+    async def _read(
+        self, channel: Channel, after: int, known: int, *, over_holes: bool = True
+    ) -> list[Event]:
         """A page of the log, remembered; what in it is news to the channel is delivered."""
-        events = await self._log.read(channel.project_id, after, known)
+        events = await self._log.read(channel.project_id, after, known, over_holes=over_holes)
         chunk: Chunk | None = None
         for event in events:
             seq = cast("int", event.seq)

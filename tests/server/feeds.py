@@ -67,7 +67,14 @@ class MemoryLog(EventLog):
         await self._step()
         return found
 
-    async def read(self, project_id: str, after: int, known: int = 0) -> list[Event]:  # noqa: ARG002
+    async def read(
+        self,
+        project_id: str,
+        after: int,
+        known: int = 0,  # noqa: ARG002
+        *,
+        over_holes: bool = True,  # noqa: ARG002
+    ) -> list[Event]:
         self.reads += 1
         await self._step()
         gone = self.gone.get(project_id, set())

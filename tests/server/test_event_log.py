@@ -26,6 +26,7 @@ from aws_standin.model import AwsError
 from server import (
     Aws,
     EventLog,
+    Gateway,
     Metrics,
     PendingUpdate,
     ProjectAppend,
@@ -53,6 +54,7 @@ from tests.server.event_logs import (
     whole_log,
 )
 from tests.server.feeds import settle
+from tests.server.gateways import client_of
 from tests.waiting import DEADLINE_S, eventually
 
 Json = dict[str, Any]
@@ -1121,6 +1123,15 @@ class TestEventLog:
         assert (await log.read("p", 0), await head_of(log, "p")) == ([], 2)
         await append(log, "p", appended)
         assert places(appended) == [3]
+
+    async def test_long_expired(self, kit: LogKit, stand_in: StandIn, gateway: Gateway) -> None:
+        """Who was away for too long is told so at once, whatever DynamoDB has not deleted yet."""
+        await append(kit.log(retention_s=-10), "p", entries(*range(1_000)))
+        stand_in.calls.clear()
+        async with client_of(gateway, project_id="p", since=0) as client:
+            confirmation = await client.receive()
+        assert (confirmation["seq"], confirmation["recovered"]) == (1_000, False)
+        assert stand_in.calls["dynamodb", "Query"] == 1
 
     async def test_deleted_events(self, kit: LogKit, stand_in: StandIn) -> None:
         """A task that has slept while others' events came and were deleted goes on after them."""

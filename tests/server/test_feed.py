@@ -244,8 +244,10 @@ class TestFeed:
         """A log that is lost while somebody catches up ends the process, not the connection."""
 
         class LostLog(MemoryLog):
-            async def read(self, project_id: str, after: int, known: int = 0) -> list[Event]:
-                del known
+            async def read(
+                self, project_id: str, after: int, known: int = 0, **options: bool
+            ) -> list[Event]:
+                del known, options
                 raise UpstreamLost(f"event log: {project_id} after {after}")
 
         log, listener = LostLog(), Listener()
