@@ -1327,14 +1327,18 @@ def client_address(peer: str, forwarded_for: Sequence[str], hops: int) -> str:
 
 
 class Admission:
-    """Who may come in now, by address and in all."""
+    """Who may come in now, by address and in all.
+
+    Attributes:
+        inside: how many have come in, or wait for it.
+    """
 
     SITE_ADDRESSES = 16  # what all of an IPv6 /48 may do, in addresses: it has 65,536 of them
 
     def __init__(self, settings: Settings) -> None:
         self._max_connections = settings.max_connections or math.inf
         self._max_per_address = settings.max_connections_per_ip or math.inf
-        self._inside = 0
+        self.inside = 0
         self._inside_by_scope: Counter[str] = Counter()
 
     @classmethod
@@ -1354,13 +1358,13 @@ class Admission:
         scopes, most = self.scopes_of(address), self._max_per_address
         if any(self._inside_by_scope[name] >= worth * most for name, worth in scopes):
             return 429, "Too many connections from this address."
-        if self._inside >= self._max_connections:
+        if self.inside >= self._max_connections:
             return 503, "This server is full."
         return None
 
     def count(self, address: str, change: int) -> None:
         """Count a connection that has come in, +1, or gone, -1."""
-        self._inside += change
+        self.inside += change
         for name, _ in self.scopes_of(address):
             self._inside_by_scope[name] += change
             if not self._inside_by_scope[name]:
@@ -4429,6 +4433,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         self.progress = Progress.LOST
         self.inbox.clear()
+        self._waiting_request()
         self._gateway.forget(self)
 
     # What it holds and what it costs.
@@ -4544,7 +4549,7 @@ class Connection(asyncio.Protocol):
             self._gateway.turns.queue(self)
 
     def pause_reading(self) -> None:
-        """Read no more for now; what the client must send may come later by as long as that.
+        """Read no more for now; what an open one must send may come later by as long as that.
 
         Who is closing is always read from, in whatever debt: else its end would not be seen.
         """
@@ -4558,7 +4563,8 @@ class Connection(asyncio.Protocol):
             now = self._gateway.now()
             paused_s = now - self._paused_at
             self._paused_at = 0.0
-            self.deadline += paused_s
+            if self.progress is Progress.OPEN:
+                self.deadline += paused_s
             if self.inbox.unfinished_since:
                 self.inbox.unfinished_since += paused_s
             self.heard_at = now  # its silence was ours
@@ -4572,7 +4578,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_read(self) -> bool:
-        """Whether what the client sends is read now; else its deadlines stand still."""
+        """Whether what the client sends is read now; else an open one's deadlines stand still."""
         return not self._paused_at
 
     def close(self, code: int, reason: str = "") -> None:
@@ -4656,7 +4662,7 @@ class Connection(asyncio.Protocol):
         data, self.inbox.unread = self.inbox.unread, b""
         protocol = self.inbox.protocol
         if self._asked:
-            request, self._request = self._request, None
+            request = self._waiting_request()
             if data:
                 self.transport.abort()  # it goes on before it has an answer
             elif request is not None:
@@ -4674,15 +4680,25 @@ class Connection(asyncio.Protocol):
         elif events:
             self._asked = True
             request = cast("Request", events[0])
-            self._gateway.door.identify(self, request)
-            if self.account.paid_at > self._gateway.now():
-                self._request = request  # in debt: it is answered in its turn
+            door = self._gateway.door
+            door.identify(self, request)
+            in_debt = self.account.paid_at > self._gateway.now()
+            if in_debt and not door.admission.refusal(self.address):
+                self._request = request  # it is answered in its turn, and counts until then
+                door.admission.count(self.address, +1)
             else:
-                self._gateway.door.answer(self, request)
+                door.answer(self, request)
             return
         elif self._request_bytes > HANDSHAKE_MAX_BYTES:
             protocol.send_response(protocol.reject(431, "The request is too large.\n"))
         self._write_out()
+
+    def _waiting_request(self) -> Request | None:
+        """The request that has waited for its turn, if any; it waits no longer."""
+        request, self._request = self._request, None
+        if request is not None:
+            self._gateway.door.admission.count(self.address, -1)
+        return request
 
     def respond(self, request: Request, response: Response) -> None:
         """Answer the handshake, at once or when it is known who the client is."""
@@ -5355,11 +5371,13 @@ class Sweep:
     def _look_at(self, connection: Connection) -> None:
         """End a connection that is over, and ping one that is quiet."""
         now = self._gateway.now()
-        late = connection.is_read and connection.deadline <= now
         if connection.progress is not Progress.OPEN:
-            if late:
+            # A request waits for its turn no longer than any debt takes.
+            may_wait_s = 0.0 if connection.is_read else Account.WINDOW_S
+            if connection.deadline + may_wait_s <= now:
                 connection.transport.abort()
             return
+        late = connection.is_read and connection.deadline <= now
         slow = connection.look(now, self._max_backlog_bytes)
         self._end_session(connection)
         if late:

@@ -21,7 +21,7 @@ import aws_standin
 import server
 from aws_standin import StandIn
 from server import Account, Accounts, Connection, Gateway, Turns, deflate
-from tests.issuer import Issuer, token_of
+from tests.issuer import Issuer, private_key, token_of
 from tests.server.aws import Json, hold_back
 from tests.server.gateways import (
     client_of,
@@ -301,6 +301,48 @@ class TestTurns:
                     await peer.response()
                     answered_at[peer] = gateway.now()
             assert answered_at[other] < paid_at <= answered_at[debtor]
+
+    async def test_waiting_requests_count(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No more requests of an address wait than it may have connections."""
+        monkeypatch.setattr(Account, "WINDOW_S", 2.0)
+        asks = upgrade(X_Forwarded_For="203.0.113.9")
+        async with running_gateway(platform, max_connections_per_ip=2) as gateway:
+            gateway.door.work_by_address.of("203.0.113.9").charge(10.0, gateway.now())
+            async with dialled(gateway) as gone:
+                gone.write(asks)
+                await eventually(lambda: gateway.door.admission.inside)
+                [connection] = gateway.registry.sockets
+                connection.transport.abort()
+                await eventually(lambda: not gateway.door.admission.inside)
+            async with dialled(gateway) as first, dialled(gateway) as second:
+                for peer in (first, second):
+                    peer.write(asks)
+                await eventually(lambda: gateway.door.admission.inside == 2)
+                async with dialled(gateway) as one_more:
+                    one_more.write(asks)
+                    assert (await one_more.response())[0] == 429
+                assert not gateway.registry.connections
+                for peer in (first, second):
+                    assert (await peer.response())[0] == 101
+            await eventually(lambda: not gateway.registry.sockets)
+            assert not gateway.door.admission.inside
+
+    async def test_no_longer_than_any_debt(
+        self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A request waits for its own address's debt, not for each bad token that came before."""
+        monkeypatch.setattr(Account, "WINDOW_S", 0.5)
+        monkeypatch.setattr(Connection, "HANDSHAKE_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(server.Sweep, "INTERVAL_S", 0.02)
+        bad = f"Bearer {token_of(key=private_key('key-2'))}"
+        async with guarded(platform, issuer) as gateway, contextlib.AsyncExitStack() as stack:
+            gateway.door.work_by_address.of("203.0.113.9").charge(10.0, gateway.now())
+            peers = [await stack.enter_async_context(dialled(gateway)) for _ in range(5)]
+            for peer in peers:
+                peer.write(upgrade(X_Forwarded_For="203.0.113.9", Authorization=bad))
+            assert await peers[-1].everything() == b""
 
     async def test_debt_paid_within_the_turn(
         self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
