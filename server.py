@@ -3921,7 +3921,7 @@ class Intake:
                     await asyncio.sleep(self.ROOM_ASKED_FOR_S)
                 for message in messages:
                     self._take(message)
-                appends = self._append_waiting()
+                appends = self._append_waiting(tuple(self._waiting))
                 if len(messages) < receiver.BACKLOG:
                     await self._answered(appends)
 
@@ -3966,12 +3966,14 @@ class Intake:
     def add(self, pending: PendingUpdate) -> None:
         """Have an update logged, delivered and published, in its turn."""
         self._waiting.setdefault(pending.project_id, []).append(pending)
-        self._append_waiting()
+        self._append_waiting([pending.project_id])
 
-    def _append_waiting(self) -> list[asyncio.Task[None]]:
-        """Have what waits appended, of every project that has nothing under way."""
+    def _append_waiting(self, project_ids: Iterable[str]) -> list[asyncio.Task[None]]:
+        """Have what waits appended, of each of these projects that has nothing under way."""
         appends = []
-        for project_id in [each for each in self._waiting if each not in self._under_way]:
+        for project_id in project_ids:
+            if project_id in self._under_way or project_id not in self._waiting:
+                continue
             append = ProjectAppend(project_id, self._waiting.pop(project_id))
             self._under_way.add(project_id)
             if append.waiting:
@@ -3989,9 +3991,10 @@ class Intake:
         again = await self._log.append(group)
         for groups in again:
             self._tasks.create_task(self._append(groups))
-        for append in set(group).difference(*again):
+        done = set(group).difference(*again)
+        for append in done:
             self._appended(append)
-        self._append_waiting()
+        self._append_waiting(append.project_id for append in done)
 
     def _deliver(self, pending: PendingUpdate) -> None:
         """Deliver an update here, then publish it, then say that it is done."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import timeit
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 import aws_standin
 import server
 from aws_standin import Call, Fault, StandIn
-from server import Aws
+from server import Aws, EventLog, ProjectAppend
 from tests.server.aws import SERVER_ERROR, THROTTLED, Json, always, bodies, faults, news, push
-from tests.server.event_logs import LogKit, append, entries
-from tests.server.gateways import client_of, how_it_ends, received_in_order, running_gateway
+from tests.server.event_logs import LogKit, append, entries, entry
+from tests.server.gateways import (
+    client_of,
+    how_it_ends,
+    received_in_order,
+    running_gateway,
+    task_group,
+)
 from tests.waiting import eventually
 
 
@@ -225,6 +236,26 @@ class TestIntake:
             stand_in.fault = None
             await eventually(lambda: not queue.bodies)
         assert not bodies(stand_in, "agenticai-updates-dlq")
+
+    async def test_many_wait(self) -> None:
+        """To add a stop takes about as long, however many projects wait for their log."""
+
+        class StalledLog(EventLog):
+            async def append(self, group: Sequence[ProjectAppend]) -> list[list[ProjectAppend]]:
+                await asyncio.Event().wait()
+                return [list(group)]
+
+        log: Any = StalledLog.__new__(StalledLog)
+        nothing: Any = None
+        took_s = []
+        for count in (10, 3_000):
+            async with task_group() as tasks:
+                intake = server.Intake(tasks, nothing, "", log, nothing, None)
+                for number in range(2 * count):  # of each project one is under way, and one waits
+                    intake.add(entry(number, project_id=f"p{number % count}"))
+                one = entry(0, project_id="p0")
+                took_s.append(min(timeit.repeat(lambda: intake.add(one), repeat=5, number=10)))  # noqa: B023
+        assert took_s[1] < 10 * took_s[0]
 
     async def test_room(
         self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
