@@ -4411,7 +4411,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._gateway.now()
-        if self.progress is not Progress.CLOSING:  # else only the peer's end matters
+        if self._awaits_answer:
+            self.transport.abort()  # it goes on before it has an answer
+        elif self.progress is not Progress.CLOSING:  # else only the peer's end matters
             self.inbox.unread += data
             self._gateway.turns.give(self)
 
@@ -4554,11 +4556,13 @@ class Connection(asyncio.Protocol):
     def pause_reading(self) -> None:
         """Read no more for now; what an open one must send may come later by as long as that.
 
-        Who is closing is always read from, in whatever debt: else its end would not be seen.
+        Who has nothing more to send is always heard, in whatever debt: else its end would not be
+        seen, of a connection that is closing, or of a request that waits for its answer.
         """
         if not self._paused_at and not self.is_over:
             self._paused_at = self._gateway.now()
-            self.transport.pause_reading()
+            if not self._awaits_answer:
+                self.transport.pause_reading()
             self.recount()  # with what was read before its turn
 
     def resume_reading(self) -> None:
@@ -4581,7 +4585,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_read(self) -> bool:
-        """Whether what the client sends is read now; else an open one's deadlines stand still."""
+        """Whether what it sends is acted on now; else an open one's deadlines stand still."""
         return not self._paused_at
 
     def close(self, code: int, reason: str = "") -> None:
@@ -4643,6 +4647,11 @@ class Connection(asyncio.Protocol):
     def _may_act(self) -> bool:
         return self.in_flight < self.FORWARDS_IN_FLIGHT
 
+    @property
+    def _awaits_answer(self) -> bool:
+        """Whether its request is complete: only its end may come before the answer."""
+        return self._asked and self.progress is Progress.HANDSHAKE
+
     def _act(self, until_s: float) -> None:
         """Act on messages, and parse a piece more where there is no complete one."""
         now = self._gateway.now()
@@ -4662,15 +4671,12 @@ class Connection(asyncio.Protocol):
 
     def _handshake(self) -> None:
         """Read the request, however slowly it comes, and answer it."""
-        data, self.inbox.unread = self.inbox.unread, b""
-        protocol = self.inbox.protocol
         if self._asked:
-            request = self._waiting_request()
-            if data:
-                self.transport.abort()  # it goes on before it has an answer
-            elif request is not None:
+            if request := self._waiting_request():
                 self._gateway.door.answer(self, request)
             return
+        data, self.inbox.unread = self.inbox.unread, b""
+        protocol = self.inbox.protocol
         self._request_bytes += len(data)
         protocol.receive_data(data)
         events = protocol.events_received()

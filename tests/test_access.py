@@ -1225,6 +1225,13 @@ def waiting(gateway: Gateway) -> list[Connection]:
     return [each for each in gateway.registry.sockets if not each.is_read]
 
 
+def held_by(gateway: Gateway) -> list[Connection]:
+    """The gateway's connections that something still refers to."""
+    gc.collect()
+    alive = [each for each in gc.get_objects() if type(each) is Connection]
+    return [each for each in alive if each._gateway is gateway]
+
+
 async def first_message(gateway: Gateway, token: str) -> int | None:
     """The code with which a connection from the guesser ends, whose first message has the token."""
     async with client_of(gateway, X_Forwarded_For=GUESSER) as client:
@@ -1273,12 +1280,14 @@ class TestFailedAuthentications:
             order.append(await status_of(gateway, token, X_Forwarded_For=GUESSER))
 
         async with guarded(platform, issuer) as gateway:
+            began_at = gateway.now()
             await come("bad")
             async with asyncio.TaskGroup() as coming:
                 tasks = []
                 for token in ("bad", "bad", token_of()):
                     tasks.append(coming.create_task(come(token)))
                     await eventually(lambda: len(waiting(gateway)) + len(order) == 1 + len(tasks))
+            assert gateway.now() - began_at >= 3 * 0.3
         assert order == [401, 401, 401, 101]
 
     async def test_many_at_once(
@@ -1286,7 +1295,7 @@ class TestFailedAuthentications:
     ) -> None:
         """However many connections guess, they get the answers that one address can pay.
 
-        Those that wait are in the memory budget, and their deadlines stand still.
+        Those that wait are in the memory budget.
         """
         price_s = 0.2 / server.Door.ADDRESS_WORK_SHARE
         monkeypatch.setattr(server.Door, "FAILED_AUTHENTICATION_PRICE_S", 0.2)
@@ -1313,6 +1322,31 @@ class TestFailedAuthentications:
             assert held_bytes >= left * server.Connection.HANDSHAKE_BYTES
             for answer in answers:
                 answer.cancel()
+
+    @pytest.mark.usefixtures("expensive")
+    @pytest.mark.parametrize("goes_on", [False, True], ids=["leaves", "talks"])
+    async def test_gives_up_waiting(
+        self, platform: aws_standin.Platform, issuer: Issuer, goes_on: bool
+    ) -> None:
+        """Who leaves, or talks, while its request waits is forgotten at once, and pays nothing.
+
+        So those who come with good tokens wait only for others who are still there.
+        """
+        opening = upgrade(Authorization="Bearer bad", X_Forwarded_For=GUESSER)
+        async with guarded(platform, issuer) as gateway:
+            assert await status_of(gateway, "bad", X_Forwarded_For=GUESSER) == 401
+            account = gateway.door.work_by_address.of(GUESSER)
+            due = account.paid_at
+            async with dialled(gateway) as peer:
+                peer.write(opening)
+                await eventually(lambda: waiting(gateway))
+                if goes_on:
+                    peer.write(b"x")
+                    await eventually(lambda: not gateway.registry.sockets)
+            await eventually(lambda: not gateway.registry.sockets)
+            await eventually(lambda: not held_by(gateway))
+            assert in_debt(gateway)  # it has not had its turn
+            assert account.paid_at <= due + 1.0
 
     @pytest.mark.usefixtures("expensive")
     @pytest.mark.parametrize("way", ["header", "message"])
@@ -1363,7 +1397,7 @@ class TestFailedAuthentications:
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Wrong tokens in messages cost like those in handshakes, on many connections too."""
-        monkeypatch.setattr(server.Account, "WINDOW_S", 0.5)
+        monkeypatch.setattr(server.Account, "WINDOW_S", 1.0)
         async with (
             guarded(platform, issuer, auth_first_message=True) as gateway,
             client_of(gateway, X_Forwarded_For=GUESSER) as early,
@@ -1372,10 +1406,11 @@ class TestFailedAuthentications:
             await early.send(action="authenticate", token="bad")
             assert (await closed_with(early))[0] == 4401
             due = gateway.door.work_by_address.of(GUESSER).paid_at
+            assert due > gateway.now()
             await late.send(action="authenticate", token="bad")
             assert (await closed_with(late))[0] == 4401
             assert gateway.now() >= due
-            assert gateway.door.work_by_address.of(GUESSER).paid_at > due
+            assert gateway.door.work_by_address.of(GUESSER).paid_at >= due + 1.0
 
     @pytest.mark.usefixtures("expensive")
     async def test_fresh_token(self, platform: aws_standin.Platform, issuer: Issuer) -> None:
