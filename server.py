@@ -1950,9 +1950,10 @@ class Turns:
         self._next_at = math.inf
 
     def give(self, connection: Connection) -> None:
-        """Have a connection act on its input: now if nobody waits, else in its turn."""
-        idle = self._left_s > 0 and not self._order
-        if idle and connection.account.paid_at <= self._loop.time():
+        """Have a connection act on its input: now if nobody's turn is due, else in its own."""
+        now = self._loop.time()
+        idle = self._left_s > 0 and not (self._order and self._order[0][0] <= now)
+        if idle and connection.account.paid_at <= now:
             self._run(connection)
         else:
             self.queue(connection)
@@ -3493,7 +3494,9 @@ class Feed:
             )
             connection.send(encode(error))
             return
-        connection.send(Encoders.snapshot.encode(ProjectSnapshot(project_id, state, ref=ref)))
+        snapshot = Encoders.snapshot.encode(ProjectSnapshot(project_id, state, ref=ref))
+        connection.charge_replay(len(snapshot))  # to read it costs the more, the larger it is
+        connection.send(snapshot)
 
     async def open(self, channel: Channel) -> None:
         """Have the channel's cursor where its log ends; of many channels in one call."""
@@ -4515,8 +4518,12 @@ class Connection(asyncio.Protocol):
         """Write events in one piece, to a client that catches up at its own pace and cost."""
         if self.progress is Progress.OPEN:
             frames = chunk.frames(self.deflates)
-            self.account.charge(len(frames) * self.REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
+            self.charge_replay(len(frames))
             self.write_shared(frames)
+
+    def charge_replay(self, size_bytes: int) -> None:
+        """Have its account pay for what is sent it from the log, or of a project's state."""
+        self.account.charge(size_bytes * self.REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
 
     def write_shared(self, frames: bytes) -> None:
         """Write what others are sent too: what is not read of it counts once for all of them."""

@@ -78,6 +78,9 @@ class Listener(Connection):
         if self.progress is Progress.OPEN:
             self.transport.write(chunk.frames(self.deflates))
 
+    def charge_replay(self, size_bytes: int) -> None:
+        pass
+
     def write_shared(self, frames: bytes) -> None:
         self.transport.write(frames)
 

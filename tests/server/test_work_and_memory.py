@@ -198,6 +198,15 @@ class TestTurns:
         assert now() >= due - 0.002
         assert not toiler.paused
 
+    async def test_debtors_hold_up_nobody(self) -> None:
+        """While only those wait who are in debt, others' input is acted on as it comes."""
+        diary: list[str] = []
+        turns, debtor = Turns(), Account(0.5)
+        debtor.charge(6.0, asyncio.get_running_loop().time())
+        turns.give(Toiler(debtor, [0.0], diary, "debtor"))
+        turns.give(Toiler(Account(0.5), [0.0], diary, "other"))
+        assert diary == ["other"]
+
     async def test_half_of_the_loop(self) -> None:
         """While anything else is due, input takes at most half of the loop's time."""
         diary: list[str] = []
@@ -449,6 +458,21 @@ class TestTurns:
             await client.receive_many(11)
             price_s = 55_000 * server.Connection.REPLAY_PRICE_S_PER_BYTE / 0.01
             assert connection.account.paid_at - max(before, gateway.now() - 10) >= price_s * 0.9
+
+    async def test_snapshots_are_charged(
+        self, platform: aws_standin.Platform, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A project's state costs by the byte, too."""
+        monkeypatch.setattr(server.Door, "ADDRESS_WORK_SHARE", 0.01)
+        key = ("PROJECT#p", "METADATA")
+        item = {"PK": {"S": key[0]}, "SK": {"S": key[1]}, "name": {"S": "x" * 350_000}}
+        stand_in.tables[platform.table_name].put(key, item)
+        async with running_gateway(platform) as gateway, client_of(gateway) as client:
+            [connection] = gateway.registry.connections.values()
+            await client.ask(action="subscribe", project_id="p", snapshot=True)
+            assert (await client.receive())["type"] == "project_snapshot"
+            price_s = 350_000 * Connection.REPLAY_PRICE_S_PER_BYTE / 0.01
+            assert connection.account.paid_at > gateway.now() - Account.WINDOW_S + price_s
 
     async def test_subscriptions_in_a_url(self, platform: aws_standin.Platform) -> None:
         """More subscriptions in a URL than a connection may have get one answer."""
