@@ -2625,8 +2625,8 @@ class Forwarder:
 # into those and the others, else into halves. So it comes down to one project, which is read
 # again, as another task may have moved its head, and where a refusal is for good, to one event. A
 # call without an answer is repeated with the same token, by which DynamoDB recognises for ten
-# minutes what it has done. To fail less often, a task learns the numbers and ids of the events
-# that other tasks publish.
+# minutes what it has done; after that, it finds the head moved. To fail less often, a task learns
+# the numbers and ids of the events that other tasks publish.
 #
 # An update can come again: SQS repeats what was not deleted, and agents repeat their event_id. So
 # this task remembers the ids of all events of the last minutes, of every project whose head it
@@ -2866,7 +2866,7 @@ def transactions(appends: Iterable[ProjectAppend]) -> Iterator[list[ProjectAppen
 class EventLog:
     """Append, read, head."""
 
-    SAME_TRANSACTION_ATTEMPTS = 4  # within the ten minutes of its token
+    UNANSWERED_CALLS = 4  # of one transaction, before its log is read
     HEADS_REMEMBERED = 20_000  # projects, at some 300 bytes each
     ITEMS_AT_ONCE = 16  # of the largest, what one call reads: four megabytes
     HEAD_KEY = "EVENTLOG"  # sorts after all events
@@ -3196,13 +3196,16 @@ class EventLog:
         await self.dependency.retry(self._dynamodb.put_item, TableName=self._table, Item=item)
 
     async def _transact(self, items: list[Any]) -> None:
-        """Repeat a transaction until DynamoDB says what became of it, or for some attempts.
+        """Repeat a transaction until DynamoDB says what became of it, or has often not answered.
+
+        While it throttles, for however long, no smaller ones are tried: they would be more calls.
 
         Raises:
             ClientError: it was refused; nothing was written.
             Exception: any other of ``AWS_ERRORS``; what became of it is not known.
         """
         token = uuid.uuid4().hex
+        unanswered_calls = 0
         for attempt in itertools.count(1):
             try:
                 await self.dependency.call(
@@ -3213,7 +3216,8 @@ class EventLog:
                 return
             except AWS_ERRORS as exc:
                 answered = any(cancellation_codes(exc)) or not passes(exc)
-                if answered or attempt == self.SAME_TRANSACTION_ATTEMPTS:
+                unanswered_calls += may_have_effect(exc)
+                if answered or unanswered_calls == self.UNANSWERED_CALLS:
                     raise
             await asyncio.sleep(full_jitter_s(attempt))
 

@@ -166,10 +166,12 @@ class TestIntake:
         blocked = True
 
         def fault(call: Call) -> Fault | None:
-            slow = (
-                blocked and call.operation == "TransactWriteItems" and "#slow" in str(call.request)
-            )
-            return THROTTLED if slow else None
+            if not blocked or call.operation != "TransactWriteItems":
+                return None
+            slow = ["#slow" in str(item) for item in call.request["TransactItems"]]
+            reasons = [{"Code": "ThrottlingError" if each else "None"} for each in slow]
+            code, fields = "TransactionCanceledException", {"CancellationReasons": reasons}
+            return Fault(status=400, code=code, fields=fields) if any(slow) else None
 
         stand_in.fault = fault
         with pytest.MonkeyPatch.context() as patch:
