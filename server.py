@@ -2040,7 +2040,7 @@ class Ledger:
 
     CHANNEL_BYTES = 2_000  # an open channel without events
     ROOM_BELOW = 0.9  # of the budget; above it nobody comes in, and relief goes down to it
-    ENDED_AT_ONCE = 50  # connections, before what they held is counted anew
+    ENDED_AT_ONCE = 50  # connections with a backlog, before what is held is counted anew
 
     def __init__(self, registry: Registry, metrics: Metrics, budget_bytes: int) -> None:
         self._registry = registry
@@ -2117,7 +2117,7 @@ class Ledger:
         """End connections until enough is free, of whoever holds most at each step.
 
         What many share is free only when the last of them is gone, and a transport lets go of its
-        buffer a moment after it was ended. So a few are ended at a time.
+        buffer a moment after it was ended. So of those with a backlog a few are ended at a time.
         """
         self._relief_is_due = False
         self.let_go()
@@ -2127,16 +2127,17 @@ class Ledger:
             if not connection.transport.is_closing():
                 by_account[connection.account].append(connection)
                 held_bytes[connection.account] += connection.held_bytes()
-        for _ in range(self.ENDED_AT_ONCE):
-            if not held_bytes or self.has_room:
-                return
-            account = max(held_bytes, key=held_bytes.__getitem__)
+        most = [(-size, number, each) for number, (each, size) in enumerate(held_bytes.items())]
+        heapq.heapify(most)
+        with_backlog = 0
+        while most and not self.has_room and with_backlog < self.ENDED_AT_ONCE:
+            minus_bytes, number, account = heapq.heappop(most)
             victim = by_account[account].pop()
             freed_bytes = victim.held_bytes()
-            self._end(victim, freed_bytes, held_bytes[account])
-            held_bytes[account] -= freed_bytes
-            if not by_account[account]:
-                del held_bytes[account]
+            with_backlog += victim.choked
+            self._end(victim, freed_bytes, -minus_bytes)
+            if by_account[account]:
+                heapq.heappush(most, (minus_bytes + freed_bytes, number, account))
         self._check()
 
     def _end(self, connection: Connection, held_bytes: int, account_bytes: int) -> None:

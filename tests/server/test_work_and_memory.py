@@ -652,6 +652,22 @@ class TestLedger:
                     for peer in (second, third):
                         assert peer is not None
 
+    async def test_room_is_made_at_once(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All are looked at once for as many sockets as make room, not again for each few."""
+        monkeypatch.setattr(server.Ledger, "ENDED_AT_ONCE", 1)
+        room = budget(Connection.HANDSHAKE_BYTES * 20.5)
+        async with (
+            running_gateway(platform, **room) as gateway,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            for _ in range(21):
+                await stack.enter_async_context(dialled(gateway))
+            await eventually(lambda: gateway.metrics.memory_closed)
+            assert gateway.metrics.memory_closed == 3
+            assert gateway.ledger.has_room
+
     async def test_full(self, platform: aws_standin.Platform) -> None:
         """Close to the budget, who comes gets 503; who is here stays."""
         here = Connection.CONNECTION_BYTES + Connection.SUBSCRIPTION_BYTES  # to "*"
