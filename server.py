@@ -4050,19 +4050,19 @@ class Intake:
 
     async def _delete(self, receipts: list[str]) -> None:
         """Delete what is done. What stays is held until it can be deleted."""
-        entries: Any = [{"Id": str(i), "ReceiptHandle": each} for i, each in enumerate(receipts)]
-        answer = await self.dependency.retry(
-            self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
-        )
-        failed = answer.get("Failed", ())
-        left = {each.get("Id") for each in failed if not each.get("SenderFault")}
-        if left:
-            await asyncio.sleep(full_jitter_s(0))
-        for i, receipt in enumerate(receipts):
-            if str(i) in left:
-                self._to_delete.add(receipt)
-            else:
-                del self._held[receipt]
+        left = dict(enumerate(receipts))
+        for attempt in itertools.count():
+            entries: Any = [{"Id": str(i), "ReceiptHandle": each} for i, each in left.items()]
+            answer = await self.dependency.retry(
+                self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
+            )
+            failed = answer.get("Failed", ())
+            again = {each.get("Id") for each in failed if not each.get("SenderFault")}
+            for i in [i for i in left if str(i) not in again]:
+                del self._held[left.pop(i)]
+            if not left:
+                return
+            await asyncio.sleep(full_jitter_s(attempt))
 
     async def keep(self) -> NoReturn:
         """Hold on to updates that take long, as while DynamoDB throttles.

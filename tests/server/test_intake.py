@@ -98,6 +98,24 @@ class TestIntake:
             await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
         assert stand_in.calls["sqs", "DeleteMessageBatch"] == 2
 
+    async def test_delete_fails_for_long(
+        self, stand_in: StandIn, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What SQS cannot delete for long it is asked for ever more seldom."""
+        attempts: list[int] = []
+
+        def wait_s(attempt: int, **_: float) -> float:
+            attempts.append(attempt)
+            return 0.0
+
+        stand_in.fault = faults("DeleteMessageBatch", *[Fault(failed={0: False})] * 5)
+        async with running_gateway(platform):
+            monkeypatch.setattr(server, "full_jitter_s", wait_s)
+            push(stand_in, *news(1))
+            await eventually(lambda: not bodies(stand_in, "agenticai-updates"))
+            assert attempts[:5] == [0, 1, 2, 3, 4]
+        assert stand_in.calls["sqs", "DeleteMessageBatch"] == 6
+
     async def test_delete_answered_with_nonsense(
         self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
