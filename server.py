@@ -1645,6 +1645,9 @@ class Chunk:
     Attributes:
         joined: the frames in one piece, by whether they are deflated.
         size_bytes: of the frames of events that were taken.
+
+    Args:
+        registry: counts what is held for it until nobody has it any more.
     """
 
     MAX_BYTES = 131_072  # of one write to a client that catches up; a larger event is alone
@@ -1652,12 +1655,17 @@ class Chunk:
     EVENT_BYTES = 300  # held for an event beside its frame
     FRAMES_HELD = 4  # of an event at most: plain and deflated, each by itself and joined
 
-    __slots__ = ("events", "joined", "size_bytes")
+    __slots__ = ("_registry", "events", "joined", "size_bytes")
 
-    def __init__(self, events: list[Event]) -> None:
+    def __init__(self, events: list[Event], registry: Registry | None = None) -> None:
         self.events = events
         self.size_bytes = 0
         self.joined: dict[bool, bytes] = {}
+        self._registry = registry
+
+    def __del__(self) -> None:
+        if self._registry is not None:
+            self._registry.events_bytes -= self.held_bytes
 
     def frames(self, deflated: bool) -> bytes:
         joined = self.joined.get(deflated)
@@ -1763,7 +1771,9 @@ class Registry:
     Attributes:
         sockets: all connections from their first byte to their last.
         connections: those of them that are open, by id.
-        remembered_bytes: a bound of what is held for the events in all chunks.
+        events_bytes: a bound of what is held for the events in all chunks of logs, also in those
+            that are forgotten and that some client is still to be sent.
+        remembered_bytes: the same for those that are remembered.
     """
 
     REMEMBERED_BYTES = 33_554_432  # held for events of all channels at most
@@ -1773,7 +1783,7 @@ class Registry:
         self.connections: dict[str, Connection] = {}
         self.channels: dict[str, Channel] = {}
         self._chunks: deque[tuple[Channel, Chunk]] = deque()  # the oldest first
-        self.remembered_bytes = 0
+        self.events_bytes = self.remembered_bytes = 0
 
     def channel(self, project_id: str) -> Channel:
         channel = self.channels.get(project_id)
@@ -1806,13 +1816,15 @@ class Registry:
         When a task is replaced, thousands come back at once that have missed the same. It is kept
         in ``chunk``, if that ends before it and has room; returns the chunk that it is in.
         """
+        held_bytes = Chunk.EVENT_BYTES + Chunk.FRAMES_HELD * len(event.frame)
         if chunk is None or not chunk.take(event):
-            chunk = Chunk([])
+            chunk = Chunk([], self)
             chunk.take(event)
             bisect.insort(channel.chunks, chunk, key=operator.attrgetter("first"))
             self._chunks.append((channel, chunk))
-            self.remembered_bytes += Chunk.CHUNK_BYTES
-        self.remembered_bytes += Chunk.EVENT_BYTES + Chunk.FRAMES_HELD * len(event.frame)
+            held_bytes += Chunk.CHUNK_BYTES
+        self.events_bytes += held_bytes
+        self.remembered_bytes += held_bytes
         while self.remembered_bytes > self.REMEMBERED_BYTES:
             forgetful, oldest = self._chunks.popleft()
             forgetful.chunks.remove(oldest)
@@ -1828,6 +1840,7 @@ class Registry:
         """Send a connection nothing more, whatever it is subscribed to or catches up with."""
         for task in tuple(connection.catching_up.values()):
             task.cancel()
+        connection.page = []
         self.connections.pop(connection.id, None)
         for project_id in tuple(connection.subscriptions):
             self.leave(connection, project_id)
@@ -2029,7 +2042,8 @@ class Turns:
 class Ledger:
     """Every byte held for clients or because of them, by connection and in all.
 
-    Without events: what is remembered of them has a bound of its own (``Registry``).
+    Events that are remembered have a bound of their own (``Registry``). Of those that are not, what
+    clients that catch up have found and not been sent yet counts once for all of them.
 
     Over the budget, the account that holds most loses the connection that has stalled longest, at
     once. What agents cause counts too, but stops the intake of updates and never a client.
@@ -2054,8 +2068,10 @@ class Ledger:
 
     @property
     def clients_bytes(self) -> int:
-        channels = len(self._registry.channels) * self.CHANNEL_BYTES
-        return self._held_bytes + self._shared_bytes + channels
+        registry = self._registry
+        channels = len(registry.channels) * self.CHANNEL_BYTES
+        forgotten = registry.events_bytes - registry.remembered_bytes
+        return self._held_bytes + self._shared_bytes + channels + forgotten
 
     @property
     def has_room(self) -> bool:
@@ -2076,7 +2092,7 @@ class Ledger:
             connection.charged_bytes += change_bytes
             self._held_bytes += change_bytes
             if change_bytes > 0:
-                self._check()
+                self.check()
 
     def forget(self, connection: Connection) -> None:
         self._held_bytes -= connection.charged_bytes
@@ -2087,7 +2103,7 @@ class Ledger:
         if id(data) not in self._shared:
             self._shared[id(data)] = data
             self._shared_bytes += len(data)
-            self._check()
+            self.check()
 
     def let_go(self) -> None:
         """Stop counting shared bytes that no transport refers to any more."""
@@ -2104,11 +2120,12 @@ class Ledger:
         for connection in self._registry.sockets:
             kinds.update(connection.held())
         kinds["channels"] = len(self._registry.channels) * self.CHANNEL_BYTES
-        kinds["events"] = self._registry.remembered_bytes
+        kinds["events"] = self._registry.events_bytes
         kinds["agents"] = self.agents_bytes()
         return kinds
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Have connections ended, if what is held is over the budget."""
         if self.clients_bytes > self._budget_bytes and not self._relief_is_due:
             self._relief_is_due = True
             asyncio.get_running_loop().call_soon(self._relieve)
@@ -2138,7 +2155,7 @@ class Ledger:
             self._end(victim, freed_bytes, -minus_bytes)
             if by_account[account]:
                 heapq.heappush(most, (minus_bytes + freed_bytes, number, account))
-        self._check()
+        self.check()
 
     def _end(self, connection: Connection, held_bytes: int, account_bytes: int) -> None:
         self._metrics.memory_closed += 1
@@ -3405,7 +3422,10 @@ class Feed:
         connection.catch_up_turn = connection.catch_up_turn or asyncio.Lock()
         async with connection.catch_up_turn:
             with connection.failing_alone():
-                await self._send_missed(connection, channel, request)
+                try:
+                    await self._send_missed(connection, channel, request)
+                finally:
+                    connection.page = []
 
     async def _send_missed(
         self, connection: Connection, channel: Channel, request: Subscribe
@@ -3423,7 +3443,10 @@ class Feed:
         if request.snapshot:
             await self._send_snapshot(connection, request.project_id, ref_of(request))
         while position < channel.floor:
-            for chunk in found:
+            connection.take_page(found)
+            found = []  # so that it ends with the connection
+            while connection.page:
+                chunk = connection.page.pop(0)
                 async with self._may_write:  # a crowd that gets the same at once stops nobody else
                     connection.replay(chunk.after(position))
                     position = chunk.last
@@ -4353,6 +4376,7 @@ class Connection(asyncio.Protocol):
         deadline: when handshake, authentication or close must be over, by the loop's clock.
         in_flight, in_flight_bytes: forwards that are not settled yet, and what else holds it up.
         moved_at: when the client last read something, or had nothing left to read.
+        page: what of a log is kept until the client has been sent it.
         principal: who it belongs to; ``None`` until that is known.
         queued: the account with which it waits for its turn to act on its input.
         said_busy_at: when it was last told that it is not read from; infinite if it did not ask.
@@ -4376,8 +4400,8 @@ class Connection(asyncio.Protocol):
         "_asked", "_drained", "_gateway", "_paused_at", "_private_bytes", "_request",
         "_request_bytes", "account", "address", "backlog_bytes", "behind", "catch_up_turn",
         "catching_up", "charged_bytes", "choked", "deadline", "deflates", "heard_at", "id",
-        "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "pinged_at", "principal",
-        "progress", "queued", "said_busy_at", "subscriptions", "transport", "warned",
+        "in_flight", "in_flight_bytes", "inbox", "moved_at", "opened_at", "page", "pinged_at",
+        "principal", "progress", "queued", "said_busy_at", "subscriptions", "transport", "warned",
     )  # fmt: skip
 
     account: Account
@@ -4391,6 +4415,7 @@ class Connection(asyncio.Protocol):
         self.subscriptions: set[str] = set()
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None  # only for those who ever need it
+        self.page: list[Chunk] = []
         self.deflates = False
         self.behind = self.choked = False
         self.queued: Account | None = None
@@ -4468,9 +4493,10 @@ class Connection(asyncio.Protocol):
         }
 
     def held_bytes(self) -> int:
-        """Bytes held for this client, with all that it has not read."""
+        """Bytes held for this client, with all that it has not read or is still to be sent."""
         unread = self.transport.get_write_buffer_size()
-        return sum((self.held() | {"unread": unread}).values())
+        page = sum(chunk.held_bytes for chunk in self.page)
+        return sum((self.held() | {"unread": unread, "page": page}).values())
 
     @property
     def stalled_since(self) -> float:
@@ -4529,6 +4555,11 @@ class Connection(asyncio.Protocol):
     def charge_replay(self, size_bytes: int) -> None:
         """Have its account pay for what is sent it from the log, or of a project's state."""
         self.account.charge(size_bytes * self.REPLAY_PRICE_S_PER_BYTE, self._gateway.now())
+
+    def take_page(self, page: Iterable[Chunk]) -> None:
+        """Keep a page of a log that others may have too, until this client has been sent it."""
+        self.page = list(page)
+        self._gateway.ledger.check()
 
     def write_shared(self, frames: bytes) -> None:
         """Write what others are sent too: what is not read of it counts once for all of them."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, cast
 
 import msgspec
@@ -57,6 +58,7 @@ class Listener(Connection):
         self.subscriptions: set[str] = set()
         self.catching_up: dict[str, asyncio.Task[None]] = {}
         self.catch_up_turn: asyncio.Lock | None = None
+        self.page: list[Chunk] = []
         self.deflates = deflates
         self.choked = False
         self.account = server.Account(share=math.inf)
@@ -83,6 +85,9 @@ class Listener(Connection):
 
     def write_shared(self, frames: bytes) -> None:
         self.transport.write(frames)
+
+    def take_page(self, page: Iterable[Chunk]) -> None:
+        self.page = list(page)
 
     async def drained(self) -> None:
         await self.reads.wait()

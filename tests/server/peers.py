@@ -86,6 +86,11 @@ class Peer:
     def write(self, data: bytes) -> None:
         self._writer.write(data)
 
+    def narrow(self) -> None:
+        """Have the kernel keep little of what is not read."""
+        raw = self._writer.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+
     def send_frame(
         self, payload: bytes, opcode: int = Opcode.TEXT, *, fin: bool = True, rsv: int = 0
     ) -> None:

@@ -33,7 +33,16 @@ from tests.server.gateways import (
 )
 from tests.server.guarded import guarded
 from tests.server.listeners import event
-from tests.server.peers import DEFLATED, dialled, masked, peer_of, request, seqs_until, upgrade
+from tests.server.peers import (
+    DEFLATED,
+    Peer,
+    dialled,
+    masked,
+    peer_of,
+    request,
+    seqs_until,
+    upgrade,
+)
 from tests.waiting import eventually
 
 
@@ -490,6 +499,15 @@ def held(gateway: Gateway) -> int:
     return gateway.ledger.clients_bytes
 
 
+async def stop_reading(gateway: Gateway, peer: Peer, project_id: str) -> None:
+    """Have a client catch up and read nothing of it."""
+    narrow(gateway)
+    peer.narrow()
+    connection = list(gateway.registry.connections.values())[-1]
+    await peer.ask(action="subscribe", project_id=project_id, since=0)
+    await eventually(lambda: connection.choked)
+
+
 def budget(size: float) -> dict[str, Any]:
     """The setting for so many bytes."""
     return {"memory_budget_mb": size / 1_048_576}
@@ -621,6 +639,49 @@ class TestLedger:
         await eventually(lambda: not gateway.registry.connections)
         gateway.ledger.let_go()
         assert held(gateway) <= before
+
+    async def test_pages_of_slow_readers(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What slow clients are still to be sent counts once for all, when it is forgotten."""
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 5_000_000)
+        page_bytes = 40 * 25_000 * server.Chunk.FRAMES_HELD
+        async with running_gateway(platform) as gateway, contextlib.AsyncExitStack() as stack:
+            for project_id in ("p", "q"):
+                await fill_log(gateway, 40, 25_000, project_id)
+            for _ in range(5):
+                await stop_reading(gateway, await stack.enter_async_context(peer_of(gateway)), "p")
+            slow = list(gateway.registry.connections.values())
+            before = held(gateway)
+            async with peer_of(gateway) as another:
+                await another.ask(action="subscribe", project_id="q", since=0)
+                assert await seqs_until(another, 40) == list(range(1, 41))
+                grown = held(gateway) - before
+            assert page_bytes / 2 < grown < 2 * page_bytes  # not five times as much
+            assert slow[0].held_bytes() > page_bytes / 2  # it has read the page
+            assert gateway.ledger.figures()["events"] > server.Registry.REMEMBERED_BYTES
+            stack.pop_all()
+            for connection in slow:
+                connection.transport.abort()
+            await eventually(lambda: not gateway.registry.connections)
+            await eventually(lambda: held(gateway) < before)
+            assert gateway.ledger.figures()["events"] <= server.Registry.REMEMBERED_BYTES
+
+    async def test_too_many_pages(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of slow clients with a page each, one ends when their pages are over the budget."""
+        monkeypatch.setattr(server.Registry, "REMEMBERED_BYTES", 5_000_000)
+        async with (
+            running_gateway(platform, **budget(6_000_000)) as gateway,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            for project_id in ("p", "q", "r"):
+                await fill_log(gateway, 40, 25_000, project_id)
+                peer = await stack.enter_async_context(peer_of(gateway))
+                await stop_reading(gateway, peer, project_id)
+            await eventually(lambda: gateway.metrics.memory_closed == 1)
+            await eventually(lambda: held(gateway) < 6_000_000)
 
     async def test_long_names(self, platform: aws_standin.Platform) -> None:
         """Subscriptions and channels are charged, so that their sum has a bound too."""
