@@ -3433,8 +3433,9 @@ class Feed:
         """Send one client what it missed, as fast as it reads and can pay, and have it go live."""
         await connection.account.afford(PAGE_PRICE_S)  # for head, gap and snapshot
         await self.open(channel)
-        if (request.since or 0) > (channel.cursor or 0):
-            await self._fill(channel)  # the client comes from a task that is ahead of this one
+        for _ in range(2):  # a filling that had begun before may end without what it has seen
+            if (request.since or 0) > (channel.cursor or 0):  # it comes from a task that is ahead
+                await asyncio.shield(self._filling(channel))
         position, recovered = self._resume_at(channel, request)
         found = await self._find(connection, channel, position)
         if found is None:
@@ -3548,7 +3549,13 @@ class Feed:
         behind = channel.cursor is not None and channel.wanted > channel.cursor
         if behind and (channel.filling is None or channel.filling.done()):
             self._metrics.gaps_filled += 1
+            self._filling(channel)
+
+    def _filling(self, channel: Channel) -> asyncio.Task[None]:
+        """The task that has the channel catch up with its log: one for all who wait for that."""
+        if channel.filling is None or channel.filling.done():
             channel.filling = self._tasks.create_task(self._fill(channel))
+        return channel.filling
 
     async def _fill(self, channel: Channel) -> None:
         """Deliver everything the log has beyond the cursor."""

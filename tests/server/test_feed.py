@@ -262,6 +262,32 @@ class TestFeed:
         assert await how_it_ends(subscribed()) == "event log: p after 0"
         assert listener.closed_with is None
 
+    async def test_crowd_from_a_task_ahead(self) -> None:
+        """A crowd that has seen more than this task reads the log once, and a latecomer too."""
+        log = MemoryLog(held=True)
+        log.add(1)
+        crowd = [Listener(f"listener-{number}") for number in range(50)]
+        latecomer = Listener("latecomer")
+        async with office_of(log) as office:
+            office.feed.subscribe(Listener("first"), Subscribe("p"))
+            for _ in range(2):
+                await settle()
+                await log.go_on()
+            log.add(5)
+            for each in crowd:
+                office.feed.subscribe(each, Subscribe("p", since=6))
+            await settle()
+            for _ in range(3):
+                await log.go_on()  # what the last of the reads sees is decided
+            log.add(1)
+            office.feed.subscribe(latecomer, Subscribe("p", since=7))
+            while "p" not in latecomer.subscriptions:
+                await settle()
+                await log.go_on()
+        for each in (*crowd, latecomer):
+            assert each.messages.popleft()["recovered"] is True
+        assert log.reads <= 4
+
     async def test_crowd_shares_pages(self) -> None:
         """What many have missed is read once for all of them, however slowly each one reads."""
         log = MemoryLog(page=20)
