@@ -2946,11 +2946,11 @@ class EventLog:
             if unprocessed := answer.get("UnprocessedKeys", {}).get(self._table):
                 left += unprocessed["Keys"]
                 await asyncio.sleep(full_jitter_s(1))
-        if consistent:  # who opens a project will see it appended to
+        if consistent:  # who opens a project will see it appended to, unless it is invented
             while len(self._heads) > self.HEADS_REMEMBERED:
                 del self._heads[next(iter(self._heads))]
-            for project_id in project_ids:
-                self._heads.setdefault(project_id, self._head_of(found.get(project_id)))
+            for project_id, item in found.items():
+                self._heads.setdefault(project_id, self._head_of(item))
         return {project_id: int(item["seq"]["N"]) for project_id, item in found.items()}
 
     async def read(
@@ -3080,8 +3080,8 @@ class EventLog:
         await self.heads([name for name, head in known.items() if head is None], consistent=True)
         for append in group:  # of those known before, some may have been forgotten meanwhile
             name = append.project_id
-            head = self._heads.pop(name, known[name])
-            append.head = self._heads[name] = cast("Head", head)
+            head = self._heads.pop(name, None) or known[name] or Head(0, 0.0)
+            append.head = self._heads[name] = head
         unknown = [
             append for append in group if append.head.stale or self._may_have_forgotten(append)
         ]
@@ -3090,10 +3090,8 @@ class EventLog:
             # If that took minutes, ids of the others may have been forgotten meanwhile.
             unknown = [append for append in group if self._may_have_forgotten(append)]
 
-    def _head_of(self, item: dict[str, Any] | None) -> Head:
+    def _head_of(self, item: dict[str, Any]) -> Head:
         """A head as it was just read: if the last event is old, then there are no newer ids."""
-        if item is None:
-            return Head(0, 0.0)
         newest_seq, _, stamp = item.get("newest", {}).get("S", "").partition(" ")
         says_when = newest_seq == item["seq"]["N"]  # else a task that does not write it came after
         return Head(int(item["seq"]["N"]), unix_s(stamp) + 0.001 if says_when else time.time())
@@ -3817,17 +3815,21 @@ class Relay:
                         accept(event)
 
     async def heartbeat(self) -> NoReturn:
-        """Show signs of life, make sure that events still arrive, and see who lives no more."""
+        """Show signs of life, whatever else fails: without five of them others end this task."""
         while True:
             await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
             tags = {"heartbeat": str(int(time.time()))}
             await self.dependency.retry(self._sqs.tag_queue, QueueUrl=self._queue_url, Tags=tags)
+
+    async def look_after(self) -> NoReturn:
+        """Make sure that events still arrive, and see who lives no more."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s * random.uniform(0.8, 1.0))  # noqa: S311
             await self.dependency.retry(
                 self._sns.get_subscription_attributes, SubscriptionArn=self._subscription_arn
             )
             try:
-                async with asyncio.timeout(self._heartbeat_s):  # or the next sign would be late
-                    await self._reap()
+                await self._reap()
             except AWS_ERRORS as exc:  # it is tried again in a while, here or by another task
                 logger.warning("fan-out: reaping stopped with %s", error_code(exc))
 
@@ -5579,8 +5581,9 @@ class Gateway:
             loops.create_task(self.feed.audit(settings.audit_interval_seconds))
             if relay:
                 await relay.start()
-                for each in (relay.run(self.feed.accept_relayed), relay.heartbeat()):
-                    loops.create_task(each)
+                loops.create_task(relay.run(self.feed.accept_relayed))
+                loops.create_task(relay.heartbeat())
+                loops.create_task(relay.look_after())
             if intake:
                 self.drain.receiving = loops.create_task(intake.run())
                 loops.create_task(intake.keep())

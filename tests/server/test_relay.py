@@ -180,6 +180,17 @@ class TestRelay:
             named = {each.endpoint.rpartition(":")[2] for each in subscriptions(stand_in)}
         assert named == {"agenticai-updates-task-task-1", alive}
 
+    async def test_heart_beats_whatever_fails(
+        self, stand_in: StandIn, platform: aws_standin.Platform
+    ) -> None:
+        """A task that cannot look after its subscription is not taken for dead."""
+        async with running_gateway(platform, topic=True, task_heartbeat_seconds=0.2):
+            stand_in.fault = always("GetSubscriptionAttributes", THROTTLED)
+            await eventually(lambda: stand_in.calls["sns", "GetSubscriptionAttributes"] > 1)
+            tags = stand_in.queues["agenticai-updates-task-task-1"].tags
+            tags["heartbeat"] = "0"
+            await eventually(lambda: float(tags["heartbeat"]) > time.time() - 60)
+
     async def test_heartbeat(self, stand_in: StandIn, platform: aws_standin.Platform) -> None:
         """A task shows that it lives, again and again."""
         async with running_gateway(platform, topic=True, task_heartbeat_seconds=0.2):
