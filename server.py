@@ -1796,13 +1796,14 @@ class Registry:
         connection.subscriptions.add(channel.project_id)
         connection.recount()
 
-    def leave(self, connection: Connection, project_id: str) -> None:
-        """Take ``connection`` off the live list; also if it is not on it."""
-        connection.subscriptions.discard(project_id)
-        channel = self.channels.get(project_id)
-        if channel is not None:
-            channel.listeners[connection.deflates].discard(connection)
-            self.release(channel)
+    def leave(self, connection: Connection, *project_ids: str) -> None:
+        """Take ``connection`` off the live lists; also where it is not on one."""
+        for project_id in project_ids:
+            connection.subscriptions.discard(project_id)
+            channel = self.channels.get(project_id)
+            if channel is not None:
+                channel.listeners[connection.deflates].discard(connection)
+                self.release(channel)
         connection.recount()
 
     def release(self, channel: Channel) -> None:
@@ -1842,8 +1843,7 @@ class Registry:
             task.cancel()
         connection.page = []
         self.connections.pop(connection.id, None)
-        for project_id in tuple(connection.subscriptions):
-            self.leave(connection, project_id)
+        self.leave(connection, *connection.subscriptions)
 
     @property
     def subscriptions(self) -> int:

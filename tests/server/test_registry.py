@@ -163,6 +163,18 @@ class TestRegistry:
         registry.leave(listener, EVERYONE)
         assert EVERYONE in registry.channels
 
+    def test_what_it_holds_is_counted_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who leaves is counted anew once, not for each subscription: thousands may at once."""
+        registry, listener, counted = Registry(), Listener(), list[int]()
+        for number in range(100):
+            registry.join(listener, registry.channel(f"p{number}"))
+        monkeypatch.setattr(
+            Listener, "recount", lambda self: counted.append(len(self.subscriptions))
+        )
+        registry.drop(listener)
+        assert counted == [0]
+        assert not registry.channels
+
     def test_drop(self) -> None:
         """A connection that is gone listens to nothing."""
         registry = Registry()
