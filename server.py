@@ -2821,6 +2821,7 @@ class ProjectAppend:
         pending: in order; in the end each that is to be logged has its event or its refusal.
         head: set by each attempt.
         chosen: what this attempt is to write, with the messages of the events.
+        found: the ``seq`` of each that is in the log, by id, however much is forgotten meanwhile.
         one_by_one: whether a transaction was refused for one of its events, nobody knows which.
         failures: of its transactions since the last success.
     """
@@ -2831,8 +2832,12 @@ class ProjectAppend:
     pending: Sequence[PendingUpdate]
     head: Head = dataclasses.field(init=False)
     chosen: list[tuple[PendingUpdate, EventMessage]] = dataclasses.field(default_factory=list)
+    found: dict[str, int | None] = dataclasses.field(init=False)
     one_by_one: bool = False
     failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.found = dict.fromkeys(each.event_id for each in self.pending)
 
     @property
     def waiting(self) -> list[PendingUpdate]:
@@ -2861,7 +2866,7 @@ class ProjectAppend:
         known: dict[PendingUpdate, int] = {}
         by_id: dict[str, PendingUpdate] = {}
         for each in self.waiting:
-            seq = ids.find(self.project_id, each.event_id)
+            seq = self.found[each.event_id] or ids.find(self.project_id, each.event_id)
             if seq is None:
                 by_id.setdefault(each.stop["PK"]["S"] if each.stop else each.event_id, each)
             else:
@@ -3085,10 +3090,14 @@ class EventLog:
         unknown = [
             append for append in group if append.head.stale or self._may_have_forgotten(append)
         ]
+        looked_back = set[ProjectAppend]()
         while unknown:
+            looked_back.update(filter(self._may_have_forgotten, unknown))
             await asyncio.gather(*map(self._read_up, unknown))
-            # If that took minutes, ids of the others may have been forgotten meanwhile.
-            unknown = [append for append in group if self._may_have_forgotten(append)]
+            # If that took minutes, ids of the others may have been forgotten meanwhile. Once each:
+            # of a log with more events than are remembered, that would never end.
+            missed = filter(self._may_have_forgotten, group)
+            unknown = [append for append in missed if append not in looked_back]
 
     def _head_of(self, item: dict[str, Any]) -> Head:
         """A head as it was just read: if the last event is old, then there are no newer ids."""
@@ -3121,7 +3130,7 @@ class EventLog:
         ):
             for item in page:
                 if "event_id" in item:
-                    met.add(self._remember(project_id, item))
+                    met.add(self._remember(append, item))
                 elif item["SK"]["S"] == self.HEAD_KEY:
                     seq = int(item["seq"]["N"])
             last = page[-1] if page else {}
@@ -3140,14 +3149,16 @@ class EventLog:
             if not held_back:
                 break
             for item in held_back:
-                self._remember(project_id, item)
+                self._remember(append, item)
         head.seq = max(head.seq, seq)
         if looks_back:
             head.known_since, head.read_at = bound, now
 
-    def _remember(self, project_id: str, item: Mapping[str, Any]) -> int:
-        seq = cast("int", seq_of(item))
-        self._recent_ids.add(project_id, item["event_id"]["S"], seq)
+    def _remember(self, append: ProjectAppend, item: Mapping[str, Any]) -> int:
+        seq, event_id = cast("int", seq_of(item)), item["event_id"]["S"]
+        self._recent_ids.add(append.project_id, event_id, seq)
+        if event_id in append.found:
+            append.found[event_id] = seq
         return seq
 
     async def _recognise(self, project_id: str, known: Mapping[PendingUpdate, int]) -> None:

@@ -552,6 +552,22 @@ class TestMemory:
         await running
         assert places([again]) == [1]
 
+    async def test_more_than_is_remembered(
+        self, kit: LogKit, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A log with more events to look at than ids are remembered is read once nevertheless."""
+        monkeypatch.setattr(server.RecentIds, "REMEMBERED", 160)
+        window = time.time() - server.EVENT_ID_WINDOW_S
+        await append_groups(kit.log(), [ProjectAppend("p", entries(*range(600)))])
+        log, again = kit.log(), entry(0, look_back_to=window)
+        running = asyncio.create_task(append_groups(log, [ProjectAppend("p", [again])]))
+        async with asyncio.timeout(DEADLINE_S):
+            number = 0
+            while not running.done():  # others append meanwhile
+                number += 1
+                await append_groups(log, one_each(["another"], number))
+        assert places([again]) == [1]
+
     async def test_forgets_by_age(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ids are forgotten when the window is over, and no earlier."""
         ids, began_at = server.RecentIds(), time.time()
