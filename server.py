@@ -4091,21 +4091,24 @@ class Intake:
         except UpstreamLost as exc:  # its visibility timeout does the same, later
             logger.warning("%s", exc)
 
-    async def _delete(self, receipts: list[str]) -> None:
+    async def _delete(self, receipts: list[str], attempt: int = 0) -> None:
         """Delete what is done. What stays is held until it can be deleted."""
-        left = dict(enumerate(receipts))
-        for attempt in itertools.count():
-            entries: Any = [{"Id": str(i), "ReceiptHandle": each} for i, each in left.items()]
-            answer = await self.dependency.retry(
-                self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
-            )
-            failed = answer.get("Failed", ())
-            again = {each.get("Id") for each in failed if not each.get("SenderFault")}
-            for i in [i for i in left if str(i) not in again]:
-                del self._held[left.pop(i)]
-            if not left:
-                return
-            await asyncio.sleep(full_jitter_s(attempt))
+        entries: Any = [{"Id": str(i), "ReceiptHandle": each} for i, each in enumerate(receipts)]
+        answer = await self.dependency.retry(
+            self._sqs.delete_message_batch, QueueUrl=self._url, Entries=entries
+        )
+        failed = answer.get("Failed", ())
+        left = {each.get("Id") for each in failed if not each.get("SenderFault")}
+        for i, receipt in enumerate(receipts):
+            if str(i) not in left:
+                del self._held[receipt]
+        if again := [receipt for i, receipt in enumerate(receipts) if str(i) in left]:
+            # By itself: a batch that is not full waits until no call of the batcher is under way.
+            self._tasks.create_task(self._delete_again(again, attempt))
+
+    async def _delete_again(self, receipts: list[str], attempt: int) -> None:
+        await asyncio.sleep(full_jitter_s(attempt))
+        await self._delete(receipts, attempt + 1)
 
     async def keep(self) -> NoReturn:
         """Hold on to updates that take long, as while DynamoDB throttles.

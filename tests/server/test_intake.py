@@ -116,6 +116,28 @@ class TestIntake:
             assert attempts[:5] == [0, 1, 2, 3, 4]
         assert stand_in.calls["sqs", "DeleteMessageBatch"] == 6
 
+    async def test_delete_fails_for_one(
+        self, stand_in: StandIn, platform: aws_standin.Platform
+    ) -> None:
+        """What SQS cannot delete for long keeps nothing else from being deleted."""
+        refused: set[str] = set()
+
+        def fault(call: Call) -> Fault | None:
+            if call.operation != "DeleteMessageBatch":
+                return None
+            receipts = [each["ReceiptHandle"] for each in call.request["Entries"]]
+            refused.update(receipts if not refused else ())
+            failed = {i: False for i, each in enumerate(receipts) if each in refused}
+            return Fault(failed=failed) if failed else None
+
+        stand_in.fault = fault
+        async with running_gateway(platform):
+            push(stand_in, *news(1))
+            await eventually(lambda: refused)
+            push(stand_in, *news(2))
+            await eventually(lambda: len(bodies(stand_in, "agenticai-updates")) == 1)
+            stand_in.fault = None
+
     async def test_delete_answered_with_nonsense(
         self, stand_in: StandIn, platform: aws_standin.Platform
     ) -> None:
