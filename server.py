@@ -2951,11 +2951,11 @@ class EventLog:
             if unprocessed := answer.get("UnprocessedKeys", {}).get(self._table):
                 left += unprocessed["Keys"]
                 await asyncio.sleep(full_jitter_s(1))
-        if consistent:  # who opens a project will see it appended to, unless it is invented
+        if consistent:  # who opens a project will see it appended to
             while len(self._heads) > self.HEADS_REMEMBERED:
                 del self._heads[next(iter(self._heads))]
-            for project_id, item in found.items():
-                self._heads.setdefault(project_id, self._head_of(item))
+            for project_id in project_ids:
+                self._heads.setdefault(project_id, self._head_of(found.get(project_id)))
         return {project_id: int(item["seq"]["N"]) for project_id, item in found.items()}
 
     async def read(
@@ -3085,8 +3085,8 @@ class EventLog:
         await self.heads([name for name, head in known.items() if head is None], consistent=True)
         for append in group:  # of those known before, some may have been forgotten meanwhile
             name = append.project_id
-            head = self._heads.pop(name, None) or known[name] or Head(0, 0.0)
-            append.head = self._heads[name] = head
+            head = self._heads.pop(name, known[name])
+            append.head = self._heads[name] = cast("Head", head)
         unknown = [
             append for append in group if append.head.stale or self._may_have_forgotten(append)
         ]
@@ -3099,8 +3099,10 @@ class EventLog:
             missed = filter(self._may_have_forgotten, group)
             unknown = [append for append in missed if append not in looked_back]
 
-    def _head_of(self, item: dict[str, Any]) -> Head:
+    def _head_of(self, item: dict[str, Any] | None) -> Head:
         """A head as it was just read: if the last event is old, then there are no newer ids."""
+        if item is None:
+            return Head(0, 0.0)
         newest_seq, _, stamp = item.get("newest", {}).get("S", "").partition(" ")
         says_when = newest_seq == item["seq"]["N"]  # else a task that does not write it came after
         return Head(int(item["seq"]["N"]), unix_s(stamp) + 0.001 if says_when else time.time())

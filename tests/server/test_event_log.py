@@ -979,15 +979,6 @@ class TestEventLog:
         assert heads == {"p1": 1, "p2": 2, "p3": 3}
         assert await log.heads([]) == {}
 
-    async def test_invented_projects(self, either: LogKit) -> None:
-        """Nothing is kept for projects that clients invent: only of logs that there are."""
-        await append(either.log(), "p", entries(1))
-        log = either.log()
-        assert await log.heads(["p", "invented"], consistent=True) == {"p": 1}
-        assert (log.known_seq("p"), log.known_seq("invented")) == (1, None)
-        await append(log, "invented", entries(1, 2))
-        assert await whole_log(log, "invented") == [(1, 1), (2, 2)]
-
     async def test_heads_left_out(self, log: EventLog, stand_in: StandIn) -> None:
         """Heads that DynamoDB has left out of its answer are asked for again."""
         names = [f"p{number}" for number in range(5)]
