@@ -4763,6 +4763,7 @@ class Connection(asyncio.Protocol):
             if in_debt and not door.admission.refusal(self.address):
                 self._request = request  # it is answered in its turn, and counts until then
                 door.admission.count(self.address, +1)
+                self.resume_reading()  # its end is to be seen, though it waited for its peer's turn
             else:
                 door.answer(self, request)
             return

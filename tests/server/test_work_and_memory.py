@@ -347,6 +347,23 @@ class TestTurns:
             await eventually(lambda: not gateway.registry.sockets)
             assert not gateway.door.admission.inside
 
+    async def test_leaver_of_two_debts(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whose request waits is heard to leave, though it was unread in its peer's debt before."""
+        monkeypatch.setattr(Account, "WINDOW_S", 60.0)
+        monkeypatch.setattr(Connection, "HANDSHAKE_TIMEOUT_S", 60.0)
+        async with running_gateway(platform) as gateway:
+            debtor = gateway.door.work_by_address.of("203.0.113.9")
+            debtor.paid_at = gateway.now() + 50.0
+            gateway.door.work_by_address.of("127.0.0.1").paid_at = gateway.now() + 0.3
+            async with dialled(gateway) as peer:
+                peer.write(upgrade(X_Forwarded_For="203.0.113.9"))
+                await eventually(lambda: gateway.door.admission.inside)
+            await eventually(lambda: not gateway.registry.sockets)
+            assert debtor.paid_at > gateway.now()
+            assert not gateway.door.admission.inside
+
     async def test_no_longer_than_any_debt(
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
