@@ -5074,7 +5074,7 @@ class Door:
 
     def arrived(self, connection: Connection) -> None:
         """A socket was accepted; until it says who it is, its work is its peer's."""
-        connection.account = self.work_by_address.of(peer_of(connection))
+        connection.account = self.work_by_address.of(client_address(peer_of(connection), (), 0))
         connection.account.users += 1
         self._gateway.registry.sockets.add(connection)
         self._gateway.ledger.update(connection)

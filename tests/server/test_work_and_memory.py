@@ -364,6 +364,17 @@ class TestTurns:
             assert debtor.paid_at > gateway.now()
             assert not gateway.door.admission.inside
 
+    async def test_one_account_of_a_mapped_address(self, platform: aws_standin.Platform) -> None:
+        """A peer is charged to one account, before its request is read and after."""
+        async with running_gateway(platform, websocket_host="::") as gateway:
+            account = gateway.door.work_by_address.of("127.0.0.1")
+            _, writer = await asyncio.open_connection("127.0.0.1", gateway.address[1])
+            await eventually(lambda: gateway.registry.sockets)
+            [connection] = gateway.registry.sockets
+            assert connection.account is account
+            writer.close()
+            await writer.wait_closed()
+
     async def test_no_longer_than_any_debt(
         self, platform: aws_standin.Platform, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
