@@ -531,7 +531,9 @@ class TestDeadTerminal:
 
     def test_terminal_is_closed(self, command: list[str], port: int) -> None:
         """Its window is gone: there is SIGHUP, and printing fails."""
-        emulator = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *command]
+        # Who runs these tests under `nohup` has SIGHUP ignored, and then nothing is to end.
+        code = "import pty, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+        emulator = [sys.executable, "-c", f"{code}; pty.spawn(sys.argv[1:])", *command]
         with process(*emulator, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as started:
             pids = self.when_ready(started.pid, port)
             started.kill()

@@ -441,8 +441,9 @@ class TestGateway:
         """Who was slow, but within the bound, has from one look to the next to read much."""
         monkeypatch.setattr(server.Sweep, "INTERVAL_S", 3_600)
         backlog = 65_536
-        async with running_gateway(platform) as gateway, peer_of(gateway):
+        async with running_gateway(platform) as gateway, peer_of(gateway) as peer:
             narrow(gateway)
+            peer.narrow()
             [connection] = gateway.registry.connections.values()
             began_at = gateway.now()
             while unread and connection.transport.get_write_buffer_size() < unread:
