@@ -2155,7 +2155,8 @@ class Ledger:
             self._end(victim, freed_bytes, -minus_bytes)
             if by_account[account]:
                 heapq.heappush(most, (minus_bytes + freed_bytes, number, account))
-        self.check()
+        if most:  # else nobody is left to end
+            self.check()
 
     def _end(self, connection: Connection, held_bytes: int, account_bytes: int) -> None:
         self._metrics.memory_closed += 1

@@ -711,6 +711,26 @@ class TestLedger:
             await eventually(lambda: gateway.metrics.memory_closed == 1)
             await eventually(lambda: held(gateway) < 6_000_000)
 
+    async def test_nobody_is_left_to_end(
+        self, platform: aws_standin.Platform, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Over the budget without a client, nobody is looked for at each turn of the loop."""
+        async with running_gateway(platform, **budget(100_000)) as gateway:
+            looks = list[int]()
+            let_go = gateway.ledger.let_go
+
+            def look() -> None:
+                looks.append(1)
+                let_go()
+
+            monkeypatch.setattr(gateway.ledger, "let_go", look)
+            data = bytes(200_000)
+            gateway.ledger.share(data)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert len(data) < held(gateway)
+            assert len(looks) == 1
+
     async def test_long_names(self, platform: aws_standin.Platform) -> None:
         """Subscriptions and channels are charged, so that their sum has a bound too."""
         async with running_gateway(platform) as gateway, client_of(gateway) as client:
